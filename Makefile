@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first target makes and keeps up to date with pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip reads both names: the second is for packages that are built, the project itself among them.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+
+.DEFAULT_GOAL := help
+.PHONY: help sft test test-slow lint bench gpu-suite clean
+
+help:  ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+sft: $(VENV)/.sft  ## Fine-tune a small Qwen3-MoE from scratch (options: make sft ARGS="--steps 50")
+	$(BIN)/python experiments/qwen3_moe_sft.py $(ARGS)
+
+test: lint  ## Lint, type-check and run the tests (ARGS are pytest's)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev  ## Run the tests that take longer
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## Time the CPU step against its floor and transformers
+	$(BIN)/python experiments/benchmarks/sft_cpu.py $(ARGS)
+
+gpu-suite: $(VENV)/.dev  ## Check and time every kernel and both models on a GPU (ARGS="--device cpu" at small sizes)
+	$(BIN)/python experiments/benchmarks/gpu_suite.py $(ARGS)
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " \
+	  + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.sft: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.sft

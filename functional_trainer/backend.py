@@ -1,0 +1,86 @@
+"""Devices: the only file that names them. Everything else asks here, or asks a tensor where it lives."""
+
+import importlib
+import os
+import platform
+import resource
+
+import torch
+import torch.distributed as dist
+
+COMMUNICATION = {"cuda": "nccl", "cpu": "gloo", "npu": "hccl", "xla": "xla"}
+
+# Dense peak, FLOP/s, by a part of the device's name: NVIDIA data sheets (no sparsity), Huawei's for the 910B.
+PEAKS: dict[str, dict[torch.dtype, float]] = {
+    "H200": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12, torch.float64: 67e12},
+    "H100": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12, torch.float64: 67e12},
+    "B200": {torch.bfloat16: 2250e12, torch.float16: 2250e12, torch.float32: 75e12},
+    "A100": {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 19.5e12, torch.float64: 19.5e12},
+    "L40S": {torch.bfloat16: 362e12, torch.float16: 362e12, torch.float32: 91.6e12},
+    "RTX 4090": {torch.bfloat16: 165e12, torch.float16: 165e12, torch.float32: 82.6e12},
+    "910B": {torch.bfloat16: 376e12, torch.float16: 376e12},
+}
+
+
+def setup(name: str = "auto", deterministic: bool | None = None) -> torch.device:
+    """Choose this process's device, by type ("auto", "cuda", "cpu", "npu", "xla") or with an index ("cuda:1").
+
+    Deterministic algorithms are the default on the CPU, where they cost nothing measurable, and off elsewhere.
+    ValueError says which devices there are.
+    """
+    kind, _, index = name.partition(":")
+    if kind in ("npu", "xla"):
+        importlib.import_module({"npu": "torch_npu", "xla": "torch_xla"}[kind])  # registers the device type
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in COMMUNICATION or kind == "cuda" and not torch.cuda.is_available():
+        have = [k for k in ("cuda", "cpu") if k == "cpu" or torch.cuda.is_available()]
+        raise ValueError(f"--device {name}: not on this machine; it has {', '.join(have)}")
+    rank = int(index or os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, rank)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(kind == "cpu" if deterministic is None else deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    return device
+
+
+def join(device: torch.device) -> tuple[int, int]:
+    """Join the process group that torchrun announces; return (rank, world), (0, 1) without torchrun."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group(COMMUNICATION[device.type])
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def describe(device: torch.device) -> str:
+    """Return the device's name as its maker writes it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the dense peak in FLOP/s of one device, None where it is unknown."""
+    name = describe(device)
+    return next((table.get(dtype) for key, table in PEAKS.items() if key in name), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes held so far: by the allocator on a GPU, by the process (resident set) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

@@ -1,0 +1,200 @@
+"""Training state on disk: `<run>/checkpoints/step-N/`, written by torch.distributed.checkpoint (DCP).
+
+A state is a flat `{path: tensor or DTensor}` and an `extra` dict (step, configuration, data iterator: the same on every
+rank), kept as `extra.json`. A checkpoint is written as `step-N.tmp`, synced, and renamed when whole; one that leaves is
+renamed before it is deleted. So a folder called `step-N` is whole at every instant, whatever is killed. Ranks share the
+file system; the mesh that loads may differ from the one that saved.
+"""
+
+import base64
+import errno
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: the previous content of step-N while a new one takes its place
+HINTS = {
+    errno.ENOSPC: "free some space, keep fewer checkpoints (--keep) or move the run to a larger disk (--out)",
+    errno.EDQUOT: "the disk quota is used up: keep fewer checkpoints (--keep) or move the run elsewhere (--out)",
+    errno.EFBIG: "the file size limit is too low: see `ulimit -f`",
+    errno.EROFS: "the file system is read-only: choose another folder (--out)",
+    errno.EACCES: "this user may not write there: change the permissions or choose another folder (--out)",
+}
+
+
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, plan, planner):
+        """Write this rank's files; torch.save hides an OSError behind a RuntimeError, this digs it out."""
+        try:
+            return super().write_data(plan, planner)
+        except BaseException as error:
+            raise _os_error(error) or error from error
+
+
+def save(folder: str | Path, step: int, tensors: Mapping[str, Tensor], extra: dict, keep: int | None = None) -> Path:
+    """Write `<folder>/checkpoints/step-<step>` and return it; every rank calls this with the same arguments.
+
+    The `keep` newest checkpoints stay (None: all); older ones go once the new one is whole, and so do later ones, which
+    belong to a branch that this step abandons. `extra` holds JSON values (string keys, lists) and bytes. Raises OSError
+    when it cannot be written: the partial checkpoint is removed, the others stay.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    text = _encode(extra)
+    root = Path(folder) / "checkpoints"
+    final, partial = root / f"step-{step}", root / f"step-{step}.tmp"
+    try:
+        _on_main(lambda: _prepare(root, partial))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.save(dict(tensors), storage_writer=_Writer(partial), no_dist=not dist.is_initialized())
+        _on_main(lambda: _publish(partial, final, text))
+    except BaseException as error:
+        if _is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _explain(error, final, sum(t.numel() * t.element_size() for t in tensors.values())) from None
+    _on_main(lambda: _prune(root, step, keep))
+    return final
+
+
+def latest(folder: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of a run folder, or None."""
+    return max(_all(Path(folder) / "checkpoints"), default=(0, False, None))[2]
+
+
+def load(path: str | Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """Read a checkpoint into the tensors of `like`, in place and bit for bit, and return (tensors, extra).
+
+    Raises FileNotFoundError if `path` holds no checkpoint, and one ValueError that lists every missing, extra or
+    mis-shaped tensor; nothing has been written to `like` then.
+    """
+    path = Path(path)
+    if not (path / ".metadata").is_file() or not (path / "extra.json").is_file():
+        here = ", ".join(p.name for _, _, p in sorted(_all(path)) + sorted(_all(path.parent))) or "none"
+        raise FileNotFoundError(f"{path} is not a checkpoint folder (checkpoints/step-N of a run); near it: {here}")
+    reader = dcp.FileSystemReader(path)
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    had = {p: f"{m.properties.dtype} {list(m.size)}" for p, m in saved.items()}
+    want = {p: f"{t.dtype} {list(t.shape)}" for p, t in like.items()}
+    problems = [
+        f"{p}: {had.get(p, 'absent')} in the checkpoint, {want.get(p, 'absent')} in the model"
+        for p in had | want
+        if had.get(p) != want.get(p)
+    ]
+    if problems:
+        listed = "\n".join(f"  {p}" for p in problems)
+        raise ValueError(f"{path} does not fit the model in {len(problems)} of {len(had | want)} tensors:\n{listed}")
+    tensors = dict(like)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    return tensors, _decode((path / "extra.json").read_text())
+
+
+def _all(root: Path) -> list[tuple[int, bool, Path]]:
+    """List whole checkpoints as (step, current, path)."""
+    found = [(NAME.fullmatch(p.name), p) for p in root.iterdir()] if root.is_dir() else []
+    return [(int(m[1]), m[2] is None, p) for m, p in found if m]
+
+
+def _prepare(root: Path, partial: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob("step-*.tmp"):
+        shutil.rmtree(stale)
+    partial.mkdir()
+
+
+def _publish(partial: Path, final: Path, extra: str) -> None:
+    with open(partial / "extra.json", "w") as file:
+        file.write(extra)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(partial)
+    if final.exists():
+        old = final.with_name(f"{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _prune(root: Path, step: int, keep: int | None) -> None:
+    found = sorted(_all(root), reverse=True)
+    kept = [path for number, current, path in found if current and number <= step][:keep]
+    for _, _, path in found:
+        if path not in kept:
+            leaving = path.rename(path.with_name(f"{path.name}.tmp"))
+            shutil.rmtree(leaving)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _on_main(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0; what it raises is raised on every rank."""
+    error: list[BaseException | None] = [None]
+    if _is_main():
+        try:
+            action()
+        except Exception as raised:
+            error = [raised]
+    if dist.is_initialized():
+        dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Find the OSError that `error` is or was raised from."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _explain(error: BaseException, final: Path, size: int) -> BaseException:
+    """Turn whatever a failed save raised into the error to raise."""
+    if isinstance(error, dcp.CheckpointException):
+        causes = [cause for cause, _ in error.failures.values()]
+        error = next((c for c in causes if isinstance(c, OSError)), causes[0])
+    if not isinstance(error, OSError):
+        return error
+    where = next(p for p in final.parents if p.exists())
+    room = f"{shutil.disk_usage(where).free / 1e6:,.1f} MB free, the checkpoint needs about {size / 1e6:,.1f} MB"
+    hint = HINTS.get(error.errno or 0, "check the folder")
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    message = f"cannot write checkpoint {final}: {reason} ({room}); {hint}. Older ones are intact."
+    return OSError(error.errno or errno.EIO, message)
+
+
+def _encode(extra: dict) -> str:
+    def wrap(value: Any) -> dict:
+        if isinstance(value, bytes):
+            return {"base64": base64.b64encode(value).decode()}
+        raise ValueError(f"extra holds a {type(value).__name__}, it may hold JSON values and bytes")
+
+    text = json.dumps(extra, default=wrap)
+    if _decode(text) != extra:
+        raise ValueError("extra would not survive JSON: it has tuples, keys that are not strings, or nan")
+    return text
+
+
+def _decode(text: str) -> Any:
+    return json.loads(text, object_hook=lambda d: base64.b64decode(d["base64"]) if d.keys() == {"base64"} else d)

@@ -1,0 +1,154 @@
+"""Endless or counted batches of packed rows, the same global stream on every rank, resumable bit for bit.
+
+The stream is the pieces in the order of Grain's stateless index shuffle, a new one each epoch. Any index of it is
+computed alone, so the loader's whole state is the packer's cursor and a few counters.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from functional_trainer.data.packing import STRATEGIES, Cursor, Documents, Overlong, cut, fill, plan
+
+Batch = dict[str, torch.Tensor]
+
+
+def order(count: int, seed: int, shuffle: bool) -> Callable[[int], int]:
+    """Give the map from stream index to piece: each run of `count` indices is a permutation of its own."""
+    if not shuffle:
+        return lambda index: index % count
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # importing Grain without JAX warns
+    from grain.experimental import index_shuffle
+
+    logging.set_verbosity(verbosity)
+
+    @lru_cache(maxsize=4)
+    def key(epoch: int) -> int:
+        return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+    @lru_cache(maxsize=4096)  # held pieces are asked for again in each batch
+    def shuffled(index: int) -> int:
+        return index_shuffle(index % count, max_index=count - 1, seed=key(index // count), rounds=4)
+
+    return shuffled
+
+
+class Loader:
+    """Iterate over batches of columns (rows / world, seq_len): tokens, targets, segment_ids, positions, weights.
+
+    `rows` counts all ranks; rank r gets rows [r, r + 1) * rows / world of each global batch. `epochs=None` never ends;
+    otherwise every piece comes exactly `epochs` times and empty rows fill the last batch. An exhausted loader stays so
+    until `reset` or `restore`. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        rows: int,
+        seq_len: int,
+        packing: str = "first_fit",
+        seed: int = 0,
+        epochs: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+        overlong: Overlong = "split",
+    ):
+        _check(rows, seq_len, packing, seed, epochs, rank, world)
+        self.documents, self.rows, self.seq_len, self.epochs = documents, rows, seq_len, epochs
+        self.fit = STRATEGIES[packing]
+        self.mine = slice(rank * rows // world, (rank + 1) * rows // world)
+        self.pieces = cut(documents, seq_len, overlong)
+        self.count = len(self.pieces.length)
+        if not self.count:
+            raise ValueError(f"no document is left to train on ({self.pieces.stats}); raise seq_len or change overlong")
+        self.order = order(self.count, seed, shuffle)
+        content = 0
+        for column in (documents.tokens, documents.mask, documents.offsets):
+            content = zlib.crc32(np.ascontiguousarray(column).data, content)
+        self.identity = {"rows": rows, "seq_len": seq_len, "packing": packing, "seed": seed, "shuffle": shuffle}
+        self.identity |= {"overlong": overlong, "content": f"{len(documents)} documents, crc {content:08x}"}
+        self.reset()
+
+    def reset(self) -> None:
+        """Go back to the first batch of the first epoch."""
+        self.cursor = Cursor()
+        self.seen = {"batches": 0, "seen_pieces": 0, "seen_tokens": 0, "seen_trained_tokens": 0}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        table, self.cursor = self._plan(self.cursor, self.epochs)
+        if not any(table):
+            raise StopIteration
+        table = [[self.order(index) for index in row] for row in table]
+        flat = [piece for row in table for piece in row]
+        self.seen["batches"] += 1
+        self.seen["seen_pieces"] += len(flat)
+        self.seen["seen_tokens"] += int(self.pieces.length[flat].sum())
+        self.seen["seen_trained_tokens"] += int(self.pieces.trained[flat].sum())
+        batch = fill(self.documents, self.pieces, table[self.mine], self.seq_len)
+        return {name: torch.from_numpy(column) for name, column in batch.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs to go on after the last batch taken, JSON-able and equal on all ranks."""
+        return {"next": self.cursor.next, "held": list(self.cursor.held), "seen": dict(self.seen), **self.identity}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after the batch at which `state` was taken; ValueError if data or settings are not the same."""
+        odd = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in self.identity.items() if state.get(k) != v]
+        if odd:
+            raise ValueError(f"cannot resume the data stream: {'; '.join(odd)}. Use the run's settings or start anew")
+        self.cursor, self.seen = Cursor(state["next"], tuple(state["held"])), dict(state["seen"])
+
+    @property
+    def stats(self) -> dict[str, int | float]:
+        """Count what the data holds (documents, cut ones by kind, pieces, tokens), what was seen, and padding in it."""
+        places = self.seen["batches"] * self.rows * self.seq_len
+        padding = 1 - self.seen["seen_tokens"] / places if places else 0.0
+        return {**self.pieces.stats, **self.seen, "padding": padding}
+
+    def steps_per_epoch(self) -> int:
+        """Count the batches of a single epoch by packing it (lengths only, about 15 us a piece)."""
+        return self._steps(1)
+
+    def total_steps(self) -> int:
+        """Count the batches of all `epochs`; ValueError if endless."""
+        if self.epochs is None:
+            raise ValueError("an endless loader (epochs=None) has no total number of steps")
+        return self._steps(self.epochs)
+
+    def _steps(self, epochs: int) -> int:
+        steps, cursor = 0, Cursor()
+        while cursor.held or cursor.next < epochs * self.count:
+            cursor = self._plan(cursor, epochs)[1]
+            steps += 1
+        return steps
+
+    def _plan(self, cursor: Cursor, epochs: int | None) -> tuple[list[list[int]], Cursor]:
+        end = float("inf") if epochs is None else epochs * self.count
+        lengths = self.pieces.length
+        return plan(cursor, end, lambda i: int(lengths[self.order(i)]), self.rows, self.seq_len, self.fit)
+
+
+def _check(rows: int, seq_len: int, packing: str, seed: int, epochs: int | None, rank: int, world: int) -> None:
+    for name, value in (("rows", rows), ("seq_len", seq_len), ("world", world), ("epochs", epochs)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if packing not in STRATEGIES:
+        raise ValueError(f"packing is {packing!r}; it can be one of {', '.join(STRATEGIES)}")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must not be negative")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank}; with world {world} it must be from 0 to {world - 1}")
+    if rows % world:
+        raise ValueError(f"rows ({rows}) cannot be shared equally by {world} ranks; use a multiple of {world}")

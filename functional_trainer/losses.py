@@ -1,0 +1,82 @@
+"""Losses: pure functions from a model's output and a batch to sums.
+
+A loss is a set of terms. Each term returns a sum over tokens and never divides; its weight comes from batch columns
+alone and is summed over devices and micro-batches first. The step minimizes the sum of coefficient * sum / weight, so no
+result depends on how tokens were packed, split or sharded. Losses see per-token log-probabilities, never logits.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+
+import kernels
+from functional_trainer.types import Batch, Output, Unembed
+
+Sums = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A training objective.
+
+    `terms(output, unembed, batch, shard)` returns (sums by term, further sums to report). `weights(batch)` returns what
+    each term (and each reported sum that is a mean) is divided by. `coefficients` default to 1.
+    `update(buffers, sums)` returns the next buffers from the reported sums of the whole batch.
+    """
+
+    terms: Callable[[Output, Unembed, Batch, object], tuple[Sums, Sums]]
+    weights: Callable[[Batch], Sums]
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    accumulates: bool = True
+    """Whether sums over micro-batches add up; a product of batch means does not."""
+    update: Callable[[dict, Sums], dict] = lambda buffers, sums: buffers
+
+
+def logprobs(
+    output: Output, unembed: Unembed, batch: Batch, shard, temperature: float = 1.0, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probability of each target and entropy (zeros unless asked for), both (B, S)."""
+    run = partial(
+        kernels.linear_logprob, bias_V=unembed.bias, softcap=unembed.softcap, temperature=temperature, entropy=entropy
+    )
+    columns = "batch/columns"
+    return shard.local(run, ("act/block_in", "params/unembed", columns), (columns, columns))(
+        shard(output.hidden, "act/block_in"), unembed.weight, batch["targets"]
+    )
+
+
+def pooled_balance(aux: Sums) -> torch.Tensor:
+    """Return transformers' router loss: E sum_e f_e P_e, means over all tokens of all layers (arxiv 2101.03961)."""
+    load_E, prob_E = aux["load"].sum(0), aux["prob"].sum(0)
+    tokens = aux["prob"].detach().sum()  # router probabilities of one token in one layer sum to one
+    return load_E.shape[0] * (load_E * prob_E).sum() / tokens.square()
+
+
+def sft(
+    balance: Literal["per_sequence", "hf", "none"] = "per_sequence", balance_coefficient: float = 1e-3
+) -> Loss:
+    """Build supervised fine-tuning: mean negative log-likelihood over `weights`, plus a router balance loss.
+
+    `per_sequence` balances experts within each document and layer and averages over tokens: it is linear in documents,
+    so packing, accumulation and sharding do not change it. `hf` pools all tokens and layers as transformers does; that
+    is a product of batch means, so it refuses gradient accumulation. Models without experts have no balance term.
+    """
+
+    def terms(output: Output, unembed: Unembed, batch: Batch, shard) -> tuple[Sums, Sums]:
+        logp_BS, _ = logprobs(output, unembed, batch, shard)
+        sums = {"nll": -(logp_BS * batch["weights"]).sum()}
+        aux = {k: shard.replicate(v) for k, v in output.aux.items()}
+        if aux and balance == "per_sequence":
+            sums["balance"] = aux["balance"].mean()
+        elif aux and balance == "hf":
+            sums["balance"] = pooled_balance(aux)
+        return sums, {k: v.detach() for k, v in aux.items() if k == "load"}
+
+    def weights(batch: Batch) -> Sums:
+        tokens = (batch["segment_ids"] != 0).sum()
+        return {"nll": batch["weights"].sum(), "balance": tokens if balance == "per_sequence" else tokens * 0 + 1}
+
+    return Loss(terms, weights, {"balance": balance_coefficient}, accumulates=balance != "hf")

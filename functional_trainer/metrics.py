@@ -1,0 +1,203 @@
+"""What a run says while it trains: `metrics.jsonl`, TensorBoard, a progress line, `loss.png`.
+
+`metrics.jsonl` holds one strict JSON object per optimizer step. JSON has no nan and no infinity: such a value is written
+as null and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"loss": "nan"}}.
+"""
+
+import collections
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+RECENT = 50  # steps that the estimate of the remaining time looks back on
+
+
+class Metrics:
+    """Log one row of named values per optimizer step; a context manager that draws `loss.png` when it closes.
+
+    Keys the progress line knows: loss, eval_loss, tokens_per_s, mfu (a fraction or None); the plot also reads lr. On
+    construction rows and events after `start_step` are dropped, a line torn by a kill too, so a resumed run leaves one
+    row per step; log a step before saving its checkpoint, and check first that the folder holds this run. With
+    `main=False` (other ranks) nothing is read or written. Without a terminal a plain line is printed every `every` steps.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        main: bool = True,
+        every: int = 10,
+        console: Console | None = None,
+    ):
+        self.folder, self.total, self.last, self.main, self.every = Path(folder), total_steps, start_step, main, every
+        self.clock: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self.eval_loss: float | None = None
+        if not main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = truncate(self.folder / "metrics.jsonl", start_step)
+        self.eval_loss = next((r["eval_loss"] for r in reversed(rows) if r.get("eval_loss") is not None), None)
+        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        self.console = console or Console()
+        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(None), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, expand=True)
+        self.task = self.bar.add_task("", total=total_steps, completed=start_step)
+        self.bar.start()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append the row of `step` (from 1, increasing); values are numbers, None, strings, tensors, lists or mappings."""
+        if step <= self.last:
+            raise ValueError(f"step {step} was logged after step {self.last}")
+        self.last = step
+        if not self.main:
+            return
+        nonfinite: dict[str, str] = {}
+        row = {"step": step, **_strict(values, "", nonfinite)}
+        self.file.write(json.dumps(row | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False) + "\n")
+        self.file.flush()
+        for name, value in _scalars(row, ""):
+            if name != "step":
+                self.board.add_scalar(name, value, step)
+        self.clock.append(time.monotonic())
+        self.eval_loss = row["eval_loss"] if row.get("eval_loss") is not None else self.eval_loss
+        self._show(step, values)
+
+    def print(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self.main:
+            self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Close the files and draw `loss.png`."""
+        if not self.main:
+            return
+        self.bar.stop()
+        self.file.close()
+        self.board.close()
+        plot(self.folder)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _show(self, step: int, values: Mapping[str, Any]) -> None:
+        line = self._line(step, values)
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=step, description=line)
+        elif step % self.every == 0 or step == self.total or values.get("eval_loss") is not None:
+            self.print(f"step {step}/{self.total}  {line}")
+
+    def _line(self, step: int, values: Mapping[str, Any]) -> str:
+        """Say loss, eval loss, speed, MFU and the time left, from the steps seen since the first (which compiles)."""
+        rate, mfu = values.get("tokens_per_s"), values.get("mfu")
+        eta = "?"
+        if len(self.clock) > 1:
+            left = (self.clock[-1] - self.clock[0]) / (len(self.clock) - 1) * (self.total - step)
+            eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60 // 1:02.0f}"
+        parts = [
+            f"loss {float(values.get('loss', math.nan)):.4f}",
+            "" if self.eval_loss is None else f"eval {self.eval_loss:.4f}",
+            "" if rate is None else f"{float(rate):,.0f} tok/s",
+            "MFU n/a" if mfu is None else f"MFU {float(mfu):.1%}",
+            f"ETA {eta}",
+        ]
+        return "  ".join(p for p in parts if p)
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a `metrics.jsonl`, without a last line torn by a kill; none if there is no file."""
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def truncate(path: str | Path, step: int) -> list[dict[str, Any]]:
+    """Drop the rows after `step`, and a torn last line, by writing a new file and renaming it; return the rows kept."""
+    path = Path(path)
+    rows = [row for row in read(path) if row["step"] <= step]
+    if path.exists():
+        partial = path.with_suffix(".tmp")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    return rows
+
+
+def plot(folder: str | Path) -> Path:
+    """Draw `<folder>/loss.png` from its `metrics.jsonl`: train loss, raw and smoothed, eval loss, learning rate."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, and the Agg canvas by default
+
+    rows = read(Path(folder) / "metrics.jsonl")
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axis = figure.add_subplot()
+    if steps := _column(rows, "loss"):
+        x, y = zip(*steps, strict=True)
+        axis.plot(x, y, color="tab:blue", alpha=0.3, linewidth=0.8, label="train loss")
+        axis.plot(x, _smooth(y), color="tab:blue", linewidth=1.8, label="train loss, smoothed")
+    if evals := _column(rows, "eval_loss"):
+        axis.plot(*zip(*evals, strict=True), "o-", color="tab:orange", markersize=4, linewidth=1, label="eval loss")
+    lines = list(axis.lines)
+    if rates := _column(rows, "lr"):
+        right = axis.twinx()
+        lines += right.plot(*zip(*rates, strict=True), color="0.6", linestyle="--", linewidth=1, label="learning rate")
+        right.set_ylabel("learning rate")
+        right.set_ylim(bottom=0)
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axis.set(xlabel="optimizer step", ylabel="loss", title=Path(folder).resolve().name)
+    axis.grid(alpha=0.25)
+    if lines:
+        axis.legend(handles=lines, loc="upper right")
+    path = Path(folder) / "loss.png"
+    figure.savefig(path)
+    return path
+
+
+def _column(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Average exponentially over about a thirtieth of the run, unbiased at the start."""
+    decay, total, weight, smooth = 1 - 1 / max(1.0, len(values) / 30), 0.0, 0.0, []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        smooth.append(total / weight)
+    return smooth
+
+
+def _strict(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
+    """Convert to what strict JSON can say; floats that it cannot become None and go to `nonfinite` by path."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _strict(item, f"{path}/{key}" if path else key, nonfinite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item, f"{path}/{i}", nonfinite) for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite[path] = str(value)
+        return None
+    return value
+
+
+def _scalars(value: Any, path: str):
+    """Yield (path, number) for the numbers of a row that are not in lists."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _scalars(item, f"{path}/{key}" if path else key)
+    elif isinstance(value, int | float):
+        yield path, value

@@ -1,0 +1,94 @@
+"""The few types that models, losses and the step share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from functional_trainer import tree
+
+Batch = dict[str, torch.Tensor]
+"""Named per-token columns, each (B, S): tokens, targets, segment_ids (0 = padding), positions, weights, ..."""
+
+
+class Output(NamedTuple):
+    """What a model returns: hidden states (B, S, D) after the final norm, router statistics, and the new KV cache."""
+
+    hidden: Any
+    aux: dict[str, Any]
+    cache: Any = None
+
+
+class Unembed(NamedTuple):
+    """What turns hidden states into logits: table (V, D), optional bias (V,), optional soft cap."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+
+class OneDevice:
+    """The identity sharder: what `sharding_rules.Sharder` is on a mesh, on one device.
+
+    A model receives one of the two as `shard` and never learns which.
+    """
+
+    rank, world = 0, 1
+
+    def __call__(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Constrain an activation to the placement that its name maps to."""
+        return x
+
+    def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
+        """Return the parameters below `prefix` as the maths uses them: cast to `dtype`, gathered over storage axes."""
+        return params if dtype is None else tree.map(lambda w: w.to(dtype), params)
+
+    def local(self, fn: Callable, ins: tuple[str, ...], outs: tuple[str, ...], partial: str | None = None) -> Callable:
+        """Run `fn` on local shards; `ins` and `outs` name each operand's placement."""
+        return fn
+
+    def group(self, name: str, dim: int) -> Any:
+        """Return the process group over which dim `dim` of the tensor called `name` is sharded, None if it is whole."""
+        return None
+
+    def replicate(self, x: torch.Tensor) -> torch.Tensor:
+        """Finish a pending sum and give every rank the whole tensor, as a plain tensor."""
+        return x
+
+    def like(self, x: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+        """Bring a gradient to the placement of its parameter."""
+        return x
+
+    def storage(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of a tensor, sharing its storage."""
+        return x
+
+    def norm(self, grads: list[torch.Tensor], params: list[torch.Tensor]) -> torch.Tensor:
+        """Return the global 2-norm of gradients given as this rank's parts, each placed as its parameter."""
+        return torch.stack([torch.linalg.vector_norm(g) for g in grads]).square().sum().sqrt()
+
+    def put_leaf(self, path: str, x: torch.Tensor) -> torch.Tensor:
+        """Place one host tensor where the rule of `path` says."""
+        return x
+
+    def full(self, x: torch.Tensor) -> torch.Tensor:
+        """Gather one parameter whole."""
+        return x
+
+    def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Place one freshly drawn parameter."""
+        return make()
+
+    def put_batch(self, batch: Batch) -> Batch:
+        """Wrap this rank's rows as the global batch."""
+        return batch
+
+    def micro(self, batch: Batch, parts: int) -> list[Batch]:
+        """Split a batch into `parts` micro-batches, each of consecutive rows of every rank."""
+        rows = next(iter(batch.values())).shape[0]
+        if rows % parts:
+            raise ValueError(f"{rows} rows per device cannot be split into {parts} equal micro-batches")
+        return [{k: v.unflatten(0, (parts, -1))[i] for k, v in batch.items()} for i in range(parts)]
+
+
+ONE_DEVICE = OneDevice()

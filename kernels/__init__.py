@@ -1,0 +1,103 @@
+"""Differentiable operations: a plain reference each, faster versions behind one table.
+
+`BACKENDS` is the only place that decides which version runs where: for every op the versions by name, the device types
+each serves (the first that serves the tensor's device is the default) and whether it was measured on one. Versions
+nobody measured are never a default, except where they are the only one that stays on the device.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from kernels import attention as _attention
+from kernels import grouped_matmul as _grouped_matmul
+from kernels import moe as _moe
+from kernels.elementwise import promote, rms_norm, rope, swiglu
+from kernels.embedding import embedding
+from kernels.linear_logprob import linear_logprob
+
+__all__ = [
+    "BACKENDS", "attention", "embedding", "experts", "grouped_matmul", "linear_logprob", "promote", "rms_norm", "rope",
+    "swiglu",
+]  # fmt: skip
+
+
+class Backend(NamedTuple):
+    """One version of an op."""
+
+    name: str
+    fn: Callable
+    default_on: tuple[str, ...]  # device types on which it is chosen unless another is asked for
+    serves: tuple[str, ...]  # device types on which it can run; ("*",) is any
+    measured_on: tuple[str, ...]
+
+
+BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "attention": (
+        Backend("documents", _attention.documents, ("cpu",), ("cpu",), ("cpu",)),
+        Backend("sdpa", _attention.sdpa, ("*",), ("*",), ("cpu",)),
+        Backend("flash_attn", _attention.flash_attn, (), ("cuda",), ()),
+        Backend("flex", _attention.flex, (), ("cuda",), ()),
+        Backend("reference", _attention.reference, (), ("*",), ("cpu",)),
+    ),
+    "grouped_matmul": (
+        Backend("blas", _grouped_matmul.blas, ("cpu",), ("cpu",), ("cpu",)),
+        Backend("torch", _grouped_matmul.grouped_mm, ("cuda",), ("cuda", "cpu"), ()),
+        Backend("reference", _grouped_matmul.reference, ("*",), ("*",), ("cpu",)),
+    ),
+}
+
+
+def pick(op: str, device: str, name: str | None = None) -> Backend:
+    """Return the backend called `name`, or the default of this device type."""
+    on = lambda devices: device in devices or "*" in devices  # noqa: E731
+    for backend in BACKENDS[op]:
+        if backend.name == name and on(backend.serves) or name is None and on(backend.default_on):
+            return backend
+    able = [b.name for b in BACKENDS[op] if on(b.serves)]
+    raise ValueError(f"kernels.{op} has no backend {name!r} for device {device!r}; it has {', '.join(able)}")
+
+
+def attention(
+    q_BSNH: torch.Tensor,
+    k_BTKH: torch.Tensor,
+    v_BTKH: torch.Tensor,
+    segment_ids_BS: torch.Tensor,
+    positions_BS: torch.Tensor,
+    key_segment_ids_BT: torch.Tensor | None = None,
+    key_positions_BT: torch.Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attend causally within segments; return (B, S, N, H) in q's dtype.
+
+    Without key segments the keys are the queries' own tokens, packed as the loader packs them (each segment contiguous,
+    positions rising by one). With them (a KV cache) any layout goes and a masked backend is used.
+    """
+    scale = q_BSNH.shape[-1] ** -0.5 if scale is None else scale
+    cached = key_segment_ids_BT is not None
+    chosen = pick("attention", q_BSNH.device.type, "sdpa" if cached and backend is None else backend)
+    if chosen.name in ("documents", "flash_attn"):
+        if cached:
+            raise ValueError(f"attention backend {chosen.name!r} cannot serve a KV cache; use 'sdpa' or 'flex'")
+        return chosen.fn(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, window, scale)
+    keys = (key_segment_ids_BT, key_positions_BT) if cached else (segment_ids_BS, positions_BS)
+    if chosen.name == "flex":
+        return chosen.fn(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, positions_BS, *keys, window, scale)
+    return chosen.fn(q_BSNH, k_BTKH, v_BTKH, _attention.mask(segment_ids_BS, positions_BS, *keys, window), scale)
+
+
+def grouped_matmul(
+    x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor, backend: str | None = None
+) -> torch.Tensor:
+    """Multiply rows sorted by expert with their expert's matrix; rows beyond sum(counts) give zeros. Returns (R, O)."""
+    return pick("grouped_matmul", x_RI.device.type, backend).fn(x_RI, w_EOI, counts_E)
+
+
+def experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts: int, group=None) -> torch.Tensor:
+    """Apply a dropless mixture of SwiGLU experts; see `kernels.moe.experts`."""
+    return _moe.experts(
+        x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, grouped_matmul, group
+    )

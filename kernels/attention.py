@@ -1,0 +1,195 @@
+"""Attention over packed documents.
+
+Query i sees key j when both carry the same segment id, position_j <= position_i and, with a window W,
+position_i - position_j < W. Nothing else is masked, so padding (segment 0) attends to padding and stays finite.
+
+Backends (`kernels.BACKENDS` says which serves which device and which were measured):
+
+    reference    softmax(Q K^T) V with a mask, any device, any dtype
+    sdpa         F.scaled_dot_product_attention with the same mask
+    documents    one causal flash call per document. With documents of length L in rows of length S the work is S L
+                 instead of S^2. The CPU kernel is called in float32 at least: 16-bit gains nothing there
+    flex         FlexAttention with a block mask built from the segments
+    flash_attn   flash-attn's varlen call over document borders
+
+B rows, S queries, T keys, N query heads, K key heads, H head dim.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels.elementwise import promote
+
+
+def mask(segments_BS, positions_BS, key_segments_BT, key_positions_BT, window: int | None) -> torch.Tensor:
+    """Return the boolean mask (B, S, T), true where a query may look."""
+    distance = positions_BS[:, :, None] - key_positions_BT[:, None, :]
+    seen = (segments_BS[:, :, None] == key_segments_BT[:, None, :]) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def reference(q_BSNH, k_BTKH, v_BTKH, mask_BST, scale: float) -> torch.Tensor:
+    """Compute softmax attention in at least float32, keys shared by N / K query heads each."""
+    k_BTNH, v_BTNH = (promote(t).repeat_interleave(q_BSNH.shape[2] // t.shape[2], 2) for t in (k_BTKH, v_BTKH))
+    scores = torch.einsum("bsnh,btnh->bnst", promote(q_BSNH) * scale, k_BTNH)
+    weights = scores.masked_fill(~mask_BST[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bnst,btnh->bsnh", weights, v_BTNH).to(q_BSNH.dtype)
+
+
+def sdpa(q_BSNH, k_BTKH, v_BTKH, mask_BST, scale: float) -> torch.Tensor:
+    """Call PyTorch's attention with a mask."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BTKH, v_BTKH))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask_BST[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)
+
+
+# documents: an opaque op whose loop over documents runs on the host, so only for the host's own device ---------------
+
+
+def _runs(segments_BS: torch.Tensor) -> list[tuple[int, int, int]]:
+    """List (row, start, end) of every document, padding left out."""
+    S = segments_BS.shape[1]
+    flat = segments_BS.flatten()
+    first = torch.ones_like(flat, dtype=torch.bool)
+    first[1:] = flat[1:] != flat[:-1]
+    first[::S] = True
+    starts = first.nonzero()[:, 0]
+    borders = starts.tolist() + [flat.numel()]
+    return [
+        (a // S, a % S, a % S + b - a)
+        for a, b, segment in zip(borders, borders[1:], flat[starts].tolist(), strict=False)
+        if segment
+    ]
+
+
+def _band(length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """Return the additive causal band for documents longer than the window."""
+    if window is None or length <= window:
+        return None
+    at = torch.arange(length)
+    distance = at[:, None] - at[None, :]
+    return torch.zeros(length, length, dtype=like.dtype).masked_fill_(
+        (distance < 0) | (distance >= window), -math.inf
+    )
+
+
+def _heads(x: torch.Tensor, run: tuple[int, int, int], groups: int = 1) -> torch.Tensor:
+    """Cut one document out of (B, S, K, H) as (1, K * groups, length, H)."""
+    row, start, end = run
+    x = x[row : row + 1, start:end].transpose(1, 2)
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+@torch.library.custom_op("functional_trainer::attention_documents", mutates_args=())
+def _documents(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, window: int | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    qp, kp, vp = promote(q), promote(k), promote(v)
+    out, lse = torch.zeros_like(q), qp.new_zeros(q.shape[:3])
+    groups = q.shape[2] // k.shape[2]
+    for run in _runs(segments):
+        row, start, end = run
+        band = _band(end - start, window, qp)
+        o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _heads(qp, run), _heads(kp, run, groups), _heads(vp, run, groups), 0.0, band is None,
+            attn_mask=band, scale=scale,
+        )  # fmt: skip
+        out[row, start:end], lse[row, start:end] = o[0].transpose(0, 1), m[0].T
+    return out, lse
+
+
+@_documents.register_fake
+def _(q, k, v, segments, window, scale):
+    return torch.empty_like(q), promote(q.new_empty(q.shape[:3]))
+
+
+@torch.library.custom_op("functional_trainer::attention_documents_grad", mutates_args=())
+def _documents_grad(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gp, qp, kp, vp, op = (promote(t) for t in (grad, q, k, v, out))
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    groups = q.shape[2] // k.shape[2]
+    for run in _runs(segments):
+        row, start, end = run
+        band = _band(end - start, window, qp)
+        a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads(gp, run), _heads(qp, run), _heads(kp, run, groups), _heads(vp, run, groups), _heads(op, run),
+            lse[row, start:end].T.contiguous()[None], 0.0, band is None, attn_mask=band, scale=scale,
+        )  # fmt: skip
+        dq[row, start:end] = a[0].transpose(0, 1)
+        dk[row, start:end] = b[0].unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+        dv[row, start:end] = c[0].unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+    return dq, dk, dv
+
+
+@_documents_grad.register_fake
+def _(grad, q, k, v, segments, out, lse, window, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, segments, ctx.window, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, segments, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx, grad, _):
+    return *_documents_grad(grad, *ctx.saved_tensors, ctx.window, ctx.scale), None, None, None
+
+
+_documents.register_autograd(_backward, setup_context=_setup)
+
+
+def documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: float) -> torch.Tensor:
+    """Attend document by document: segments contiguous in a row, positions rising by one within each."""
+    return _documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window, scale)[0]
+
+
+# accelerators --------------------------------------------------------------------------------------------------------
+
+
+def flex(q_BSNH, k_BTKH, v_BTKH, segments, positions, key_segments, key_positions, window, scale) -> torch.Tensor:
+    """Call FlexAttention with the block mask of these segments and positions."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b, h, i, j):
+        distance = positions[b, i] - key_positions[b, j]
+        same = (segments[b, i] == key_segments[b, j]) & (distance >= 0)
+        return same if window is None else same & (distance < window)
+
+    (B, S), T = segments.shape, key_segments.shape[1]
+    block_mask = create_block_mask(seen, B, None, S, T, device=q_BSNH.device)
+    q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BTKH, v_BTKH))
+    return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def flash_attn(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: float) -> torch.Tensor:
+    """Call flash-attn's varlen kernel; every run of equal segment ids in a row is one sequence."""
+    from flash_attn import flash_attn_varlen_func  # the `flash-attn` extra
+
+    B, S = segments_BS.shape
+    flat = segments_BS.flatten()
+    first = torch.ones_like(flat, dtype=torch.bool)
+    first[1:] = flat[1:] != flat[:-1]
+    first[::S] = True
+    # A static upper bound of B * S sequences: the unused ones are empty, so nothing is read back to the host.
+    index = torch.arange(B * S, device=flat.device, dtype=torch.int32)
+    borders = torch.where(first, index, B * S).sort().values
+    borders = torch.cat([borders, borders.new_full((1,), B * S)]).to(torch.int32)
+    q, k, v = (t.flatten(0, 1) for t in (q_BSNH, k_BSKH, v_BSKH))
+    left = -1 if window is None else window - 1
+    out = flash_attn_varlen_func(q, k, v, borders, borders, S, S, softmax_scale=scale, causal=True, window_size=(left, 0))
+    return out.view(q_BSNH.shape)

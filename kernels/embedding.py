@@ -1,0 +1,42 @@
+"""Table look-up whose gradient does not depend on thread timing.
+
+Inductor lowers the gradient of `F.embedding` to atomic additions, whose order changes from run to run. As an opaque op
+it stays ATen's own kernel, in which one thread owns each row of the table.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+@torch.library.custom_op("functional_trainer::embedding", mutates_args=())
+def embedding(weight_VD: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return weight[tokens], (..., D) for integer `tokens` (...)."""
+    return F.embedding(tokens, weight_VD)
+
+
+@embedding.register_fake
+def _(weight_VD, tokens):
+    return weight_VD.new_empty(*tokens.shape, weight_VD.shape[1])
+
+
+@torch.library.custom_op("functional_trainer::embedding_grad", mutates_args=())
+def _embedding_grad(grad: torch.Tensor, tokens: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.ops.aten.embedding_dense_backward(grad, tokens, rows, -1, False)
+
+
+@_embedding_grad.register_fake
+def _(grad, tokens, rows):
+    return grad.new_empty(rows, grad.shape[-1])
+
+
+def _setup(ctx, inputs, output):
+    weight_VD, tokens = inputs
+    ctx.rows = weight_VD.shape[0]
+    ctx.save_for_backward(tokens)
+
+
+def _backward(ctx, grad):
+    return _embedding_grad(grad, ctx.saved_tensors[0], ctx.rows), None
+
+
+embedding.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,74 @@
+"""Models as pure functions: `from_pretrained`, `from_config`, `save_pretrained`, `logits`, `generate`.
+
+One file per family; `FAMILIES` is where a new one is listed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_trainer import hf
+from functional_trainer.generate import Completion, generate
+from functional_trainer.tree import Tree
+from functional_trainer.types import ONE_DEVICE
+from kernels import promote
+from models import qwen3, qwen3_moe
+from models.model import Model
+
+__all__ = [
+    "FAMILIES", "PRESETS", "Completion", "Model", "from_config", "from_pretrained", "generate", "logits",
+    "save_pretrained",
+]  # fmt: skip
+
+FAMILIES = {"qwen3": qwen3, "qwen3_moe": qwen3_moe}
+"""Hugging Face `model_type` to the module that implements it."""
+
+PRESETS: dict[str, dict] = {**qwen3_moe.PRESETS, **{f"dense-{k}": v for k, v in qwen3.PRESETS.items()}}
+"""Config dicts by the names that `--model.preset` takes."""
+
+
+def from_config(config: dict[str, Any] | str | Path) -> Model:
+    """Build a model from a Hugging Face config dict, or from the config.json of a folder; no tensors are made."""
+    config = config if isinstance(config, dict) else hf.read_config(config)
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not implemented; these are: {', '.join(FAMILIES)}")
+    return FAMILIES[family].from_config(config)
+
+
+def from_pretrained(
+    path: str | Path, dtype: torch.dtype | None = None, device: Any = None, shard=ONE_DEVICE
+) -> tuple[Model, Tree]:
+    """Load a Hugging Face folder: the model and its parameters, in `dtype` (None: as stored) and placed by `shard`.
+
+    Missing, extra and mis-shaped tensors raise one ValueError that lists them all.
+    """
+    model = from_config(path)
+    params, used = hf.load(path, model.specs, model.names, dtype=dtype, device=device, shard=shard)
+    return _replace_names(model, used), params
+
+
+def save_pretrained(model: Model, params: Tree, path: str | Path, shard=ONE_DEVICE) -> None:
+    """Write config.json and safetensors that transformers loads without code of ours."""
+    hf.save(params, model.specs, model.names[0], path, model.config.hf, shard=shard)
+
+
+def logits(model: Model, params: Tree, tokens_BS: torch.Tensor, **columns: torch.Tensor) -> torch.Tensor:
+    """Return logits (B, S, V) in at least float32, for inspection and tests; losses never hold them.
+
+    `columns` may give segment_ids and positions, each (B, S); by default a row is one document.
+    """
+    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    batch = {"tokens": tokens_BS, "segment_ids": torch.ones_like(tokens_BS), "positions": positions, **columns}
+    w_VD, bias, softcap = model.unembed(params)
+    z = promote(model.apply(params, batch).hidden @ w_VD.T)
+    z = z if bias is None else z + bias
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _replace_names(model: Model, first) -> Model:
+    """Write checkpoints in the layout that was read."""
+    from dataclasses import replace
+
+    return replace(model, names=(first, *(n for n in model.names if n is not first)))

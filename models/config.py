@@ -1,0 +1,96 @@
+"""Reading Hugging Face `config.json` dicts: every key is read, known not to matter, or named in a warning."""
+
+import logging
+import math
+from typing import Any
+
+from models.layers import Rope
+
+log = logging.getLogger(__name__)
+
+# Keys that do not change what a causal language model computes in training.
+HARMLESS = {
+    "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "is_encoder_decoder", "label2id", "max_position_embeddings", "model_type",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "return_dict",
+    "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+class Reader:
+    """A config dict that remembers which keys were read."""
+
+    def __init__(self, hf: dict[str, Any]):
+        self.hf, self.seen = hf, set(HARMLESS)
+        self.family = hf.get("model_type", "?")
+
+    def __call__(self, key: str, default: Any = None, *, expect: type | tuple[type, ...] | None = None) -> Any:
+        """Return `hf[key]`, or the default where it is missing or null."""
+        self.seen.add(key)
+        value = self.hf.get(key)
+        if value is None:
+            return default
+        wanted = expect or (type(default) if default is not None else None)
+        wanted = (int, float) if wanted is float else wanted
+        if wanted and (not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool)):
+            raise ValueError(f"config.json of {self.family}: {key} is {value!r}, expected {wanted}")
+        return value
+
+    def size(self, key: str, default: int) -> int:
+        """Return a positive integer."""
+        value = self(key, default)
+        if value < 1:
+            raise ValueError(f"config.json of {self.family}: {key} is {value}, expected at least 1")
+        return value
+
+    def only(self, key: str, allowed: Any, why: str) -> None:
+        """Refuse any value but `allowed` (or null)."""
+        value = self(key, allowed)
+        if value != allowed:
+            raise ValueError(f"config.json of {self.family}: {key} = {value!r} is not supported ({why}); use {allowed!r}")
+
+    def rope(self, default_theta: float = 1e4) -> Rope:
+        """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+        given = self("rope_scaling", {}) or self("rope_parameters", {})
+        self.seen |= {"rope_scaling", "rope_parameters", "original_max_position_embeddings"}
+        theta = float(given.get("rope_theta") or self("rope_theta", default_theta, expect=(int, float)))
+        kind = given.get("rope_type") or given.get("type") or "default"
+        used = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+        longest = self.hf.get("max_position_embeddings") or 32768
+        if any(isinstance(v, dict) for v in given.values()) or kind not in ("default", "linear", "yarn"):
+            raise ValueError(f"config.json of {self.family}: rope {given} is not supported; default, linear and yarn are")
+        if given.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"config.json of {self.family}: partial_rotary_factor must be 1 for this family")
+        if kind == "default":
+            rope = Rope(theta)
+        elif kind == "linear":
+            rope, used = Rope(theta, kind, float(given["factor"])), used | {"factor"}
+        else:
+            rope = self._yarn(theta, given, longest)
+            used |= {"factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
+            used |= {"original_max_position_embeddings"}
+        self._warn({f"rope.{k}" for k in given if k not in used})
+        return rope
+
+    def _yarn(self, theta: float, given: dict, longest: int) -> Rope:
+        trained = self.hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+        trained = trained or longest
+        factor = float(given.get("factor") or longest / trained)
+
+        def mscale(m: float) -> float:
+            return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+        scale, m, m_all = given.get("attention_factor"), given.get("mscale"), given.get("mscale_all_dim")
+        if scale is None:
+            scale = mscale(m) / mscale(m_all) if m and m_all else mscale(1.0)
+        fast, slow = given.get("beta_fast") or 32, given.get("beta_slow") or 1
+        return Rope(theta, "yarn", factor, trained, fast, slow, given.get("truncate", True), float(scale))
+
+    def done(self) -> None:
+        """Name the keys that nobody read."""
+        self._warn(set(self.hf) - self.seen)
+
+    def _warn(self, keys: set[str]) -> None:
+        if keys:
+            log.warning("config.json of %s: these keys are unknown here and kept, not used: %s",
+                        self.family, ", ".join(sorted(keys)))  # fmt: skip

@@ -1,0 +1,255 @@
+"""What decoder families share: rotary frequencies, attention, SwiGLU MLP, routed experts; as specs and pure functions.
+
+The legend of the project. Letters are logical sizes, never a rank's part of them.
+
+B batch rows, S sequence (queries), T keys, D model width, N query heads, K key heads (in attention), H head dim,
+h = H / 2, F hidden width, E experts, K experts per token (in the router), R routed rows, V vocabulary, L layers.
+
+Maths runs in `shard.local(fn, ins, outs)` regions on plain tensors. Names say where each operand lives: a parameter's
+path, or a boundary (`act/residual`, `act/heads`, `act/attn`, `act/tokens`), or "sum" for a rank's share of a total.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from functional_trainer.hf import Name
+from functional_trainer.param import Param
+from functional_trainer.tree import Tree
+
+LAYER = "params/layers/_"
+
+
+# positions -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base, and how frequencies are scaled beyond the trained length.
+
+    `kind` is "default", "linear" (all frequencies divided by `factor`) or "yarn" (https://arxiv.org/abs/2309.00071).
+    """
+
+    theta: float = 1e4
+    kind: str = "default"
+    factor: float = 1.0
+    trained_length: int = 32768
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    def frequencies(self, head_dim: int, dtype: torch.dtype, device) -> torch.Tensor:
+        """Return the h angular frequencies, radians per position."""
+        index = torch.arange(0, head_dim, 2, dtype=dtype, device=device)
+        full = 1.0 / self.theta ** (index / head_dim)
+        if self.kind == "default":
+            return full
+        if self.kind == "linear":
+            return full / self.factor
+
+        def dim_at(rotations: float) -> float:  # the pair that turns this often over the trained length
+            return head_dim * math.log(self.trained_length / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = dim_at(self.beta_fast), dim_at(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = ((index / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)
+        return full / self.factor * ramp + full * (1 - ramp)
+
+    def tables(self, positions_BS: torch.Tensor, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, each (B, S, h), in at least float32."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        angle_BSh = positions_BS[..., None].to(dtype) * self.frequencies(head_dim, dtype, positions_BS.device)
+        return angle_BSh.cos() * self.attention_factor, angle_BSh.sin() * self.attention_factor
+
+
+# attention -----------------------------------------------------------------------------------------------------------
+
+
+def attention_specs(dim: int, heads: int, kv_heads: int, head_dim: int, bias: bool, std: float) -> Tree:
+    """Declare grouped-query attention with normalised queries and keys."""
+    specs = {
+        "q": Param((heads, head_dim, dim), "D->NH", std=std),
+        "k": Param((kv_heads, head_dim, dim), "D->KH", std=std),
+        "v": Param((kv_heads, head_dim, dim), "D->KH", std=std),
+        "o": Param((dim, heads, head_dim), "NH->D", std=std),
+        "q_norm": Param((head_dim,), "H", init="ones"),
+        "k_norm": Param((head_dim,), "H", init="ones"),
+    }
+    if bias:
+        specs |= {
+            "q_bias": Param((heads, head_dim), "NH", init="zeros"),
+            "k_bias": Param((kv_heads, head_dim), "KH", init="zeros"),
+            "v_bias": Param((kv_heads, head_dim), "KH", init="zeros"),
+            "o_bias": Param((dim,), "D", init="zeros"),
+        }
+    return specs
+
+
+def _project_heads(x_BSD, w_NHD, bias_NH=None) -> torch.Tensor:
+    bias = None if bias_NH is None else bias_NH.flatten()
+    return F.linear(x_BSD, w_NHD.flatten(0, 1), bias).unflatten(-1, w_NHD.shape[:2])
+
+
+def _qkv(x_BSD, cos_BSh, sin_BSh, q, k, v, q_norm, k_norm, *biases, eps: float):
+    """Project to normalised, rotated queries and keys, and values."""
+    bq, bk, bv = biases or (None, None, None)
+    q_BSNH = kernels.rope(kernels.rms_norm(_project_heads(x_BSD, q, bq), q_norm, eps), cos_BSh, sin_BSh)
+    k_BSKH = kernels.rope(kernels.rms_norm(_project_heads(x_BSD, k, bk), k_norm, eps), cos_BSh, sin_BSh)
+    return q_BSNH, k_BSKH, _project_heads(x_BSD, v, bv)
+
+
+def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard, cache: dict | None) -> torch.Tensor:
+    """Apply attention within segments. With a cache the new keys are written into it in place and all are attended."""
+    keys = ("q", "k", "v", "q_norm", "k_norm") + (("q_bias", "k_bias", "v_bias") if "q_bias" in p else ())
+    ins = ("act/block_in", "act/rope", "act/rope", *(f"{LAYER}/attn/{k}" for k in keys))
+    qkv = shard.local(partial(_qkv, eps=eps), ins, ("act/heads",) * 3)
+    q, k, v = qkv(x_BSD, rows["cos"], rows["sin"], *(p[k] for k in keys))
+    if cache is not None:
+        here = slice(rows["start"], rows["start"] + k.shape[1])
+        cache["k"][:, here], cache["v"][:, here] = k, v
+        k, v = cache["k"], cache["v"]
+        out_BSNH = kernels.attention(
+            q, k, v, rows["segment_ids"], rows["positions"], rows["key_segment_ids"], rows["key_positions"], window
+        )
+    else:
+        attend = shard.local(
+            partial(kernels.attention, window=window), ("act/attn",) * 3 + ("act/attn_rows",) * 2, ("act/attn",)
+        )
+        q, k, v = (shard(t, "act/attn") for t in (q, k, v))
+        out_BSNH = shard(attend(q, k, v, rows["segment_ids"], rows["positions"]), "act/heads")
+    project = shard.local(
+        lambda o_BSNH, w_DNH: F.linear(o_BSNH.flatten(2), w_DNH.flatten(1)),
+        ("act/heads", f"{LAYER}/attn/o"),
+        ("sum:act/block_in",),
+    )
+    y_BSD = shard(project(out_BSNH, p["o"]), "act/residual")
+    return y_BSD + p["o_bias"] if "o_bias" in p else y_BSD
+
+
+# MLP -----------------------------------------------------------------------------------------------------------------
+
+
+def mlp_specs(dim: int, hidden: int, std: float) -> Tree:
+    """Declare a SwiGLU MLP."""
+    return {
+        "gate_up": Param((2, hidden, dim), "2:D->F", std=std),
+        "down": Param((dim, hidden), "F->D", std=std),
+    }
+
+
+def mlp(p: Tree, x_BSD, shard) -> torch.Tensor:
+    """Apply a SwiGLU MLP."""
+    run = shard.local(
+        lambda x, gate_up, down: F.linear(kernels.swiglu(F.linear(x, gate_up.flatten(0, 1))), down),
+        ("act/block_in", f"{LAYER}/mlp/gate_up", f"{LAYER}/mlp/down"),
+        ("sum:act/block_in",),
+    )
+    return shard(run(x_BSD, p["gate_up"], p["down"]), "act/residual")
+
+
+# routed experts ------------------------------------------------------------------------------------------------------
+
+
+def moe_specs(dim: int, experts: int, hidden: int, std: float) -> Tree:
+    """Declare a softmax router and its SwiGLU experts."""
+    return {
+        "router": Param((experts, dim), "D->E", std=std),
+        "gate_up": Param((experts, 2, hidden, dim), "E2:D->F", std=std),
+        "down": Param((experts, dim, hidden), "E:F->D", std=std),
+    }
+
+
+def document_fractions(chosen_BSE: torch.Tensor, segment_ids_BS: torch.Tensor) -> torch.Tensor:
+    """Return, for every token, the mean of `chosen` over its document, (B, S, E), from differences of running sums."""
+    border_BS = F.pad(segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1], (1, 0))
+    run_BS = border_BS.cumsum(1)
+    first_BS, last_BS = torch.searchsorted(run_BS, run_BS), torch.searchsorted(run_BS, run_BS, right=True)
+    sums_BSE = F.pad(chosen_BSE.cumsum(1), (0, 0, 1, 0))
+    index = lambda at_BS: at_BS[..., None].expand(-1, -1, chosen_BSE.shape[-1])  # noqa: E731
+    total_BSE = sums_BSE.gather(1, index(last_BS)) - sums_BSE.gather(1, index(first_BS))
+    return total_BSE / (last_BS - first_BS)[..., None]
+
+
+def _route(x_BSD, segment_ids_BS, router_ED, *, top_k: int, normalize: bool):
+    """Choose experts; return weights (B, S, K), ids (B, S, K) with E at padding, and three sums over tokens:
+
+    load (E,): slots given to each expert; prob (E,): router probability of each; balance (): the per-sequence form
+    (https://arxiv.org/abs/2412.19437, eq. 17-20) E sum_e f_e P_e of each document times its tokens, f and P being means
+    over the document. It is K per token at perfect balance, as in transformers' pooled form.
+    """
+    E = router_ED.shape[0]
+    real_BS1 = (segment_ids_BS != 0)[..., None]
+    prob_BSE = kernels.promote(F.linear(x_BSD, router_ED)).softmax(-1)
+    top_BSK, id_BSK = prob_BSE.topk(top_k, -1)
+    if normalize:
+        top_BSK = top_BSK / top_BSK.sum(-1, keepdim=True)
+    prob_BSE = prob_BSE * real_BS1
+    chosen_BSE = (id_BSK[..., None] == torch.arange(E, device=x_BSD.device)).sum(2).to(prob_BSE.dtype) * real_BS1
+    balance = E * (document_fractions(chosen_BSE, segment_ids_BS) * prob_BSE).sum()
+    id_BSK = torch.where(real_BS1, id_BSK, E)
+    return top_BSK.to(x_BSD.dtype), id_BSK, chosen_BSE.sum((0, 1)), prob_BSE.sum((0, 1)), balance
+
+
+def moe(p: Tree, x_BSD, segment_ids_BS, top_k: int, normalize: bool, shard) -> tuple[torch.Tensor, dict]:
+    """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` ()."""
+    tokens, router = "act/tokens", f"{LAYER}/moe/router"
+    route = shard.local(
+        partial(_route, top_k=top_k, normalize=normalize),
+        (tokens, "act/token_rows", router),
+        (tokens, tokens, "sum", "sum", "sum"),
+    )
+    weights_BSK, id_BSK, load_E, prob_E, balance = route(x_BSD, segment_ids_BS, p["router"])
+    n_experts, group = p["router"].shape[0], shard.group(f"{LAYER}/moe/gate_up", 0)
+
+    def experts(x_BSD, weights_BSK, id_BSK, gate_up, down):
+        flat = (x_BSD.flatten(0, 1), weights_BSK.flatten(0, 1), id_BSK.flatten(0, 1))
+        return kernels.experts(*flat, gate_up, down, n_experts, group).view(x_BSD.shape)
+
+    run = shard.local(experts, (tokens,) * 3 + (f"{LAYER}/moe/gate_up", f"{LAYER}/moe/down"), (tokens,))
+    y_BSD = shard(run(x_BSD, weights_BSK, id_BSK, p["gate_up"], p["down"]), "act/residual")
+    return y_BSD, {"load": load_E, "prob": prob_E, "balance": balance}
+
+
+# the skeleton --------------------------------------------------------------------------------------------------------
+
+
+def block(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard, cache, feed: Callable):
+    """Apply pre-norm attention and `feed(p, x) -> (y, aux)`, each added to the residual."""
+    h_BSD = shard(kernels.rms_norm(x_BSD, p["attn_norm"], eps), "act/block_in")
+    x_BSD = x_BSD + attention(p["attn"], h_BSD, rows, eps, window, shard, cache)
+    y_BSD, aux = feed(p, kernels.rms_norm(x_BSD, p["mlp_norm"], eps))
+    return x_BSD + y_BSD, aux
+
+
+def decoder_specs(vocab: int, dim: int, layers: list[Tree], tied: bool, std: float) -> Tree:
+    """Declare a decoder around its layers."""
+    specs = {"embed": Param((vocab, dim), "V,D", std=std), "layers": layers, "norm": Param((dim,), "D", init="ones")}
+    return specs if tied else specs | {"unembed": Param((vocab, dim), "V,D", std=std)}
+
+
+HUB = "model.layers.{i}."
+DECODER_NAMES = (
+    Name("model.embed_tokens.weight", "embed"),
+    Name("model.norm.weight", "norm"),
+    Name("lm_head.weight", "unembed"),
+    Name(HUB + "input_layernorm.weight", "layers/{i}/attn_norm"),
+    Name(HUB + "post_attention_layernorm.weight", "layers/{i}/mlp_norm"),
+)
+ATTENTION_NAMES = (
+    *(Name(f"{HUB}self_attn.{k}_proj.weight", f"layers/{{i}}/attn/{k}") for k in "qkvo"),
+    *(Name(f"{HUB}self_attn.{k}_proj.bias", f"layers/{{i}}/attn/{k}_bias") for k in "qkvo"),
+    *(Name(f"{HUB}self_attn.{k}_norm.weight", f"layers/{{i}}/attn/{k}_norm") for k in "qk"),
+)
+MLP_NAMES = (
+    Name(HUB + "mlp.gate_proj.weight", "layers/{i}/mlp/gate_up", "0"),
+    Name(HUB + "mlp.up_proj.weight", "layers/{i}/mlp/gate_up", "1"),
+    Name(HUB + "mlp.down_proj.weight", "layers/{i}/mlp/down"),
+)

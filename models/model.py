@@ -1,0 +1,105 @@
+"""A model: a config, a tree of abstract parameters and pure functions over trees of tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import kernels
+from functional_trainer import param
+from functional_trainer.hf import Name
+from functional_trainer.tree import Tree
+from functional_trainer.types import ONE_DEVICE, Batch, Output, Unembed
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only language model. It holds no tensors; change it with `dataclasses.replace`.
+
+    `layer(p, x_BSD, rows, window=, dtype=, shard=, cache=) -> (x_BSD, aux)` is one block, the unit of recomputation and
+    of compilation: wrap it and put it back. `window` is the layer's sliding window or None.
+    """
+
+    config: Any
+    """The family's frozen dataclass; `config.hf` is the Hugging Face dict it was read from."""
+    specs: Tree
+    """Tree of `Param`, the shape of every parameter tree of this model."""
+    layer: Callable
+    names: tuple[tuple[Name, ...], ...]
+    """Hugging Face name maps, the layouts that checkpoints come in; the first is written."""
+    dtype: torch.dtype | None = None
+    """Compute dtype; parameters are cast at use. None computes in the parameters' own dtype."""
+
+    def init(self, seed: int, dtype: torch.dtype = torch.float32, device="cpu", shard=ONE_DEVICE) -> Tree:
+        """Draw a parameter tree."""
+
+        def one(path: str, p: param.Param):
+            return shard.init_leaf(
+                path, p.shape, lambda: param.init_leaf(path, p, seed, dtype, device)
+            )
+
+        return param.tree.map_with_path(one, self.specs, is_leaf=param.is_param)
+
+    def apply(self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None) -> Output:
+        """Map tokens (B, S) to hidden states (B, S, D) after the final norm.
+
+        `batch` needs tokens, segment_ids and positions. `aux` stacks the router sums of the L MoE layers: load (L, E),
+        prob (L, E), balance (L,). With a `cache` from `init_cache` the new keys are appended to it in place.
+        """
+        c = self.config
+        embed = shard.weights({"embed": params["embed"]}, "params", self.dtype)["embed"]
+        x_BSD = shard.local(kernels.embedding, ("params/embed", "batch/columns"), ("act/block_in",))(
+            embed, batch["tokens"]
+        )
+        x_BSD = shard(x_BSD, "act/residual")
+        tables = shard.local(
+            lambda positions_BS: c.rope.tables(positions_BS, c.head_dim, embed.dtype), ("batch/columns",),
+            ("act/rope", "act/rope"),
+        )  # fmt: skip
+        cos, sin = tables(batch["positions"])
+        rows = {"segment_ids": batch["segment_ids"], "positions": batch["positions"], "cos": cos, "sin": sin}
+        rows |= _append_rows(cache, batch)
+        stats = []
+        for i, p in enumerate(params["layers"]):
+            x_BSD, aux = self.layer(
+                p, x_BSD, rows, window=c.windows[i], dtype=self.dtype, shard=shard,
+                cache=None if cache is None else cache["layers"][i],
+            )  # fmt: skip
+            stats += [aux] if aux else []
+        scale = shard.weights({"norm": params["norm"]}, "params", self.dtype)["norm"]
+        hidden = kernels.rms_norm(x_BSD, scale, c.eps)
+        aux = {k: torch.stack([s[k] for s in stats]) for k in stats[0]} if stats else {}
+        return Output(hidden, aux, cache)
+
+    def unembed(self, params: Tree, shard=ONE_DEVICE) -> Unembed:
+        """Return what turns hidden states into logits, in the compute dtype."""
+        name = "embed" if self.config.tied else "unembed"
+        return Unembed(shard.weights({name: params[name]}, "params", self.dtype)[name])
+
+    def init_cache(self, rows: int, length: int, like: Tree) -> Tree:
+        """Return an empty KV cache for `rows` sequences of at most `length` tokens, typed and placed as `like`."""
+        w = like["embed"]
+        shape = (rows, length, self.config.kv_heads, self.config.head_dim)
+        at = {"dtype": self.dtype or w.dtype, "device": w.device}
+        ids = {"dtype": torch.int64, "device": w.device}
+        return {
+            "layers": [{"k": torch.zeros(shape, **at), "v": torch.zeros(shape, **at)} for _ in like["layers"]],
+            "segment_ids": torch.zeros(rows, length, **ids),
+            "positions": torch.zeros(rows, length, **ids),
+            "length": 0,
+        }
+
+
+def _append_rows(cache: Tree | None, batch: Batch) -> dict:
+    """Write the new tokens' segments and positions into the cache; return what attention needs of it."""
+    if cache is None:
+        return {}
+    start = cache["length"]
+    end = start + batch["tokens"].shape[1]
+    if end > cache["positions"].shape[1]:
+        raise ValueError(f"the KV cache holds {cache['positions'].shape[1]} tokens per row, {end} are needed")
+    cache["segment_ids"][:, start:end] = batch["segment_ids"]
+    cache["positions"][:, start:end] = batch["positions"]
+    cache["length"] = end
+    return {"start": start, "key_segment_ids": cache["segment_ids"], "key_positions": cache["positions"]}

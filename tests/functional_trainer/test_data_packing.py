@@ -1,0 +1,271 @@
+"""Documents, cutting, packing, loading: nothing is lost or doubled, and a resumed stream goes on bit for bit."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from functional_trainer.data import STRATEGIES, Documents, Loader
+from functional_trainer.data.packing import Cursor, cut, fill, plan
+
+
+@st.composite
+def documents(draw, most=16, longest=40):
+    """Documents whose tokens are all different, so that a row says where each of its tokens comes from."""
+    lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=most))
+    first = np.cumsum([1, *lengths])
+    seed = draw(st.integers(0, 2**20))
+    rng = np.random.default_rng(seed)
+    return Documents.of(
+        (range(start, start + n), rng.random(n) < 0.7) for start, n in zip(first[:-1].tolist(), lengths, strict=True)
+    )
+
+
+def whole(docs: Documents, overlong: str, seq_len: int) -> Counter:
+    """Say, the slow way, which (inputs, targets, weights, positions) a pass over `docs` must give."""
+    expected: Counter = Counter()
+    for ids, mask in (docs[i] for i in range(len(docs))):
+        ids, mask = ids.tolist(), mask.astype(float).tolist()
+        rows = list(zip(ids[:-1], ids[1:], mask[1:], range(len(ids)), strict=False))
+        chunks = [rows[i : i + seq_len] for i in range(0, len(rows), seq_len)]
+        if len(chunks) > 1 and overlong != "split":
+            chunks = chunks[:1] if overlong == "truncate" else []
+        expected.update(tuple(chunk) for chunk in chunks if any(weight for _, _, weight, _ in chunk))
+    return expected
+
+
+def segments(batches) -> Counter:
+    """Read the segments back out of batches."""
+    found: Counter = Counter()
+    for batch in batches:
+        columns = [batch[name].tolist() for name in ("tokens", "targets", "weights", "positions", "segment_ids")]
+        for row in zip(*columns, strict=True):
+            cells = list(zip(*row, strict=True))
+            ids = [cell[4] for cell in cells]
+            used = [i for i in ids if i]
+            assert used == sorted(used) and set(used) == set(range(1, max(used, default=0) + 1))
+            assert ids == used + [0] * (len(ids) - len(used)), "padding comes last"
+            assert all(cell[:4] == (0, 0, 0.0, 0) for cell in cells[len(used) :])
+            found.update(tuple(c[:4] for c in cells if c[4] == segment) for segment in sorted(set(used)))
+    return found
+
+
+def same(a, b) -> bool:
+    return set(a) == set(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@settings(max_examples=60)
+@given(
+    docs=documents(),
+    rows=st.integers(1, 5),
+    seq_len=st.integers(1, 45),
+    packing=st.sampled_from(sorted(STRATEGIES)),
+    overlong=st.sampled_from(["split", "truncate", "drop"]),
+    epochs=st.integers(1, 3),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 2**70),
+)
+def test_rows_hold_exactly_the_documents(docs, rows, seq_len, packing, overlong, epochs, shuffle, seed):
+    expected = whole(docs, overlong, seq_len)
+    settings_ = dict(rows=rows, seq_len=seq_len, packing=packing, overlong=overlong, shuffle=shuffle, seed=seed)
+    if not expected:
+        with pytest.raises(ValueError, match="no document is left"):
+            Loader(docs, epochs=epochs, **settings_)
+        return
+    loader = Loader(docs, epochs=epochs, **settings_)
+    batches = list(loader)
+    assert segments(batches) == Counter({piece: n * epochs for piece, n in expected.items()})
+    for batch in batches:
+        assert {name: (x.dtype, tuple(x.shape)) for name, x in batch.items()} == {
+            **{n: (torch.int64, (rows, seq_len)) for n in ("tokens", "targets", "segment_ids", "positions")},
+            "weights": (torch.float32, (rows, seq_len)),
+        }
+        if packing == "none":
+            assert batch["segment_ids"].max() == 1
+    stats, per_epoch = loader.stats, sum(expected.values())
+    assert (stats["pieces"], stats["seen_pieces"]) == (per_epoch, per_epoch * epochs)
+    assert stats["tokens"] == sum(len(piece) * n for piece, n in expected.items())
+    assert stats["seen_trained_tokens"] == sum(b["weights"].sum() for b in batches) == stats["trained_tokens"] * epochs
+    places = sum(b["tokens"].numel() for b in batches)
+    assert stats["padding"] == pytest.approx(sum((b["segment_ids"] == 0).sum().item() for b in batches) / places)
+    long = sum(len(docs[i][0]) > seq_len + 1 for i in range(len(docs)))
+    assert {k: stats[k] for k in ("split", "truncate", "drop")} == {"split": 0, "truncate": 0, "drop": 0, overlong: long}
+    assert loader.total_steps() == len(batches) == stats["batches"]
+    assert next(loader, None) is None
+
+
+@settings(max_examples=40)
+@given(
+    docs=documents(),
+    rows=st.integers(1, 4),
+    seq_len=st.integers(4, 45),
+    packing=st.sampled_from(sorted(STRATEGIES)),
+    epochs=st.sampled_from([None, 1, 3]),
+    instants=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+)
+def test_resumes_bit_for_bit(docs, rows, seq_len, packing, epochs, instants):
+    def fresh():
+        return Loader(docs, rows=rows, seq_len=seq_len, packing=packing, epochs=epochs, seed=5)
+
+    if not whole(docs, "split", seq_len):
+        return
+    straight = fresh()
+    expected = list(islice(straight, 15))
+    for instant in instants:
+        first = fresh()
+        taken = list(islice(first, instant))
+        second = fresh()
+        list(islice(second, 3))  # whatever it did before is forgotten
+        second.restore(json.loads(json.dumps(first.state())))
+        assert second.stats == first.stats
+        rest = list(islice(second, 15 - len(taken)))
+        assert len(taken + rest) == len(expected)
+        assert all(map(same, taken + rest, expected))
+        assert second.state() == straight.state()
+
+
+@settings(max_examples=20)
+@given(docs=documents(), world=st.integers(1, 4), each=st.integers(1, 3), packing=st.sampled_from(sorted(STRATEGIES)))
+def test_ranks_share_one_stream(docs, world, each, packing):
+    def run(rank, world):
+        return list(Loader(docs, rows=rows, seq_len=40, packing=packing, epochs=2, rank=rank, world=world, seed=1))
+
+    rows = world * each
+    if not whole(docs, "split", 40):
+        return
+    ranks = [run(rank, world) for rank in range(world)]
+    together = [{k: torch.cat([part[k] for part in parts]) for k in parts[0]} for parts in zip(*ranks, strict=True)]
+    alone = run(0, 1)
+    assert len(alone) == len(together) and all(map(same, alone, together))
+    assert ranks[0][0]["tokens"].shape == (each, 40)
+
+
+def documents_of(lengths):
+    """Documents of the given lengths; token = document + 1, all trained."""
+    return Documents.of(([i + 1] * n, [True] * n) for i, n in enumerate(lengths))
+
+
+def test_endless_epochs_are_permutations_of_their_own():
+    loader = Loader(documents_of([3] * 50), rows=1, seq_len=2, packing="none", seed=3)
+    stream = [int(batch["tokens"][0, 0]) for batch in islice(loader, 200)]
+    epochs = [stream[i : i + 50] for i in range(0, 200, 50)]
+    assert all(sorted(epoch) == list(range(1, 51)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    again = Loader(documents_of([3] * 50), rows=1, seq_len=2, packing="none", seed=4)
+    other = [int(batch["tokens"][0, 0]) for batch in islice(again, 200)]
+    assert not {tuple(other[i : i + 50]) for i in range(0, 200, 50)} & set(map(tuple, epochs)), "seeds share no epoch"
+
+
+def test_unshuffled_keeps_the_files_order():
+    loader = Loader(documents_of([3, 5, 4]), rows=2, seq_len=4, packing="none", epochs=1, shuffle=False)
+    assert [batch["tokens"][:, 0].tolist() for batch in loader] == [[1, 2], [3, 0]]
+    assert next(loader, None) is None
+    loader.reset()
+    assert len(list(loader)) == 2 == loader.steps_per_epoch()
+
+
+def test_first_fit_and_best_fit_choose_different_rows():
+    lengths = [5, 6, 2]
+
+    def table(name):
+        return plan(Cursor(), 3, lengths.__getitem__, 2, 8, STRATEGIES[name])[0]
+
+    assert table("first_fit") == [[0, 2], [1]]
+    assert table("best_fit") == [[0], [1, 2]]
+    assert table("none") == [[0], [1]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=60),
+    rows=st.integers(1, 3),
+    name=st.sampled_from(sorted(STRATEGIES)),
+    lookahead=st.integers(1, 5),
+)
+def test_packing_is_lossless_fair_and_within_rows(lengths, rows, name, lookahead):
+    cursor, seen, batches = Cursor(), [], 0
+    while cursor.held or cursor.next < len(lengths):
+        oldest = min([*cursor.held, cursor.next])
+        table, cursor = plan(cursor, len(lengths), lengths.__getitem__, rows, 9, STRATEGIES[name], lookahead)
+        assert table[0][0] == oldest, "none is passed over for ever"
+        assert all(sum(lengths[i] for i in row) <= 9 for row in table)
+        assert len(cursor.held) <= lookahead
+        seen += [i for row in table for i in row]
+        batches += 1
+        assert batches <= len(lengths)
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_packing_wastes_little():
+    rng = np.random.default_rng(0)
+    docs = documents_of(rng.integers(6, 62, 3000).tolist())
+    loaders = {name: Loader(docs, rows=8, seq_len=128, packing=name, epochs=None) for name in STRATEGIES}
+    for loader in loaders.values():
+        list(islice(loader, 60))
+    padding = {name: loader.stats["padding"] for name, loader in loaders.items()}
+    assert padding["first_fit"] < 0.02 and padding["best_fit"] < 0.02 < 0.6 < padding["none"]
+
+
+def test_split_pieces_continue_positions_and_train_every_target_once():
+    docs = Documents.of([(range(10, 21), [False] * 3 + [True] * 8)])
+    pieces = cut(docs, 4, "split")
+    batch = fill(docs, pieces, [[0], [1], [2]], 4)
+    assert batch["tokens"].tolist() == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19, 0, 0]]
+    assert batch["targets"].tolist() == [[11, 12, 13, 14], [15, 16, 17, 18], [19, 20, 0, 0]]
+    assert batch["weights"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
+    assert batch["segment_ids"].tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+
+
+def test_untrained_pieces_are_left_out_and_counted():
+    docs = Documents.of([(range(9), [False] * 6 + [True] * 3), (range(5), [False] * 5), ([7], [True])])
+    assert cut(docs, 4, "split").stats == {
+        **{"documents": 3, "pieces": 1, "tokens": 4, "trained_tokens": 3, "split": 1, "truncate": 0, "drop": 0},
+        "untrained": 3,
+    }
+    assert cut(docs, 4, "truncate").stats["untrained"] == 3
+    assert cut(docs, 4, "drop").stats == {
+        **{"documents": 3, "pieces": 0, "tokens": 0, "trained_tokens": 0, "split": 0, "truncate": 0, "drop": 1},
+        "untrained": 2,
+    }
+
+
+def test_storage_is_flat_and_small():
+    docs = documents_of([3, 2])
+    assert (docs.tokens.dtype, docs.mask.dtype, docs.offsets.tolist()) == (np.int32, np.bool_, [0, 3, 5])
+    with pytest.raises(ValueError, match="document 0 has 2 ids but 1"):
+        Documents.of([([1, 2], [True])])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(rows=3, world=2), r"rows \(3\) cannot be shared equally by 2 ranks"),
+        (dict(rows=0), "rows is 0"),
+        (dict(seq_len=0), "seq_len is 0"),
+        (dict(epochs=0), "epochs is 0"),
+        (dict(rank=1), "rank is 1; with world 1"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(packing="tight"), "packing is 'tight'; it can be one of first_fit, best_fit, none"),
+        (dict(overlong="wrap"), "overlong is 'wrap'"),
+    ],
+)
+def test_wrong_settings_say_what_would_be_right(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(documents_of([3, 3]), **(dict(rows=2, seq_len=4) | wrong))
+
+
+def test_resume_refuses_another_stream():
+    loader = Loader(documents_of([3, 3]), rows=2, seq_len=4)
+    next(loader)
+    state = loader.state()
+    with pytest.raises(ValueError, match="seq_len was 4, is 5"):
+        Loader(documents_of([3, 3]), rows=2, seq_len=5).restore(state)
+    with pytest.raises(ValueError, match="content was '2 documents"):
+        Loader(documents_of([3, 4]), rows=2, seq_len=4).restore(state)
+    with pytest.raises(ValueError, match="endless"):
+        loader.total_steps()
