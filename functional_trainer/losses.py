@@ -77,6 +77,6 @@ def sft(
 
     def weights(batch: Batch) -> Sums:
         tokens = (batch["segment_ids"] != 0).sum()
-        return {"nll": batch["weights"].sum(), "balance": tokens if balance == "per_sequence" else tokens * 0 + 1}
+        return {"nll": batch["weights"].sum(dtype=torch.float64), "balance": tokens if balance == "per_sequence" else tokens * 0 + 1}
 
     return Loss(terms, weights, {"balance": balance_coefficient}, accumulates=balance != "hf")

@@ -1,7 +1,7 @@
 """What a run says while it trains: `metrics.jsonl`, TensorBoard, a progress line, `loss.png`.
 
-`metrics.jsonl` holds one strict JSON object per optimizer step. JSON has no nan and no infinity: such a value is written
-as null and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"loss": "nan"}}.
+`metrics.jsonl` holds one strict JSON object per optimizer step. JSON has no nan and no infinity: such a value is null
+and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"loss": "nan"}}.
 """
 
 import collections
@@ -9,7 +9,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ class Metrics:
 
     Keys the progress line knows: loss, eval_loss, tokens_per_s, mfu (a fraction or None); the plot also reads lr. On
     construction rows and events after `start_step` are dropped, a line torn by a kill too, so a resumed run leaves one
-    row per step; log a step before saving its checkpoint, and check first that the folder holds this run. With
-    `main=False` (other ranks) nothing is read or written. Without a terminal a plain line is printed every `every` steps.
+    row per step: log a step before saving its checkpoint, and check first that the folder holds this run. With
+    `main=False` (other ranks) nothing is read or written. Without a terminal a plain line appears every `every` steps.
     """
 
     def __init__(
@@ -46,10 +47,9 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = truncate(self.folder / "metrics.jsonl", start_step)
-        self.eval_loss = next((r["eval_loss"] for r in reversed(rows) if r.get("eval_loss") is not None), None)
-        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        truncate(self.folder / "metrics.jsonl", start_step)
+        self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1, flush_secs=5)
         self.console = console or Console()
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(None), TextColumn("{task.description}"))
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, expand=True)
@@ -57,7 +57,10 @@ class Metrics:
         self.bar.start()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append the row of `step` (from 1, increasing); values are numbers, None, strings, tensors, lists or mappings."""
+        """Append the row of `step` (1, 2, ...): numbers, None, strings, tensors, and lists or mappings of them.
+
+        Lists go to `metrics.jsonl` only, numbers to TensorBoard as well. Raises OSError when the disk is full.
+        """
         if step <= self.last:
             raise ValueError(f"step {step} was logged after step {self.last}")
         self.last = step
@@ -65,11 +68,15 @@ class Metrics:
             return
         nonfinite: dict[str, str] = {}
         row = {"step": step, **_strict(values, "", nonfinite)}
-        self.file.write(json.dumps(row | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False) + "\n")
-        self.file.flush()
-        for name, value in _scalars(row, ""):
-            if name != "step":
+        line = json.dumps(row | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False).encode() + b"\n"
+        try:
+            while line:  # straight to the system, nothing is left in a buffer
+                line = line[self.file.write(line) :]
+            for name, value in _scalars(row, ""):
                 self.board.add_scalar(name, value, step)
+        except OSError as error:
+            reason = f"cannot write the metrics of step {step} to {self.folder}: {error.strerror}"
+            raise OSError(error.errno, f"{reason}; make room there and resume") from None
         self.clock.append(time.monotonic())
         self.eval_loss = row["eval_loss"] if row.get("eval_loss") is not None else self.eval_loss
         self._show(step, values)
@@ -80,13 +87,16 @@ class Metrics:
             self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Close the files and draw `loss.png`."""
+        """Close the files and draw `loss.png`; what fails here is reported, not raised."""
         if not self.main:
             return
         self.bar.stop()
         self.file.close()
-        self.board.close()
-        plot(self.folder)
+        try:
+            self.board.close()
+            plot(self.folder)
+        except OSError as error:
+            self.print(f"{self.folder}/loss.png is not drawn: {error}")
 
     def __enter__(self) -> "Metrics":
         return self
@@ -118,32 +128,37 @@ class Metrics:
         return "  ".join(p for p in parts if p)
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`, without a last line torn by a kill; none if there is no file."""
-    path = Path(path)
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+def read(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a `metrics.jsonl`, without a last line torn by a kill; none if there is no file."""
+    for line in _lines(Path(path)):
+        yield json.loads(line)
 
 
-def truncate(path: str | Path, step: int) -> list[dict[str, Any]]:
-    """Drop the rows after `step`, and a torn last line, by writing a new file and renaming it; return the rows kept."""
+def truncate(path: str | Path, step: int) -> None:
+    """Drop the rows after `step`, and a torn last line, by writing a new file and renaming it."""
     path = Path(path)
-    rows = [row for row in read(path) if row["step"] <= step]
+    if not path.exists():
+        return
+    partial = path.with_suffix(".tmp")
+    with open(partial, "wb") as file:
+        file.writelines(line for line in _lines(path) if json.loads(line)["step"] <= step)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     if path.exists():
-        partial = path.with_suffix(".tmp")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    return rows
+        with open(path, "rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
 
 
 def plot(folder: str | Path) -> Path:
     """Draw `<folder>/loss.png` from its `metrics.jsonl`: train loss, raw and smoothed, eval loss, learning rate."""
     from matplotlib.figure import Figure  # no pyplot: no global state, and the Agg canvas by default
 
-    rows = read(Path(folder) / "metrics.jsonl")
+    keys = ("step", "loss", "eval_loss", "lr")
+    rows = [{key: row.get(key) for key in keys} for row in read(Path(folder) / "metrics.jsonl")]
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axis = figure.add_subplot()
     if steps := _column(rows, "loss"):
@@ -169,16 +184,14 @@ def plot(folder: str | Path) -> Path:
 
 
 def _column(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [(row["step"], row[key]) for row in rows if row[key] is not None]
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Average exponentially over about a thirtieth of the run, unbiased at the start."""
-    decay, total, weight, smooth = 1 - 1 / max(1.0, len(values) / 30), 0.0, 0.0, []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        smooth.append(total / weight)
-    return smooth
+    """Average over a centred window of about a thirtieth of the run, cut at the ends."""
+    sums, size, half = [0.0, *accumulate(values)], len(values), len(values) // 60
+    windows = [(max(0, i - half), min(size, i + half + 1)) for i in range(size)]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
 def _strict(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
@@ -194,10 +207,10 @@ def _strict(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
     return value
 
 
-def _scalars(value: Any, path: str):
-    """Yield (path, number) for the numbers of a row that are not in lists."""
+def _scalars(value: Any, path: str) -> Iterator[tuple[str, float]]:
+    """Yield (path, number) for the numbers of a row that are not in lists, but for the step."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _scalars(item, f"{path}/{key}" if path else key)
-    elif isinstance(value, int | float):
+    elif isinstance(value, int | float) and path != "step":
         yield path, value

@@ -4,8 +4,8 @@
     grads   = sum over micro-batches of d/dparams sum_term coefficient * sum / weight
     state   = optimizer(state, clipped grads)           or the old state, bit for bit, if the norm is not finite
 
-`compile="step"` makes this one graph, backward and update included (two graphs, gradient and update, when there are
-several micro-batches); "layer" compiles one block and one leaf's update, so its cost does not grow with depth.
+`compile="step"` makes this one graph, backward and update included. With several micro-batches or recomputation it is
+two, gradient and update. "layer" compiles one block and one leaf's update, so its cost does not grow with depth.
 """
 
 from collections.abc import Callable
@@ -94,21 +94,29 @@ def make_train_step(
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
     if compile != "off":
         torch._dynamo.config.capture_scalar_outputs = True
-    if compile == "step":
+    if compile == "step":  # lets Dynamo trace `autograd.grad`
         torch._dynamo.config.trace_autograd_ops = True
     model = wrap_layer(model, compile=compile == "layer", remat=remat == "layer", backend=backend)
 
-    def jit(fn: Callable, when: str, **options) -> Callable:
-        return torch.compile(fn, fullgraph=True, backend=backend, **options) if compile == when else fn
+    one_graph = compile == "step" and micro_batches == 1 and remat == "none"
+
+    def jit(fn: Callable, when: bool, **options) -> Callable:
+        return torch.compile(fn, fullgraph=True, backend=backend, **options) if when else fn
+
+    def objective(params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
+        sums, reported = evaluate(model, loss, params, batch, buffers, shard)
+        means = {k: v / weights[k] for k, v in sums.items()}
+        return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
+
+    objective = jit(objective, compile == "step" and not one_graph, dynamic=False)
 
     def gradient(params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
         leaves, spec = pytree.tree_flatten(params)
         leaves = [x.detach().requires_grad_() for x in leaves]
-        sums, reported = evaluate(model, loss, pytree.tree_unflatten(leaves, spec), batch, buffers, shard)
-        objective = sum(loss.coefficients.get(k, 1.0) * v / weights[k] for k, v in sums.items())
-        grads = torch.autograd.grad(objective, leaves)
+        value, means, reported = objective(pytree.tree_unflatten(leaves, spec), batch, weights, buffers)
+        grads = torch.autograd.grad(value, leaves)
         grads = [shard.storage(shard.like(g, p)) for g, p in zip(grads, leaves, strict=True)]
-        return grads, {"loss": objective.detach()} | {k: v.detach() / weights[k] for k, v in sums.items()}, reported
+        return grads, tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
 
     def update_leaf(p, g, moments, scalars, scale, finite):
         new_p, new_moments = optimizer.update(p, g * scale, moments, scalars)
@@ -116,7 +124,7 @@ def make_train_step(
         for k, old in moments.items():
             old.copy_(torch.where(finite, new_moments[k], old))
 
-    leaf = jit(update_leaf, "layer", dynamic=True)
+    leaf = jit(update_leaf, compile == "layer", dynamic=True)
 
     def update(state: TrainState, grads: list[torch.Tensor], sums: Metrics, reported: Metrics):
         norm = shard.norm(grads, tree.leaves(state.params))
@@ -134,22 +142,24 @@ def make_train_step(
         state.step.add_(1)
         return {**sums, "grad_norm": norm, "lr": lr, "skipped": state.skipped.clone(), **reported}
 
-    def whole(state: TrainState, batch: Batch):
-        return update(state, *gradient(state.params, batch, total_weights(loss, batch, shard), state.buffers))
+    if one_graph:
 
-    if micro_batches == 1:
-        one = jit(whole, "step", dynamic=False)
+        def whole(state: TrainState, batch: Batch) -> Metrics:
+            weights = total_weights(loss, batch, shard)
+            return update(state, *gradient(state.params, batch, weights, state.buffers))
+
+        one = jit(whole, True, dynamic=False)
         return lambda state, batch: (state, one(state, batch))
-    part, finish = jit(gradient, "step", dynamic=False), jit(update, "step", dynamic=False)
+    finish = jit(update, compile == "step", dynamic=False)
 
-    def accumulated(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         weights = total_weights(loss, batch, shard)
         parts = shard.micro(batch, micro_batches)
-        grads, sums, reported = part(state.params, parts[0], weights, state.buffers)
+        grads, sums, reported = gradient(state.params, parts[0], weights, state.buffers)
         for micro in parts[1:]:
-            more, *rest = part(state.params, micro, weights, state.buffers)
+            more, *rest = gradient(state.params, micro, weights, state.buffers)
             torch._foreach_add_(grads, more)
             sums, reported = tree.map(torch.add, (sums, reported), tuple(rest))
         return state, finish(state, grads, sums, reported)
 
-    return accumulated
+    return step

@@ -43,7 +43,7 @@ class OneDevice:
         """Return the parameters below `prefix` as the maths uses them: cast to `dtype`, gathered over storage axes."""
         return params if dtype is None else tree.map(lambda w: w.to(dtype), params)
 
-    def local(self, fn: Callable, ins: tuple[str, ...], outs: tuple[str, ...], partial: str | None = None) -> Callable:
+    def local(self, fn: Callable, ins: tuple[str, ...], outs: tuple[str, ...]) -> Callable:
         """Run `fn` on local shards; `ins` and `outs` name each operand's placement."""
         return fn
 

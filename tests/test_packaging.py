@@ -19,10 +19,10 @@ WHERE = "import importlib as i; print(*(i.import_module(m).__file__ for m in {})
 THEIRS = "kernels-0.17.2"
 
 
-def run(*command, cwd, check=True) -> str:
+def run(*command, cwd) -> str:
     """Run a command without PYTHONPATH and return what it printed, failing with it when the command fails."""
     done = subprocess.run([*map(str, command)], cwd=cwd, env=CLEAN, text=True, capture_output=True)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -41,10 +41,10 @@ class Env:
         run(sys.executable, "-m", "pip", "--python", self.python, *args, cwd=self.outside)
         self.libraries.write_text(sysconfig.get_path("purelib") + "\n")
 
-    def finds(self, module: str) -> Path:
-        """Return the file that importing the module outside the clone would run, without running it."""
-        code = f"import importlib.util as u; print(u.find_spec({module!r}).origin)"
-        return Path(run(self.python, "-c", code, cwd=self.outside).strip())
+    def kernels(self, cwd: Path) -> Path:
+        """Return the file that `import kernels` would run, without running it."""
+        code = "import importlib.util as u; print(u.find_spec('kernels').origin)"
+        return Path(run(self.python, "-c", code, cwd=cwd).strip())
 
     def where(self, *modules: str) -> list[Path]:
         """Import the modules from a folder outside the clone and return their files."""
@@ -103,11 +103,11 @@ def test_kernels_is_ours_here():
 @pytest.mark.parametrize("how", ["script", "pytest", "console"])
 def test_the_clone_comes_before_an_installed_kernels(how, env, theirs):
     env.pip("install", "--no-index", "--no-deps", theirs)
-    assert env.finds("kernels") == env.site / "kernels/__init__.py"
+    assert env.kernels(env.outside) == env.site / "kernels/__init__.py"
     if how == "script":
         assert "--model.path" in run(env.python, ROOT / "experiments/qwen3_moe_sft.py", "--help", cwd=env.outside)
     elif how == "console":
-        assert run(env.python, "-c", WHERE.format(("kernels",)), cwd=ROOT).strip() == str(ROOT / "kernels/__init__.py")
+        assert env.kernels(ROOT) == ROOT / "kernels/__init__.py"
     else:  # -P: as the `pytest` command does, leave the current folder out of sys.path
         command = ("-P", "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::test_kernels_is_ours_here")
         assert "1 passed" in run(env.python, *command, cwd=ROOT)
@@ -124,7 +124,7 @@ def test_installed_beside_the_other_kernels(order, env, ours, theirs):
     env.pip("uninstall", "--yes", "functional-trainer")
     assert is_whole(env.site, theirs)
     assert not list(rooms.rglob("*.py")) and not (env.site / "functional_trainer.pth").exists()
-    assert env.finds("kernels") == env.site / "kernels/__init__.py"  # only our wheel had put ours in front
+    assert env.kernels(env.outside) == env.site / "kernels/__init__.py"  # only our wheel had put ours in front
 
 
 @pytest.mark.slow

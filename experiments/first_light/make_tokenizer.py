@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 FOLDER = Path(__file__).parent / "tokenizer"
 SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>", "<|end|>")
-SPLIT = (  # Qwen's: contractions, words with the mark before them, single digits, punctuation, line ends, spaces
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+SPLIT = (  # GPT-2's and Qwen's: contractions, words and single digits with the space before them, punctuation, spaces
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TEMPLATE = """\
@@ -57,7 +57,7 @@ def build() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=100_000, min_frequency=1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    texts = [text.replace("{}", "0") for phrasings in tasks.PHRASINGS.values() for text in phrasings]
+    texts = [text.replace("{}", "0 1 2 3 4 5 6 7 8 9") for phrasings in tasks.PHRASINGS.values() for text in phrasings]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return tokenizer

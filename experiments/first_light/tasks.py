@@ -1,10 +1,10 @@
-"""The first-light chat dataset: addition, letter sorting and word reversal asked in words, with checkable answers.
+"""The first-light chat dataset: addition and letter sorting asked in words, with checkable answers.
 
     python experiments/first_light/tasks.py FOLDER [--n-train N] [--n-eval N] [--seed N]
 
 Every record is one line of OpenAI messages: `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}`.
 A question's content is what is asked about, whatever the wording: the unordered pair of numbers of an addition, the
-multiset of letters of a letter task. No content of an evaluation question occurs in a training question.
+set of letters to sort. No content of an evaluation question occurs in a training question.
 """
 
 import argparse
@@ -34,16 +34,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Arrange {} from A to Z.",
         "Sort the letters of {}.",
     ),
-    "reverse": (
-        "Reverse {}.",
-        "Please reverse {}.",
-        "Write {} backwards.",
-        "What is {} backwards?",
-        "Spell {} from the end.",
-        "Reverse the letters of {}.",
-    ),
 }
-TURNS = ("add", "sort", "add", "reverse")  # additions are the hardest to learn: every other question
 NUMBERS = range(10, 100)
 LENGTHS = range(4, 7)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -55,7 +46,7 @@ _PATTERNS = [
 
 
 def parse(record: Record) -> tuple[str, tuple[str, ...]]:
-    """Return the task of a record ("add", "sort", "reverse") and its operands; ValueError for a foreign question."""
+    """Return the task of a record ("add" or "sort") and its operands; ValueError for a foreign question."""
     question = record["messages"][0]["content"]
     for task, pattern in _PATTERNS:
         if match := pattern.fullmatch(question):
@@ -67,7 +58,7 @@ def solve(task: str, operands: tuple[str, ...]) -> str:
     """Return the right answer of a task for its operands."""
     if task == "add":
         return str(sum(int(number) for number in operands))
-    return "".join(sorted(operands[0])) if task == "sort" else operands[0][::-1]
+    return "".join(sorted(operands[0]))
 
 
 def content(operands: tuple[str, ...]) -> tuple[str, ...]:
@@ -97,26 +88,26 @@ def _record(rng: random.Random, task: str, operands: tuple[str, ...]) -> Record:
 
 
 def make(n_train: int, n_eval: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return training and evaluation records, tasks by TURNS; the evaluation set depends on n_eval and seed only.
+    """Return training and evaluation records, the tasks in turn; the evaluation set depends on n_eval and seed only.
 
     Evaluation contents are all different and none occurs in training. ValueError when n_eval asks for more than half
     of the additions there are.
     """
-    pairs = len(NUMBERS) * (len(NUMBERS) + 1) // 2
+    tasks, pairs = list(PHRASINGS), len(NUMBERS) * (len(NUMBERS) + 1) // 2
     if n_eval > pairs:
         raise ValueError(f"n_eval={n_eval} leaves too few of the {pairs} additions to train on; at most {pairs}")
     held_out: set[tuple[str, ...]] = set()
     rng = random.Random(f"eval {seed}")
     evaluation = []
     for i in range(n_eval):
-        task = TURNS[i % len(TURNS)]
+        task = tasks[i % len(tasks)]
         operands = _draw(rng, task, held_out)
         held_out.add(content(operands))
         evaluation.append(_record(rng, task, operands))
     rng = random.Random(f"train {seed}")
     train = []
     for i in range(n_train):
-        task = TURNS[i % len(TURNS)]
+        task = tasks[i % len(tasks)]
         train.append(_record(rng, task, _draw(rng, task, held_out)))
     return train, evaluation
 

@@ -255,15 +255,19 @@ class Tokenizer:
         spans: list[Span] = []
         for turn in turns:
             places = [place for number, place in marks if number // 2 == turn]
-            span = self._span(text, min(places), max(places))
+            prompt = self._generation_prompt
+            if not prompt:  # then the turn opens where the prompt for it ends
+                prompt = self.render(messages[:turn], tools, add_generation_prompt=True)
+                prompt = prompt if text.startswith(prompt) else ""
+            span = self._span(text, prompt, min(places), max(places))
             if spans and span[0] < spans[-1][1]:
                 raise ValueError(f"the chat template writes no end-of-turn token before the turn of message {turn}")
             spans.append(span)
         return text, spans
 
-    def _span(self, text: str, first: int, last: int) -> Span:
+    def _span(self, text: str, prompt: str, first: int, last: int) -> Span:
         """Widen [first, last) to the turn: from the end of the generation prompt to that of the end-of-turn token."""
-        prompt, ends = self._generation_prompt, self.turn_ends
+        ends = self.turn_ends
         start = text.rfind(prompt, 0, first) + len(prompt)
         if not prompt or start < len(prompt) or any(end in text[start:first] for end in ends):
             raise ValueError(
@@ -288,16 +292,18 @@ def _plain(message: Message) -> Message:
 
 
 def _wrap(message: Message, index: int, before: bool, behind: bool) -> Message:
-    """Put message `index`'s own sentinels around its text, inside outer white space; without text, its first call's."""
+    """Put message `index`'s own sentinels around its text, inside outer white space, and its first call's name."""
     opening = chr(SENTINEL + 2 * index) if before else ""
     closing = chr(SENTINEL + 2 * index + 1) if behind else ""
     core = (message.get("content") or "").strip()
     if core:
         head, _, tail = message["content"].partition(core)
-        return {**message, "content": head + opening + core + closing + tail}
-    call, *others = message["tool_calls"]
-    named = {**call.get("function", call), "name": opening + call.get("function", call)["name"] + closing}
-    return {**message, "tool_calls": [{**call, "function": named} if "function" in call else named, *others]}
+        message = {**message, "content": head + opening + core + closing + tail}
+    if message.get("tool_calls"):
+        call, *others = message["tool_calls"]
+        named = {**call.get("function", call), "name": opening + call.get("function", call)["name"] + closing}
+        message = {**message, "tool_calls": [{**call, "function": named} if "function" in call else named, *others]}
+    return message
 
 
 def _lift(text: str) -> tuple[str, list[tuple[int, int]]]:

@@ -3,9 +3,9 @@
 A document of ids[0..L) predicts ids[1..L) from ids[:-1], so it takes L - 1 places. Letters: N documents, P pieces, T
 tokens in all, R rows, S places in a row. Packing draws pieces in stream order and puts each into the row that the
 strategy picks; what fits nowhere is held and goes first into the next batch, so a batch is complete before it is
-emitted and the packer's whole state is the cursor. Grain's packers emit at the first misfit instead: measured, 8 rows of
-128 with pieces of 5 to 60 waste 6.2 % of the places (here 1.7 %), 4 rows of 4096 with 50 to 3000 18.8 % (3.0 %), and a
-piece costs twice the time.
+emitted and the packer's whole state is the cursor. Grain's packers emit at the first misfit instead: measured, 8 rows
+of 128 with pieces of 5 to 60 waste 6.2 % of the places (here 1.7 %), 4 rows of 4096 with 50 to 3000 18.8 % (3.0 %), and
+a piece costs twice the time or more.
 """
 
 from array import array

@@ -81,7 +81,7 @@ def _encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tu
                 f"token {token!r} has id {max(ids)} but the model's vocabulary has {vocab_size} rows; "
                 f"use the model's own tokenizer or a model with at least {tokenizer.vocab_size} rows"
             )
-    except (ValueError, TypeError) as error:  # `tokenizers` answers a lone surrogate with TypeError
+    except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from error
     return ids, mask
 
@@ -89,6 +89,7 @@ def _encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tu
 def _record(line: bytes, where: str) -> Record:
     try:
         data = json.loads(line)
+        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error}); expected one object with 'messages' a line") from error
     if not isinstance(data, dict) or not isinstance(data.get("messages"), list) or not data["messages"]:

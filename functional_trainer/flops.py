@@ -1,0 +1,82 @@
+"""Floating-point operations of a training step, read off the abstract parameters, and model FLOP/s utilisation (MFU).
+
+A product of (R, I) and (I, O) costs 2 R I O: one multiplication and one addition per weight and row. Backward does it
+twice more, for the gradient of either operand, so a weight costs 6 a token. Of E experts a token meets top_k, so their
+weights count top_k / E. An embedding is a lookup and costs nothing; the unembedding is a product, also when tied.
+
+Attention compares a query with every key of its document up to itself: n(n+1)/2 pairs in a document of n tokens, and
+with a window w, which counts the query itself, the sum of min(i, w) over i = 1..n. A pair costs 2 N H for the score and
+2 N H for the weighted value (N query heads of H), so forward and backward 3 * 4 N H = 12 N H a layer.
+
+Norms, softmax, activations, the optimizer, padding and recomputation count nothing: MFU rates useful work.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from functional_trainer import param, tree
+from functional_trainer.param import Param
+
+
+def matmul_params(specs: tree.Tree, top_k: int = 0) -> float:
+    """Count the parameters that one token multiplies: matrices, `top_k` of E experts, and the unembedding.
+
+    The tables "embed" and "unembed" are known by name; without an "unembed" the embedding is tied and counts once.
+    Raises ValueError if there are experts and `top_k` is not at least 1.
+    """
+    flat = _flat(specs)
+    unembed = "unembed" if "unembed" in flat else "embed"
+    total = 0.0
+    for path, p in flat.items():
+        if p.is_matrix or path == unembed:
+            expert = "E" in p.batch
+            if expert and top_k < 1:
+                raise ValueError(f"{path} is one matrix per expert: top_k must be at least 1, got {top_k}")
+            total += math.prod(p.shape) * (top_k / p.shape[p.dims.index("E")] if expert else 1)
+    return total
+
+
+def train_flops(
+    specs: tree.Tree, doc_lengths: Tensor, top_k: int = 0, windows: Sequence[int | None] | None = None
+) -> float:
+    """Count the FLOPs of forward and backward over documents of `doc_lengths` (int64, any shape; see `lengths`).
+
+    6 * matmul_params * tokens + 12 * sum over layers of N H * pairs; N and H come from the "NH->D" matrices, in order.
+    `windows` holds the sliding window of each of these layers (None: all keys).
+    """
+    widths = [p.shape[1] * p.shape[2] for p in _flat(specs).values() if p.io == "NH->D"]
+    windows = windows or [None] * len(widths)
+    if len(windows) != len(widths):
+        raise ValueError(f"{len(windows)} windows for {len(widths)} attention layers")
+    pairs = {window: _pairs(doc_lengths, window) for window in set(windows)}
+    attention = sum(width * pairs[window] for width, window in zip(widths, windows, strict=True))
+    return 6 * matmul_params(specs, top_k) * int(doc_lengths.sum()) + 12 * attention
+
+
+def lengths(segment_ids_BS: Tensor) -> Tensor:
+    """Return the lengths of all documents of a packed batch, int64; 0 is padding, documents are contiguous in a row."""
+    row = torch.arange(segment_ids_BS.shape[0], device=segment_ids_BS.device)[:, None]
+    key = row * (segment_ids_BS.max() + 1) + segment_ids_BS
+    _, counts = torch.unique_consecutive(key, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    return counts[segment_ids_BS.flatten()[starts] > 0]
+
+
+def mfu(flops: float, seconds: float, peak: float | None) -> float | None:
+    """Return flops / seconds as a fraction of `peak` FLOP/s (of all devices together), None where that is unknown."""
+    return flops / seconds / peak if peak and seconds > 0 else None
+
+
+def _flat(specs: tree.Tree) -> dict[str, Param]:
+    found: dict[str, Param] = {}
+    tree.map_with_path(found.__setitem__, specs, is_leaf=param.is_param)
+    return found
+
+
+def _pairs(doc_lengths: Tensor, window: int | None) -> int:
+    """Count query-key pairs: min(i, window) keys for the i-th token of each document."""
+    near = doc_lengths if window is None else doc_lengths.clamp(max=window)
+    return int((near * (near + 1) // 2 + (doc_lengths - near) * near).sum())

@@ -1,0 +1,189 @@
+"""One regex table decides where every tensor lives: parameters, optimizer state, batch and activations.
+
+A rule maps a path to a `P` with one entry per tensor dim. A plain axis holds in use and at rest; `zero(...)` axes shard
+storage only: the tensor is gathered over them before use and its gradient reduce-scattered. Optimizer state follows
+its parameter. The first `fullmatch` wins and a path without a rule is an error: there is no catch-all.
+
+`Sharder` binds a table to a mesh. Tensors at boundaries are DTensors; maths runs in `local` regions on plain shards.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import local_map
+
+from functional_trainer import tree
+
+Entry = str | tuple[str, ...] | None
+Placements = tuple[Placement, ...]
+
+
+class P(tuple):
+    """Mesh axes per tensor dim: `P("ep", None, zero("fsdp"))`."""
+
+    def __new__(cls, *entries: Entry):
+        return super().__new__(cls, entries)
+
+
+class zero(tuple):
+    """Axes that shard a dim at rest only (https://arxiv.org/abs/1910.02054)."""
+
+    def __new__(cls, *axes: str):
+        return super().__new__(cls, axes)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Ordered (regex, P) rows."""
+
+    table: tuple[tuple[str, P], ...]
+
+    def spec(self, path: str) -> P:
+        """Return the entries of the first row that matches the whole path; KeyError if none does."""
+        for pattern, spec in self.table:
+            if re.fullmatch(pattern, path):
+                return spec
+        raise KeyError(f"no sharding rule matches {path!r}; add a row for it")
+
+    def unused(self, paths: list[str]) -> list[str]:
+        """Return the patterns that are the first match of none of `paths`."""
+        hit = {next((p for p, _ in self.table if re.fullmatch(p, path)), None) for path in paths}
+        return [pattern for pattern, _ in self.table if pattern not in hit]
+
+
+def placements(spec: P, mesh: DeviceMesh, *, use: bool = False) -> Placements:
+    """Translate per-tensor-dim entries to per-mesh-axis DTensor placements; `use` leaves the `zero` axes out."""
+    names = mesh.mesh_dim_names or ()
+    dim_of: dict[str, int] = {}
+    for dim, entry in enumerate(spec):
+        axes = (entry,) if isinstance(entry, str) else () if entry is None else tuple(entry)
+        axes = () if use and isinstance(entry, zero) else tuple(a for a in axes if a in names)
+        if list(axes) != sorted(axes, key=names.index):
+            raise ValueError(f"{spec}: axes that share a dim must come in the mesh's order {names}")
+        for axis in axes:
+            if axis in dim_of:
+                raise ValueError(f"{spec}: mesh axis {axis!r} is used twice")
+            dim_of[axis] = dim
+    return tuple(Shard(dim_of[a]) if a in dim_of else Replicate() for a in names)
+
+
+@dataclass(frozen=True, eq=False)
+class Sharder:
+    """`functional_trainer.types.OneDevice` on a mesh (axes of size one left out); see there for each method's meaning."""
+
+    rules: Rules
+    mesh: DeviceMesh
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world(self) -> int:
+        return self.mesh.size()
+
+    def where(self, name: str, *, use: bool = True, shape: tuple[int, ...] | None = None) -> Placements:
+        """Return the placements of a name; ValueError if a dim of `shape` does not divide."""
+        spec = self.rules.spec(name)
+        placed = placements(spec, self.mesh, use=use)
+        for dim in range(len(shape or ())):
+            ways = math.prod(self.mesh.size(i) for i, p in enumerate(placed) if p == Shard(dim))
+            if shape and shape[dim] % ways:
+                raise ValueError(
+                    f"{name}: dim {dim} of {tuple(shape)} does not divide into {ways} shards (rule {tuple(spec)}); "
+                    f"change the mesh or the rule"
+                )
+        return placed
+
+    def __call__(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return x.redistribute(placements=self.where(name, shape=x.shape))
+
+    def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
+        def gather(path: str, w: DTensor) -> DTensor:
+            w = w if dtype is None else w.to(dtype)
+            return w.redistribute(placements=self.where(f"{prefix}/{path}"))
+
+        return tree.map_with_path(gather, params)
+
+    def local(self, fn: Callable, ins: tuple[str, ...], outs: tuple[str, ...]) -> Callable:
+        """Run `fn` on local shards, gradients' placements derived.
+
+        Along an axis on which any operand is sharded the ranks compute different things. There a replicated input gets
+        only its rank's share of the gradient, so the gradient is Partial; an output that is not sharded must be called
+        "sum" or "sum:name" and is Partial, since a replicated one would be counted once per rank.
+        """
+        names = [n.removeprefix("sum").removeprefix(":") for n in outs]
+        whole = (Replicate(),) * self.mesh.ndim
+        placed_ins = [self.where(n) for n in ins]
+        placed_outs = [self.where(n) if n else whole for n in names]
+        varies = [any(p[i].is_shard() for p in placed_ins + placed_outs) for i in range(self.mesh.ndim)]
+        grads = [
+            tuple(Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True))
+            for placed in placed_ins
+        ]
+        results = []
+        for out, placed in zip(outs, placed_outs, strict=True):
+            lost = [a for a, p, v in zip(self.mesh.mesh_dim_names, placed, varies, strict=True) if v and p.is_replicate()]
+            if lost and not out.startswith("sum"):
+                raise ValueError(f"{out} is whole on axis {lost[0]!r}, over which {ins} are sharded: call it 'sum:{out}'")
+            results.append([Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True)])
+        return local_map(
+            fn,
+            out_placements=results[0] if len(results) == 1 else tuple(results),
+            in_placements=tuple(map(list, placed_ins)),
+            in_grad_placements=tuple(map(list, grads)),
+            redistribute_inputs=True,
+            device_mesh=self.mesh,
+        )
+
+    def group(self, name: str, dim: int) -> Any:
+        axes = [i for i, p in enumerate(self.where(name)) if p == Shard(dim)]
+        if len(axes) > 1:
+            raise ValueError(f"{name}: dim {dim} is sharded over {len(axes)} mesh axes; one is supported")
+        return self.mesh.get_group(axes[0]) if axes else None
+
+    def replicate(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, DTensor):
+            return x
+        return x.redistribute(placements=[Replicate()] * self.mesh.ndim).to_local()
+
+    def like(self, x: DTensor, ref: DTensor) -> DTensor:
+        return x.redistribute(placements=ref.placements)
+
+    def storage(self, x: DTensor) -> torch.Tensor:
+        return x.to_local()
+
+    def norm(self, grads: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.promote_types(grads[0].dtype, torch.float32), device=grads[0].device)
+        for g, p in zip(grads, params, strict=True):
+            copies = math.prod(self.mesh.size(i) for i, q in enumerate(p.placements) if q.is_replicate())
+            total = total + torch.linalg.vector_norm(g, dtype=total.dtype).square() / copies
+        return self.replicate(DTensor.from_local(total, self.mesh, [Partial()] * self.mesh.ndim)).sqrt()
+
+    def put_leaf(self, path: str, x: torch.Tensor) -> DTensor:
+        placed = self.where(f"params/{path}", use=False, shape=tuple(x.shape))
+        return distribute_tensor(x, self.mesh, placed, src_data_rank=None)
+
+    def full(self, x: DTensor) -> torch.Tensor:
+        return x.full_tensor()
+
+    def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> DTensor:
+        return self.put_leaf(path, make())
+
+    def put_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        placed = self.where("batch/columns")
+        return {k: DTensor.from_local(v, self.mesh, placed) for k, v in batch.items()}
+
+    def micro(self, batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+        local = {k: v.to_local() for k, v in batch.items()}
+        rows = next(iter(local.values())).shape[0]
+        if rows % parts:
+            raise ValueError(f"{rows} rows per device cannot be split into {parts} equal micro-batches")
+        return [self.put_batch({k: v.unflatten(0, (parts, -1))[i] for k, v in local.items()}) for i in range(parts)]

@@ -1,0 +1,184 @@
+"""functional_trainer.metrics: the rows, their resumption, TensorBoard, the progress line and the plot."""
+
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from functional_trainer import metrics
+from functional_trainer.metrics import Metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(**options) -> Console:
+    return Console(file=io.StringIO(), width=120, **options)
+
+
+def rows(folder: Path) -> list[dict]:
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def log(folder: Path, first: int, last: int, **options) -> None:
+    with Metrics(folder, total_steps=20, start_step=first - 1, console=quiet(), **options) as m:
+        for step in range(first, last + 1):
+            m.log(step, {"loss": 1 / step, "lr": 1e-3, "eval_loss": 2.0 if step % 4 == 0 else None})
+
+
+def test_one_strict_json_object_per_step(tmp_path):
+    values = {
+        "loss": torch.tensor(0.1, dtype=torch.float64), "grad_norm": float("nan"), "tokens": 12, "mfu": None,
+        "time": {"data": 0.5, "step": -math.inf}, "load": torch.tensor([[1.0, math.inf], [3.0, 4.0]]), "note": "ü",
+    }  # fmt: skip
+    with Metrics(tmp_path, total_steps=1, console=quiet()) as m:
+        m.log(1, values)
+        assert len(rows(tmp_path)) == 1  # flushed
+        with pytest.raises(ValueError, match="step 1 was logged after step 1"):
+            m.log(1, values)
+    assert rows(tmp_path) == list(metrics.read(tmp_path / "metrics.jsonl"))
+    assert rows(tmp_path)[0] == {
+        "step": 1, "loss": 0.1, "grad_norm": None, "tokens": 12, "mfu": None, "time": {"data": 0.5, "step": None},
+        "load": [[1.0, None], [3.0, 4.0]], "note": "ü",
+        "nonfinite": {"grad_norm": "nan", "time/step": "-inf", "load/0/1": "inf"},
+    }  # fmt: skip
+
+
+def events(folder: Path, tag: str) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {e.step: e.value for e in board.Scalars(tag)}
+
+
+def test_resuming_leaves_one_row_and_one_event_per_step(tmp_path):
+    log(tmp_path, 1, 9)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')  # torn by a kill
+    log(tmp_path, 7, 12)
+    assert [r["step"] for r in rows(tmp_path)] == list(range(1, 13))
+    assert [r["loss"] for r in rows(tmp_path)] == [1 / s for s in range(1, 13)]
+    assert sorted(events(tmp_path, "loss")) == list(range(1, 13))
+    assert sorted(events(tmp_path, "eval_loss")) == [4, 8, 12]
+    assert not (tmp_path / "metrics.tmp").exists()
+
+
+def test_a_step_that_is_not_kept_is_gone_from_both(tmp_path):
+    log(tmp_path, 1, 9)
+    log(tmp_path, 4, 4)
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4] and sorted(events(tmp_path, "loss")) == [1, 2, 3, 4]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log(tmp_path / "run", 1, 3, main=False)
+    assert not (tmp_path / "run").exists()
+
+
+LOOP = """
+import sys
+from functional_trainer.metrics import Metrics
+with Metrics(sys.argv[1], total_steps=10**6, every=10**6) as m:
+    for step in range(1, 10**6):
+        m.log(step, {"loss": 1 / step, "load": [[0.1] * 64] * 8})
+        if step == 200:
+            print("go", flush=True)
+"""
+
+
+def test_a_kill_loses_at_most_the_torn_line(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", LOOP, tmp_path], env=env, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"go\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    steps = [r["step"] for r in metrics.read(tmp_path / "metrics.jsonl")]
+    assert len(steps) >= 200 and steps == list(range(1, len(steps) + 1))
+
+
+def test_plain_lines_without_a_terminal(tmp_path):
+    console = quiet()
+    with Metrics(tmp_path, total_steps=25, every=10, console=console) as m:
+        for step in range(1, 26):
+            eval_loss = {"eval_loss": 0.5} if step == 7 else {}
+            m.log(step, {"loss": 2.0, "tokens_per_s": 12345.6, "mfu": None if step < 20 else 0.1234, **eval_loss})
+        m.print("a note [bold]")
+    lines = re.sub(r"ETA \d:\d\d:\d\d", "ETA -", console.file.getvalue()).splitlines()
+    assert lines == [
+        "step 7/25  loss 2.0000  eval 0.5000  12,346 tok/s  MFU n/a  ETA -",
+        "step 10/25  loss 2.0000  eval 0.5000  12,346 tok/s  MFU n/a  ETA -",
+        "step 20/25  loss 2.0000  eval 0.5000  12,346 tok/s  MFU 12.3%  ETA -",
+        "step 25/25  loss 2.0000  eval 0.5000  12,346 tok/s  MFU 12.3%  ETA -",
+        "a note [bold]",
+    ]
+
+
+def test_the_time_left_leaves_out_the_first_step(tmp_path, monkeypatch):
+    console, now = quiet(), iter([100.0, 102.0, 103.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
+    with Metrics(tmp_path, total_steps=5003, every=1, console=console) as m:
+        for step in (1, 2, 3):
+            m.log(step, {"loss": 1.0})
+    assert re.findall("ETA (.*)", console.file.getvalue()) == ["?", "2:46:42", "2:05:00"]
+
+
+def test_a_bar_on_a_terminal(tmp_path):
+    console = quiet(force_terminal=True)
+    with Metrics(tmp_path, total_steps=4, start_step=2, console=console) as m:
+        m.log(3, {"loss": math.nan, "mfu": 0.5})
+        m.log(4, {"loss": 0.25})
+    out = console.file.getvalue()
+    assert "step 4/4" in out and "━" in out and "loss 0.2500" in out and "MFU n/a" in out
+
+
+def test_the_plot_shows_every_series(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    log(tmp_path, 1, 12)
+    left, right = drawn[0].axes
+    assert [line.get_label() for line in left.lines] == ["train loss", "train loss, smoothed", "eval loss"]
+    assert left.lines[2].get_xdata().tolist() == [4, 8, 12] and right.lines[0].get_ydata().tolist() == [1e-3] * 12
+
+
+def test_loss_png_is_a_picture_also_of_an_empty_run(tmp_path):
+    from matplotlib.image import imread
+
+    log(tmp_path, 1, 0)
+    blank = imread(tmp_path / "loss.png")
+    log(tmp_path, 1, 12)
+    picture = imread(tmp_path / "loss.png")
+    assert blank.shape == picture.shape == (600, 1080, 4) and (blank != picture).any()
+
+
+def test_smoothing_keeps_a_line_a_line():
+    values = tuple(float(i) for i in range(300))
+    assert metrics._smooth(values)[5:-5] == pytest.approx(values[5:-5])
+    assert metrics._smooth((3.0,)) == [3.0] and metrics._smooth(()) == []
+
+
+def test_a_full_disk_says_so(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        with pytest.raises(OSError, match="cannot write the metrics of step .* No space left on device"):
+            with Metrics(disk, total_steps=1000, console=quiet()) as m:
+                for step in range(1, 1000):
+                    m.log(step, {"loss": 1.0, "load": [0.25] * 64})
+        steps = [r["step"] for r in metrics.read(disk / "metrics.jsonl")]
+        assert steps == list(range(1, len(steps) + 1)) and m.last - len(steps) in (0, 1)
+    finally:
+        subprocess.run(["umount", disk], check=True)
