@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import re
 import sys
+import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -72,6 +73,18 @@ def cli(cls: type[T], *, doc: str, argv: Sequence[str] | None = None) -> T:
     usage = "--config FILE.yaml is read first; the flags below override it (config.yaml of a run folder will do)."
     start = tyro.MISSING_NONPROP if default is None else default
     return tyro.cli(cls, description=f"{doc.strip()}\n\n{usage}", args=rest, default=start)
+
+
+def run(main: Callable[[T], None], cls: type[T], *, doc: str) -> None:
+    """Parse the command line and call `main` with it; an error that our own code raises is one message, status 1."""
+    options = cli(cls, doc=doc)
+    try:
+        main(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        raised_in = Path(list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename)
+        if not raised_in.is_relative_to(Path(__file__).resolve().parents[1]) or "site-packages" in raised_in.parts:
+            raise
+        sys.exit(f"error: {error}")
 
 
 def dump(config: Any, path: str | Path) -> None:

@@ -56,7 +56,10 @@ def wrap_layer(model: Any, *, compile: bool, remat: bool, backend: str = "induct
             return checkpoint(inner, p, x, rows, use_reentrant=False, preserve_rng_state=False, **options)
 
     if compile:
-        layer = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
+
+        def layer(p, x, rows, **options):
+            return options["shard"].outputs(*compiled(p, x, rows, **options))
     return replace(model, layer=layer)
 
 

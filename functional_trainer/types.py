@@ -55,6 +55,14 @@ class OneDevice:
         """Finish a pending sum and give every rank the whole tensor, as a plain tensor."""
         return x
 
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum a plain tensor over all ranks."""
+        return x
+
+    def outputs(self, x: torch.Tensor, aux: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Pass a compiled layer's outputs on, so that the loss may leave any of `aux` unused."""
+        return x, aux
+
     def like(self, x: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
         """Bring a gradient to the placement of its parameter."""
         return x

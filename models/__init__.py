@@ -3,12 +3,13 @@
 One file per family; `FAMILIES` is where a new one is listed.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from functional_trainer import hf
+from functional_trainer import hf, param
 from functional_trainer.generate import Completion, generate
 from functional_trainer.tree import Tree
 from functional_trainer.types import ONE_DEVICE
@@ -17,8 +18,8 @@ from models import qwen3, qwen3_moe
 from models.model import Model
 
 __all__ = [
-    "FAMILIES", "PRESETS", "Completion", "Model", "from_config", "from_pretrained", "generate", "logits",
-    "save_pretrained",
+    "FAMILIES", "PRESETS", "Completion", "Model", "count", "from_config", "from_pretrained", "generate", "logits",
+    "preset", "read_config", "save_pretrained",
 ]  # fmt: skip
 
 FAMILIES = {"qwen3": qwen3, "qwen3_moe": qwen3_moe}
@@ -26,6 +27,24 @@ FAMILIES = {"qwen3": qwen3, "qwen3_moe": qwen3_moe}
 
 PRESETS: dict[str, dict] = {**qwen3_moe.PRESETS, **{f"dense-{k}": v for k, v in qwen3.PRESETS.items()}}
 """Config dicts by the names that `--model.preset` takes."""
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the config.json of a Hugging Face folder."""
+    return hf.read_config(path)
+
+
+def preset(name: str, tokenizer: Any) -> dict[str, Any]:
+    """Return a preset's config dict with the special tokens of a tokenizer (`eos_ids`, `pad_id`)."""
+    if name not in PRESETS:
+        raise ValueError(f"--model.preset {name!r} is not one of {', '.join(PRESETS)}")
+    eos = tokenizer.eos_ids
+    return PRESETS[name] | {"eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": tokenizer.pad_id}
+
+
+def count(model: Model) -> int:
+    """Return the number of parameters."""
+    return param.count(model.specs)
 
 
 def from_config(config: dict[str, Any] | str | Path) -> Model:
@@ -69,6 +88,4 @@ def logits(model: Model, params: Tree, tokens_BS: torch.Tensor, **columns: torch
 
 def _replace_names(model: Model, first) -> Model:
     """Write checkpoints in the layout that was read."""
-    from dataclasses import replace
-
     return replace(model, names=(first, *(n for n in model.names if n is not first)))

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
+"""Every name that a mesh axis may have, outer to inner."""
+
 
 @dataclass(frozen=True)
 class Mesh:

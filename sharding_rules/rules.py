@@ -16,20 +16,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.experimental import local_map
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor, zeros
 
 from functional_trainer import tree
+from sharding_rules.mesh import AXES
 
 Entry = str | tuple[str, ...] | None
 Placements = tuple[Placement, ...]
 
 
 class P(tuple):
-    """Mesh axes per tensor dim: `P("ep", None, zero("fsdp"))`."""
+    """Mesh axes per tensor dim: `P("ep", None, zero("fsdp"))`; ValueError for axes unknown, repeated or out of order."""
 
     def __new__(cls, *entries: Entry):
+        named = [axes_of(entry) for entry in entries]
+        flat = [axis for axes in named for axis in axes]
+        if odd := [axis for axis in flat if axis not in AXES]:
+            raise ValueError(f"P{entries}: {odd[0]!r} is not a mesh axis; these are: {', '.join(AXES)}")
+        if twice := [axis for axis in flat if flat.count(axis) > 1]:
+            raise ValueError(f"P{entries}: axis {twice[0]!r} is used twice; it can shard one dim")
+        for axes in named:
+            if axes != (right := tuple(sorted(axes, key=AXES.index))):
+                raise ValueError(f"P{entries}: axes that share a dim come outer to inner, so {axes} is to be {right}")
         return super().__new__(cls, entries)
+
+    def __repr__(self) -> str:
+        return f"P({', '.join(map(repr, self))})"
 
 
 class zero(tuple):
@@ -37,6 +49,14 @@ class zero(tuple):
 
     def __new__(cls, *axes: str):
         return super().__new__(cls, axes)
+
+    def __repr__(self) -> str:
+        return f"zero({', '.join(map(repr, self))})"
+
+
+def axes_of(entry: Entry) -> tuple[str, ...]:
+    """Return the mesh axes that an entry of a `P` names, outer to inner."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 @dataclass(frozen=True)
@@ -46,11 +66,11 @@ class Rules:
     table: tuple[tuple[str, P], ...]
 
     def spec(self, path: str) -> P:
-        """Return the entries of the first row that matches the whole path; KeyError if none does."""
+        """Return the entries of the first row that matches the whole path; ValueError if none does."""
         for pattern, spec in self.table:
             if re.fullmatch(pattern, path):
                 return spec
-        raise KeyError(f"no sharding rule matches {path!r}; add a row for it")
+        raise ValueError(f"no sharding rule matches {path!r}; add a row for it")
 
     def unused(self, paths: list[str]) -> list[str]:
         """Return the patterns that are the first match of none of `paths`."""
@@ -60,18 +80,30 @@ class Rules:
 
 def placements(spec: P, mesh: DeviceMesh, *, use: bool = False) -> Placements:
     """Translate per-tensor-dim entries to per-mesh-axis DTensor placements; `use` leaves the `zero` axes out."""
-    names = mesh.mesh_dim_names or ()
-    dim_of: dict[str, int] = {}
-    for dim, entry in enumerate(spec):
-        axes = (entry,) if isinstance(entry, str) else () if entry is None else tuple(entry)
-        axes = () if use and isinstance(entry, zero) else tuple(a for a in axes if a in names)
-        if list(axes) != sorted(axes, key=names.index):
-            raise ValueError(f"{spec}: axes that share a dim must come in the mesh's order {names}")
-        for axis in axes:
-            if axis in dim_of:
-                raise ValueError(f"{spec}: mesh axis {axis!r} is used twice")
-            dim_of[axis] = dim
-    return tuple(Shard(dim_of[a]) if a in dim_of else Replicate() for a in names)
+    held = [() if use and isinstance(entry, zero) else axes_of(entry) for entry in spec]
+    dim_of = {axis: dim for dim, axes in enumerate(held) for axis in axes}
+    return tuple(Shard(dim_of[a]) if a in dim_of else Replicate() for a in mesh.mesh_dim_names or ())
+
+
+class _Outputs(torch.autograd.Function):
+    """Identity whose first output is always used; the gradient of another that is not is zeros, as a DTensor.
+
+    AOTAutograd would make them plain tensors and fail (https://github.com/pytorch/pytorch/issues/173123).
+    """
+
+    @staticmethod
+    def forward(ctx, *xs: DTensor):
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in xs if not x.requires_grad))
+        ctx.like = [(x.device_mesh, x.shape, x.dtype) for x in xs]
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx, *grads: DTensor | None):
+        return tuple(
+            zeros(shape, dtype=dtype, device_mesh=mesh) if g is None else g
+            for g, (mesh, shape, dtype) in zip(grads, ctx.like, strict=True)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +112,11 @@ class Sharder:
 
     rules: Rules
     mesh: DeviceMesh
+
+    def __post_init__(self):
+        names = self.mesh.mesh_dim_names or ()
+        if not names or list(names) != sorted(set(names) & set(AXES), key=AXES.index):
+            raise ValueError(f"mesh axes {names} are not some of {AXES} in this order")
 
     @property
     def rank(self) -> int:
@@ -90,14 +127,18 @@ class Sharder:
         return self.mesh.size()
 
     def where(self, name: str, *, use: bool = True, shape: tuple[int, ...] | None = None) -> Placements:
-        """Return the placements of a name; ValueError if a dim of `shape` does not divide."""
+        """Return the placements of a name; ValueError if the rule does not fit `shape` or a dim does not divide."""
         spec = self.rules.spec(name)
         placed = placements(spec, self.mesh, use=use)
-        for dim in range(len(shape or ())):
-            ways = math.prod(self.mesh.size(i) for i, p in enumerate(placed) if p == Shard(dim))
-            if shape and shape[dim] % ways:
+        if shape is None:
+            return placed
+        if len(spec) != len(shape):
+            raise ValueError(f"{name}: shape {tuple(shape)} has {len(shape)} dims, its rule {spec} {len(spec)}")
+        for dim, size in enumerate(shape):
+            ways = math.prod([self.mesh.size(i) for i, p in enumerate(placed) if p == Shard(dim)])
+            if size % ways:
                 raise ValueError(
-                    f"{name}: dim {dim} of {tuple(shape)} does not divide into {ways} shards (rule {tuple(spec)}); "
+                    f"{name}: dim {dim} of {tuple(shape)} does not divide into {ways} shards (rule {spec}); "
                     f"change the mesh or the rule"
                 )
         return placed
@@ -133,15 +174,20 @@ class Sharder:
             lost = [a for a, p, v in zip(self.mesh.mesh_dim_names, placed, varies, strict=True) if v and p.is_replicate()]
             if lost and not out.startswith("sum"):
                 raise ValueError(f"{out} is whole on axis {lost[0]!r}, over which {ins} are sharded: call it 'sum:{out}'")
-            results.append([Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True)])
-        return local_map(
-            fn,
-            out_placements=results[0] if len(results) == 1 else tuple(results),
-            in_placements=tuple(map(list, placed_ins)),
-            in_grad_placements=tuple(map(list, grads)),
-            redistribute_inputs=True,
-            device_mesh=self.mesh,
-        )
+            results.append(tuple(Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True)))
+
+        def run(*args: DTensor):
+            parts = []
+            for x, name, grad in zip(args, ins, grads, strict=True):
+                placed = self.where(name, shape=x.shape)
+                x = x if x.placements == placed else x.redistribute(placements=placed)
+                parts.append(x.to_local(grad_placements=grad))
+            made = fn(*parts)
+            if len(results) == 1:
+                return DTensor.from_local(made, self.mesh, results[0], run_check=False)
+            return tuple(DTensor.from_local(y, self.mesh, p, run_check=False) for y, p in zip(made, results, strict=True))
+
+        return run
 
     def group(self, name: str, dim: int) -> Any:
         axes = [i for i, p in enumerate(self.where(name)) if p == Shard(dim)]
@@ -154,6 +200,13 @@ class Sharder:
             return x
         return x.redistribute(placements=[Replicate()] * self.mesh.ndim).to_local()
 
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return self.replicate(DTensor.from_local(x, self.mesh, [Partial()] * self.mesh.ndim))
+
+    def outputs(self, x: DTensor, aux: dict[str, DTensor]) -> tuple[DTensor, dict[str, DTensor]]:
+        x, *values = _Outputs.apply(x, *aux.values())
+        return x, dict(zip(aux, values, strict=True))
+
     def like(self, x: DTensor, ref: DTensor) -> DTensor:
         return x.redistribute(placements=ref.placements)
 
@@ -163,9 +216,9 @@ class Sharder:
     def norm(self, grads: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.promote_types(grads[0].dtype, torch.float32), device=grads[0].device)
         for g, p in zip(grads, params, strict=True):
-            copies = math.prod(self.mesh.size(i) for i, q in enumerate(p.placements) if q.is_replicate())
+            copies = math.prod([self.mesh.size(i) for i, q in enumerate(p.placements) if q.is_replicate()])
             total = total + torch.linalg.vector_norm(g, dtype=total.dtype).square() / copies
-        return self.replicate(DTensor.from_local(total, self.mesh, [Partial()] * self.mesh.ndim)).sqrt()
+        return self.total(total).sqrt()
 
     def put_leaf(self, path: str, x: torch.Tensor) -> DTensor:
         placed = self.where(f"params/{path}", use=False, shape=tuple(x.shape))

@@ -1,18 +1,19 @@
-"""Build `experiments/first_light/tokenizer/`: a byte-level BPE with Qwen's word splitting, learned from our own phrasings.
+"""Build `experiments/first_light/tokenizer/`: a small byte-level BPE learned from the wordings of the dataset.
 
-    python experiments/first_light/make_tokenizer.py [FOLDER]
+    python -m experiments.first_light.make_tokenizer [FOLDER]
 
-Every word of a phrasing is one token, every digit and every capital letter of an operand is one token, and any other
-text falls back to bytes. A turn of the chat template is a token that names its role and the text; an assistant's turn ends
-with <|end|>, and generation marks surround what it says.
+Every word of a wording is one token, so is every capital letter to sort and every digit (with the space before it, if
+there is one: tens and units look different), and any other text falls back to bytes. In the chat template a turn is
+a token that names its role and the text; an assistant's turn ends with <|end|>, and generation marks surround it.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import tasks
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from experiments.first_light import tasks
 
 FOLDER = Path(__file__).parent / "tokenizer"
 SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>", "<|end|>")
@@ -51,7 +52,10 @@ def build() -> Tokenizer:
     """Learn the merges until every word of the phrasings is one token, and add the marks of the chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

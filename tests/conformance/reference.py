@@ -106,12 +106,11 @@ def examples(n: int):
 
 
 @st.composite
-def ropes(draw, max_positions: int) -> dict[str, Any]:
-    """Draw the rope part of a config: default or YaRN, in the spelling of version 4 or 5."""
+def ropes(draw) -> dict[str, Any]:
+    """Draw the rope part of a config: default or YaRN, in the spelling of version 4, 5 or both at once."""
     theta = draw(st.sampled_from([50.0, 1e4, 1e6]))
+    scaling: dict[str, Any] = {}
     if draw(st.booleans()):
-        scaling = {}
-    else:
         optional = {
             "attention_factor": st.sampled_from([0.8, 1.25]),
             "beta_fast": st.sampled_from([4.0, 16.0]),
@@ -119,16 +118,18 @@ def ropes(draw, max_positions: int) -> dict[str, Any]:
             "truncate": st.booleans(),
             "original_max_position_embeddings": st.sampled_from([19, 150, 4000]),
         }
-        scaling = {"rope_type": "yarn", "factor": draw(st.sampled_from([1.0, 2.5, 40.0]))}
+        scaling = {"rope_type": "yarn", "factor": draw(st.sampled_from([None, 1.0, 2.5, 40.0]))}
         scaling |= draw(st.fixed_dictionaries({}, optional=optional))
         if draw(st.booleans()):
             scaling["mscale"] = draw(st.sampled_from([0.7, 1.0]))
             scaling["mscale_all_dim"] = draw(st.sampled_from([0.5, 1.2]))
+    outside = {"original_max_position_embeddings": 30} if scaling and draw(st.sampled_from([0, 0, 1])) else {}
     if draw(st.booleans()):
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling} | outside
     if scaling and draw(st.booleans()):
         scaling["type"] = scaling.pop("rope_type")
-    return {"rope_theta": theta, "rope_scaling": scaling or None}
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}} if scaling and draw(st.booleans()) else {}
+    return {"rope_theta": theta, "rope_scaling": scaling or None} | both | outside
 
 
 @st.composite
@@ -152,7 +153,7 @@ def configs(draw, family: str | None = None) -> dict[str, Any]:
         "tie_word_embeddings": draw(st.booleans()),
         "attention_bias": draw(st.booleans()),
         "dtype": "float32",
-    } | draw(ropes(64))
+    } | draw(ropes())
     assume(raw["head_dim"] * raw["num_attention_heads"] != raw["hidden_size"])
     if draw(st.booleans()):
         raw |= {"use_sliding_window": True, "sliding_window": draw(st.sampled_from([None, 1, 2, 3, 5, 9]))}

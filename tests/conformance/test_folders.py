@@ -37,6 +37,19 @@ def test_untouched_folders_are_rewritten_bit_by_bit(tmp_path, raw, dtype, max_sh
         assert identical(tensors(folder), tensors(tmp_path))
 
 
+@given(configs())
+@examples(10)
+def test_a_folder_wholly_by_transformers_is_understood_and_comes_back_equal(tmp_path, caplog, raw):
+    caplog.clear()
+    with saved(raw) as folder:
+        hf_model(folder, torch.float32).save_pretrained(folder)
+        model, params = models.from_pretrained(folder)
+        assert not caplog.records, "a key that transformers writes is called unknown"
+        models.save_pretrained(model, params, tmp_path)
+        assert (folder / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+        assert identical(tensors(folder), tensors(tmp_path))
+
+
 @given(configs("qwen3_moe"))
 @examples(5)
 def test_fused_files_stay_fused_and_load_in_transformers(raw):

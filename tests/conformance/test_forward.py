@@ -1,10 +1,13 @@
 """Logits, losses and every gradient equal transformers', on random configs of both families."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 import models
 from functional_trainer import hf, losses, tree
@@ -41,7 +44,6 @@ def test_float32_logits(data):
         model, params = load(folder, torch.float32)
         reference = hf_model(folder, torch.float32)
         theirs = reference(batch["tokens"], attention_mask=batch["segment_ids"]).logits
-    assert model.config.windows == tuple(layer.self_attn.sliding_window for layer in reference.model.layers)
     ours = models.logits(model, params, batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
     real = batch["segment_ids"] > 0
     assert_close(ours[real], theirs[real], 1e-5)
@@ -83,28 +85,50 @@ def test_hf_balance_loss_alone(data):
     assert_close((with_it - without).detach(), theirs, 1e-9)
 
 
+def on_meta(raw):
+    """Build transformers' model without weights."""
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**copy.deepcopy(raw))
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def assert_same_reading(raw):
+    """Compare how both sides understand a config: every tensor's name and shape, windows, and the plain numbers."""
+    model, theirs = models.from_config(raw), on_meta(raw)
+    slots = hf.expand(model.specs, model.names[-1])
+    assert {n: s.shape for n, s in slots.items()} == {n: tuple(p.shape) for n, p in theirs.named_parameters()}
+    c, their = model.config, theirs.config
+    assert c.windows == tuple(layer.self_attn.sliding_window for layer in theirs.model.layers)
+    assert c.rope.theta == their.rope_parameters["rope_theta"] and c.std == their.initializer_range
+    assert (c.eps, c.tied, c.bias) == (their.rms_norm_eps, their.tie_word_embeddings, their.attention_bias)
+    if raw["model_type"] == "qwen3_moe":
+        assert (c.top_k, c.normalize) == (their.num_experts_per_tok, their.norm_topk_prob)
+
+
+@given(configs())
+@examples(100)
+def test_configs_are_read_as_transformers_reads_them(raw):
+    assert_same_reading(raw)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_defaults_are_those_of_transformers(family):
-    with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family))
-    check_meta(models.from_config({"model_type": family}), theirs)
+    assert_same_reading({"model_type": family})
 
 
 @pytest.mark.parametrize("preset", models.PRESETS)
 def test_presets_have_the_tensors_of_transformers(preset):
-    raw = models.PRESETS[preset]
-    with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
-    check_meta(models.from_config(raw), theirs)
+    assert_same_reading(models.PRESETS[preset])
 
 
-def check_meta(model, theirs):
-    slots = hf.expand(model.specs, model.names[-1])
-    assert {n: s.shape for n, s in slots.items()} == {n: tuple(p.shape) for n, p in theirs.named_parameters()}
-    c, their = model.config, theirs.config
-    assert (c.eps, c.tied, c.bias, c.std) == (
-        their.rms_norm_eps, their.tie_word_embeddings, their.attention_bias, their.initializer_range
-    )  # fmt: skip
-    assert c.rope.theta == their.rope_parameters["rope_theta"] and set(c.windows) == {their.sliding_window}
-    if hasattr(c, "top_k"):
-        assert (c.top_k, c.normalize) == (their.num_experts_per_tok, their.norm_topk_prob)
+@given(configs("qwen3"), st.sampled_from([2, 8, 22, 64]))
+@examples(200)
+def test_rotary_tables(raw, head_dim):
+    raw = raw | {"head_dim": head_dim}
+    positions = torch.tensor([[0, 1, 2, 40, 63]])
+    with Float64():
+        theirs = Qwen3RotaryEmbedding(transformers.AutoConfig.for_model(**copy.deepcopy(raw)))
+        cos_sin = theirs(torch.zeros(1), positions)
+    ours = models.from_config(raw).config.rope.tables(positions, head_dim, torch.float64)
+    for mine, full in zip(ours, cos_sin, strict=True):
+        assert_close(mine, full[..., : head_dim // 2], 1e-12)

@@ -249,7 +249,7 @@ def test_mask_trains_the_assistant_and_the_end_of_turn_only(pairs, name):
 texts = st.text(st.sampled_from("ab 1\n\t.<>|🙂é\u0301"), min_size=1, max_size=12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(
     turns=st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=4),
     system=st.none() | texts,
@@ -294,13 +294,15 @@ def test_environment_is_that_of_transformers(tmp_path):
     template = (
         "{%- for m in messages %}\n    {%- if m.role == 'user' %}{% continue %}{% endif %}\n"
         "  {{ [m.content, 'é<&'] | tojson(indent=2) }}\n{%- if loop.index > 2 %}{% break %}{% endif %}{% endfor %}\n"
-        "{{ strftime_now('%Y') }}\n{% if x is defined %}\n  x={{ x }}\n{% endif %}"
+        "{{ strftime_now('%Y') }}\n   {% if x is defined %}\n  x={{ x }}\n   {% endif %}\n"
+        "{{ messages[0].name is defined }}"
     )
     folder = write_folder(tmp_path, template)
     theirs = AutoTokenizer.from_pretrained(folder)
     for extra in ({}, {"x": 3}):
-        expected = theirs.apply_chat_template(CHATS["turns"], tokenize=False, **extra)
-        assert Tokenizer(folder).render(CHATS["turns"], **extra) == expected
+        chat = [say("user", "q", name=None), *CHATS["turns"][1:]]
+        expected = theirs.apply_chat_template(chat, tokenize=False, **extra)
+        assert Tokenizer(folder).render(chat, **extra) == expected
 
 
 def test_base_model_whose_eos_is_not_the_end_of_turn(tmp_path):
@@ -314,6 +316,12 @@ def test_base_model_whose_eos_is_not_the_end_of_turn(tmp_path):
 def test_template_without_a_generation_prompt(tmp_path):
     ours = Tokenizer(write_folder(tmp_path, MISTRAL, eos="<|eot|>"))
     assert trained(ours, CHATS["turns"]) == [" b c<|eot|>", "  e <|eot|>"]
+
+
+def test_template_that_looks_at_the_first_character(tmp_path):
+    head = "('#' if message['content'].startswith('b') else '') + message['content']"
+    ours = Tokenizer(write_folder(tmp_path, CHATML.replace("message['content']", head)))
+    assert trained(ours, CHATS["turns"]) == ["#b c<|im_end|>", " e <|im_end|>"]
 
 
 def test_text_ids_and_files(folders, pairs, tmp_path):

@@ -60,7 +60,7 @@ def same(a, b) -> bool:
     return set(a) == set(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(
     docs=documents(),
     rows=st.integers(1, 5),
@@ -100,7 +100,7 @@ def test_rows_hold_exactly_the_documents(docs, rows, seq_len, packing, overlong,
     assert next(loader, None) is None
 
 
-@settings(max_examples=30)
+@settings(max_examples=100)
 @given(
     docs=documents(fewest=8, shortest=10),
     rows=st.integers(1, 4),
@@ -130,7 +130,7 @@ def test_resumes_bit_for_bit(docs, rows, seq_len, packing, epochs, instants):
         assert second.state() == straight.state()
 
 
-@settings(max_examples=20)
+@settings(max_examples=60)
 @given(
     docs=documents(fewest=8),
     world=st.integers(1, 4),

@@ -1,0 +1,54 @@
+"""Greedy answers to held-out conversations, compared with the ones written there."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from functional_trainer.data.chat import Tokenizer
+from functional_trainer.data.records import Record
+from functional_trainer.generate import generate
+from functional_trainer.tree import Tree
+
+
+class Answer(NamedTuple):
+    """One question with the answer that was wanted and the one that was given."""
+
+    question: str
+    wanted: str
+    given: str
+
+    @property
+    def right(self) -> bool:
+        return self.wanted == self.given
+
+
+def answer(
+    model: Any, params: Tree, tokenizer: Tokenizer, records: Sequence[Record], max_new_tokens: int = 64, rows: int = 256
+) -> list[Answer]:
+    """Answer the last turn of every conversation greedily, `rows` at a time; the last message must be the assistant's."""
+    answers = []
+    for i in range(0, len(records), rows):
+        some = records[i : i + rows]
+        prompts = [tokenizer.prompt(r.messages[:-1], r.tools) for r in some]
+        given = generate(model, params, prompts, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
+        for record, completion in zip(some, given, strict=True):
+            *_, question, last = record.messages
+            text = tokenizer.decode(completion.tokens)
+            answers.append(Answer(str(question["content"]), str(last["content"]), text))
+    return answers
+
+
+def score(answers: Sequence[Answer]) -> float:
+    """Return the fraction of answers that equal the wanted text exactly."""
+    return sum(a.right for a in answers) / len(answers)
+
+
+def show(answers: Sequence[Answer], most: int = 10) -> None:
+    """Print a table of examples, wrong ones first up to half of it."""
+    wrong = [a for a in answers if not a.right][: most // 2]
+    table = Table("question", "wanted", "given", "", title=f"{score(answers):.1%} of {len(answers)} answers are exact")
+    for a in wrong + [a for a in answers if a.right][: most - len(wrong)]:
+        table.add_row(a.question, a.wanted, a.given, "right" if a.right else "wrong")
+    Console().print(table)
