@@ -1,29 +1,22 @@
 """Supervised fine-tuning of Qwen3 and Qwen3-MoE on chats.
 
-    python experiments/qwen3_moe_sft.py                                         # shipped tasks, from random, on a laptop
-    python experiments/qwen3_moe_sft.py --model.path HF_FOLDER --data.train chats.jsonl --out runs/mine
-    torchrun --nproc-per-node 8 experiments/qwen3_moe_sft.py --mesh.ep 2 ...    # the same on several devices
+python experiments/qwen3_moe_sft.py                                         # shipped tasks, from random, on a laptop
+python experiments/qwen3_moe_sft.py --model.path HF_FOLDER --data.train chats.jsonl --out runs/mine
+torchrun --nproc-per-node 8 experiments/qwen3_moe_sft.py --mesh.ep 2 ...    # the same on several devices
 """
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
 from functional_trainer import config
-from functional_trainer.options import DataOptions, ModelOptions, OptimOptions, RunOptions
+from functional_trainer.options import DataOptions, MeshOptions, ModelOptions, OptimOptions, RunOptions
 
 HERE = Path(__file__).parent / "first_light"
-
-
-@dataclass(frozen=True)
-class MeshOptions:
-    fsdp: int = 0
-    """Data-parallel processes that store parameters in shards (0: all that --mesh.ep leaves)."""
-    ep: int = 1
-    """Data-parallel processes over which experts are spread."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +43,9 @@ def main(o: Options) -> None:
     from experiments.rules import RULES
     from functional_trainer import backend, exact_match, losses, optimizers, types
     from functional_trainer.data import Loader, Tokenizer, read, records
-    from functional_trainer.step import init_state, make_train_step
     from functional_trainer.loop import claim, train
+    from functional_trainer.state import init_state
+    from functional_trainer.step import make_train_step
     from sharding_rules import Sharder, mesh
 
     # Where things run and live.
@@ -64,14 +58,18 @@ def main(o: Options) -> None:
     # Data: chats to tokens and loss mask, to packed rows.
     shipped = not o.data.train
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "tokenizer")
-    paths = tasks.write(Path(o.out) / "data", seed=o.seed) if shipped else (o.data.train, o.data.eval)
+    if shipped and rank == 0:
+        tasks.write(Path(o.out) / "data", seed=o.seed)
+    backend.barrier()
+    paths = ((f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)) if shipped else (o.data.train, o.data.eval)
     hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
     documents = [read(p, tokenizer, model.config.vocab) for p in paths if p]
-    rows = {"rows": o.batch, "seq_len": o.data.seq_len, "packing": o.data.packing, "overlong": o.data.overlong}
-    rows |= {"rank": rank, "world": world}
-    loader = Loader(documents[0], seed=o.seed, epochs=None if o.steps else o.epochs, **rows)
-    eval_loader = Loader(documents[1], shuffle=False, epochs=1, **rows) if len(documents) > 1 else None
+    d = o.data
+    pack = partial(Loader, rows=o.batch, seq_len=d.seq_len, packing=d.packing, overlong=d.overlong, rank=rank)
+    pack = partial(pack, world=world)
+    loader = pack(documents[0], seed=o.seed, epochs=None if o.steps else o.epochs)
+    eval_loader = pack(documents[1], shuffle=False, epochs=1) if len(documents) > 1 else None
     steps = o.steps or loader.total_steps()
 
     # The model, the objective and how it is optimized.
@@ -92,8 +90,8 @@ def main(o: Options) -> None:
         model, loss, adamw, shard=shard, micro_batches=parts, clip=a.max_grad_norm, compile=compile, remat=o.remat
     )
     say(f"{models.count(model):,} parameters on {world} x {backend.describe(device)}; {loader.stats}")
-    graphs = {"step": "one graph" if parts == 1 and o.remat == "none" else "two graphs, gradient and update"}
-    say(f"{steps} steps of {o.batch} rows in {parts} micro-batches; compile {compile} ({graphs.get(compile, 'per layer')})")
+    graphs = "one graph" if parts == 1 and o.remat == "none" else "two graphs, gradient and update"
+    say(f"{steps} steps of {o.batch} rows, {parts} micro-batches; compile {compile}", graphs * (compile == "step"))
 
     # Train, then hand the model back in the format it came in.
     count = o.answers if o.answers is not None else 512 * shipped

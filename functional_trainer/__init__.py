@@ -6,7 +6,7 @@ Names load on first use, so that importing options or printing `--help` does not
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"make_train_step": "step", "init_state": "step", "TrainState": "step", "train": "loop"}
+_HOMES = {"make_train_step": "step", "init_state": "state", "TrainState": "state", "train": "loop"}
 
 __all__ = ["TrainState", "init_state", "losses", "make_train_step", "optimizers", "train"]
 

@@ -36,22 +36,28 @@ def setup(name: str = "auto", deterministic: bool | None = None) -> torch.device
     if kind not in COMMUNICATION or kind == "cuda" and not torch.cuda.is_available():
         have = [k for k in ("cuda", "cpu") if k == "cpu" or torch.cuda.is_available()]
         raise ValueError(f"--device {name}: not on this machine; it has {', '.join(have)}")
-    rank = int(index or os.environ.get("LOCAL_RANK", 0))
+    rank = int(index or os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, rank)
     if kind == "cuda":
         torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(kind == "cpu" if deterministic is None else deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
 
 
 def join(device: torch.device) -> tuple[int, int]:
     """Join the process group that torchrun announces; return (rank, world), (0, 1) without torchrun."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group(COMMUNICATION[device.type])
     return dist.get_rank(), dist.get_world_size()
+
+
+def barrier() -> None:
+    """Wait for every rank, if there are several."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def leave() -> None:

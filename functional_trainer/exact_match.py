@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 def answer(
     model: Any, params: Tree, tokenizer: Tokenizer, records: Sequence[Record], max_new_tokens: int = 64, rows: int = 256
 ) -> list[Answer]:
-    """Answer the last turn of every conversation greedily, `rows` at a time; the last message must be the assistant's."""
+    """Answer the last turn of every conversation greedily, `rows` at a time; the last message is the wanted answer."""
     answers = []
     for i in range(0, len(records), rows):
         some = records[i : i + rows]

@@ -26,7 +26,7 @@ def sample(
     """
     if temperature == 0:
         return logp_BV.argmax(-1)
-    scaled, ids = (logp_BV / temperature).sort(-1, descending=True, stable=True)
+    scaled, ids = torch.sort(logp_BV / temperature, dim=-1, descending=True, stable=True)
     if top_k:
         scaled[:, top_k:] = -torch.inf
     p = scaled.softmax(-1)
@@ -84,7 +84,8 @@ def generate(
             "segment_ids": torch.ones_like(chosen)[:, None],
             "positions": batch["positions"][:, -1:] + 1,
         }
-    return _completions(*(torch.stack(x, 1).tolist() for x in (tokens, logprobs, alive)), done.tolist())
+    rows = [torch.stack(x, 1).tolist() for x in (tokens, logprobs, alive)]
+    return _completions(rows[0], rows[1], rows[2], done.tolist())
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device) -> dict[str, torch.Tensor]:

@@ -231,7 +231,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _open(file: Path):
     try:
-        return safe_open(file, framework="pt", device="cpu")
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         with file.open("rb") as f:
             if f.read(11) == b"version htt":

@@ -14,7 +14,8 @@ from functional_trainer import backend, checkpoint, config, flops, tree
 from functional_trainer.data.loader import Loader
 from functional_trainer.losses import Loss
 from functional_trainer.metrics import Metrics
-from functional_trainer.step import TrainState, evaluate
+from functional_trainer.state import TrainState
+from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE, Batch
 
 MAY_DIFFER = {"out", "resume", "keep", "save_every", "device", "max_skipped", "answers"}
@@ -31,13 +32,17 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
         source = Path(options.resume)
         source = source if source.name.startswith("step-") else checkpoint.latest(source)
         if source is None or not source.is_dir():
-            raise ValueError(f"--resume {options.resume}: no checkpoint there; wanted .../checkpoints/step-N or a run folder")
+            raise ValueError(
+                f"--resume {options.resume}: no checkpoint there; wanted .../checkpoints/step-N or a run folder"
+            )
     elif (folder / "metrics.jsonl").exists():
         if options.resume == "never":
             raise ValueError(f"{folder} already holds a run; choose another --out, or --resume auto to continue it")
         odd = _differences(config.load(type(options), folder / "config.yaml"), options)
         if odd:
-            raise ValueError(f"{folder} holds another run ({'; '.join(odd)}); choose another --out, or the same options")
+            raise ValueError(
+                f"{folder} holds another run ({'; '.join(odd)}); choose another --out, or the same options"
+            )
         source = checkpoint.latest(folder)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +76,7 @@ def eval_loss(model: Any, loss: Loss, params: tree.Tree, loader: Loader, buffers
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C or SIGTERM has come; a second one stops at once."""
-    asked = []
+    asked: list[int] = []
 
     def ask(number, frame):
         if asked:
@@ -146,11 +151,13 @@ def train(
             metrics.log(done, row)
             stopped = stop > 0
             if row["skipped"] > 0:
-                metrics.print(f"step {done}: the gradient is not finite, nothing was changed ({row['skipped']} in a row)")
+                metrics.print(
+                    f"step {done}: the gradient is not finite, nothing was changed ({row['skipped']} in a row)"
+                )
             if row["skipped"] >= options.max_skipped:
                 raise RuntimeError(
-                    f"{row['skipped']} steps in a row had a gradient that is not finite (steps {done - row['skipped'] + 1} "
-                    f"to {done}); the last good state is in {options.out}. Lower --optim.lr or look at the data there"
+                    f"the gradients of {row['skipped']} steps in a row, up to {done}, are not finite; the run stops. "
+                    f"Lower --optim.lr or look at the data there; checkpoints are in {options.out}"
                 )
             if stopped or options.save_every and done % options.save_every == 0:
                 save(done)
@@ -162,4 +169,3 @@ def train(
             if saved != total_steps:
                 save(total_steps)
     return state, not stopped
-

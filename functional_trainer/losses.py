@@ -1,8 +1,8 @@
 """Losses: pure functions from a model's output and a batch to sums.
 
 A loss is a set of terms. Each term returns a sum over tokens and never divides; its weight comes from batch columns
-alone and is summed over devices and micro-batches first. The step minimizes the sum of coefficient * sum / weight, so no
-result depends on how tokens were packed, split or sharded. Losses see per-token log-probabilities, never logits.
+alone and is summed over devices and micro-batches first. The step minimizes the sum of coefficient * sum / weight, so
+no result depends on how tokens were packed, split or sharded. Losses see per-token log-probabilities, never logits.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,9 +55,7 @@ def pooled_balance(aux: Sums) -> torch.Tensor:
     return load_E.shape[0] * (load_E * prob_E).sum() / tokens.square()
 
 
-def sft(
-    balance: Literal["per_sequence", "hf", "none"] = "per_sequence", balance_coefficient: float = 1e-3
-) -> Loss:
+def sft(balance: Literal["per_sequence", "hf", "none"] = "per_sequence", balance_coefficient: float = 1e-3) -> Loss:
     """Build supervised fine-tuning: mean negative log-likelihood over `weights`, plus a router balance loss.
 
     `per_sequence` balances experts within each document and layer and averages over tokens: it is linear in documents,
@@ -77,6 +75,9 @@ def sft(
 
     def weights(batch: Batch) -> Sums:
         tokens = (batch["segment_ids"] != 0).sum()
-        return {"nll": batch["weights"].sum(dtype=torch.float64), "balance": tokens if balance == "per_sequence" else tokens * 0 + 1}
+        return {
+            "nll": batch["weights"].sum(dtype=torch.float64),
+            "balance": tokens if balance == "per_sequence" else tokens * 0 + 1,
+        }
 
     return Loss(terms, weights, {"balance": balance_coefficient}, accumulates=balance != "hf")

@@ -53,6 +53,14 @@ class OptimOptions:
 
 
 @dataclass(frozen=True)
+class MeshOptions:
+    fsdp: int = 0
+    """Data-parallel processes that store parameters in shards (0: all that --mesh.ep leaves)."""
+    ep: int = 1
+    """Data-parallel processes over which experts are spread."""
+
+
+@dataclass(frozen=True)
 class RunOptions:
     out: str = "runs/run"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png, hf/."""

@@ -63,7 +63,7 @@ def count(specs: tree.Tree) -> int:
     return sum(torch.Size(p.shape).numel() for p in tree.leaves(specs))
 
 
-def init_leaf(path: str, p: Param, seed: int, dtype: torch.dtype = torch.float32, device="cpu") -> torch.Tensor:
+def init_leaf(path: str, p: Param, seed: int, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:
     """Draw one tensor of `p.shape`.
 
     Each slice along the leading dim has its own 64-bit seed, hash(seed, path, slice): values do not depend on the mesh,
@@ -81,6 +81,6 @@ def init_leaf(path: str, p: Param, seed: int, dtype: torch.dtype = torch.float32
     return out.to(dtype=dtype, device=device)
 
 
-def init(specs: tree.Tree, seed: int, dtype: torch.dtype = torch.float32, device="cpu") -> tree.Tree:
+def init(specs: tree.Tree, seed: int, dtype: torch.dtype = torch.float32, device=None) -> tree.Tree:
     """Materialize a tree of `Param` as tensors."""
     return tree.map_with_path(lambda path, p: init_leaf(path, p, seed, dtype, device), specs, is_leaf=is_param)

@@ -9,7 +9,8 @@ two, gradient and update. "layer" compiles one block and one leaf's update, so i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,31 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from functional_trainer import tree
 from functional_trainer.losses import Loss
 from functional_trainer.optimizers import Optimizer
+from functional_trainer.state import Metrics, TrainState, apply_gradient, update_leaf
 from functional_trainer.types import ONE_DEVICE, Batch
-
-Metrics = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes. `step` counts updates tried, `skipped` non-finite ones since the last good one."""
-
-    step: torch.Tensor
-    params: tree.Tree
-    moments: dict[str, dict[str, torch.Tensor]]
-    buffers: tree.Tree
-    skipped: torch.Tensor
-
-
-pytree.register_dataclass(TrainState)
-
-
-def init_state(params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | None = None) -> TrainState:
-    """Make the state before the first step; `params` are taken over, not copied."""
-    device = tree.leaves(params)[0].device
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    moments = {path: optimizer.init(p) for path, p in tree.flatten(params).items()}
-    return TrainState(zero, params, moments, buffers or {}, zero.clone())
 
 
 def wrap_layer(model: Any, *, compile: bool, remat: bool, backend: str = "inductor") -> Any:
@@ -60,6 +38,7 @@ def wrap_layer(model: Any, *, compile: bool, remat: bool, backend: str = "induct
 
         def layer(p, x, rows, **options):
             return options["shard"].outputs(*compiled(p, x, rows, **options))
+
     return replace(model, layer=layer)
 
 
@@ -74,6 +53,16 @@ def total_weights(loss: Loss, batch: Batch, shard=ONE_DEVICE) -> Metrics:
     """Return the loss's weights over all devices, 1 where there is nothing to weigh (the sum is then 0 too)."""
     weights = {k: shard.replicate(v) for k, v in loss.weights(batch).items()}
     return {k: torch.where(v == 0, 1, v) for k, v in weights.items()}
+
+
+def gradient(objective: Callable, shard, params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
+    """Return this rank's part of every gradient, in tree order, the means of the loss's terms and its reported sums."""
+    leaves, spec = pytree.tree_flatten(params)
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    value, means, reported = objective(pytree.tree_unflatten(leaves, spec), batch, weights, buffers)
+    grads = torch.autograd.grad(value, leaves)
+    parts = [shard.storage(shard.like(g, p)) for g, p in zip(grads, leaves, strict=True)]
+    return parts, tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
 
 
 def make_train_step(
@@ -95,74 +84,37 @@ def make_train_step(
     """
     if micro_batches > 1 and not loss.accumulates:
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
-    if compile != "off":
-        torch._dynamo.config.capture_scalar_outputs = True
-    if compile == "step":  # lets Dynamo trace `autograd.grad`
-        torch._dynamo.config.trace_autograd_ops = True
+    one_graph = compile == "step" and micro_batches == 1 and remat == "none"
     model = wrap_layer(model, compile=compile == "layer", remat=remat == "layer", backend=backend)
 
-    one_graph = compile == "step" and micro_batches == 1 and remat == "none"
-
-    def jit(fn: Callable, when: bool, **options) -> Callable:
-        return torch.compile(fn, fullgraph=True, backend=backend, **options) if when else fn
+    def jit(fn: Callable, when: bool, dynamic: bool = False) -> Callable:
+        return torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=backend) if when else fn
 
     def objective(params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
         sums, reported = evaluate(model, loss, params, batch, buffers, shard)
         means = {k: v / weights[k] for k, v in sums.items()}
         return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
 
-    objective = jit(objective, compile == "step" and not one_graph, dynamic=False)
+    leaf = jit(partial(update_leaf, optimizer.update), compile == "layer", dynamic=True)
+    grad = partial(gradient, jit(objective, compile == "step" and not one_graph), shard)
+    finish = jit(partial(apply_gradient, optimizer, leaf, loss, clip, shard), compile == "step" and not one_graph)
 
-    def gradient(params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
-        leaves, spec = pytree.tree_flatten(params)
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        value, means, reported = objective(pytree.tree_unflatten(leaves, spec), batch, weights, buffers)
-        grads = torch.autograd.grad(value, leaves)
-        grads = [shard.storage(shard.like(g, p)) for g, p in zip(grads, leaves, strict=True)]
-        return grads, tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
-
-    def update_leaf(p, g, moments, scalars, scale, finite):
-        new_p, new_moments = optimizer.update(p, g * scale, moments, scalars)
-        p.copy_(torch.where(finite, new_p, p))
-        for k, old in moments.items():
-            old.copy_(torch.where(finite, new_moments[k], old))
-
-    leaf = jit(update_leaf, compile == "layer", dynamic=True)
-
-    def update(state: TrainState, grads: list[torch.Tensor], sums: Metrics, reported: Metrics):
-        norm = shard.norm(grads, tree.leaves(state.params))
-        finite = torch.isfinite(norm)
-        scale = clip / norm.clamp_min(clip) if clip else torch.ones_like(norm)
-        groups = {path: optimizer.group(path) for path in state.moments}
-        scalars = {group: optimizer.scalars(state.step, group) for group in dict.fromkeys(groups.values())}
-        for (path, p), g in zip(tree.flatten(state.params).items(), grads, strict=True):
-            moments = {k: shard.storage(v) for k, v in state.moments[path].items()}
-            leaf(shard.storage(p), g, moments, scalars[groups[path]], scale, finite)
-        buffers = loss.update(state.buffers, reported)
-        tree.map(lambda old, new: old.copy_(torch.where(finite, new, old)), state.buffers, buffers)
-        lr = next(iter(scalars.values()))["lr"]
-        state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))
-        state.step.add_(1)
-        return {**sums, "grad_norm": norm, "lr": lr, "skipped": state.skipped.clone(), **reported}
-
-    if one_graph:
-
-        def whole(state: TrainState, batch: Batch) -> Metrics:
-            weights = total_weights(loss, batch, shard)
-            return update(state, *gradient(state.params, batch, weights, state.buffers))
-
-        one = jit(whole, True, dynamic=False)
-        return lambda state, batch: (state, one(state, batch))
-    finish = jit(update, compile == "step", dynamic=False)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch) -> Metrics:
         weights = total_weights(loss, batch, shard)
         parts = shard.micro(batch, micro_batches)
-        grads, sums, reported = gradient(state.params, parts[0], weights, state.buffers)
+        grads, means, reported = grad(state.params, parts[0], weights, state.buffers)
         for micro in parts[1:]:
-            more, *rest = gradient(state.params, micro, weights, state.buffers)
+            more, *rest = grad(state.params, micro, weights, state.buffers)
             torch._foreach_add_(grads, more)
-            sums, reported = tree.map(torch.add, (sums, reported), tuple(rest))
-        return state, finish(state, grads, sums, reported)
+            means, reported = tree.map(torch.add, (means, reported), tuple(rest))
+        return finish(state, grads, means, reported)
 
-    return step
+    run = jit(step, one_graph)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        flags = {"capture_scalar_outputs": True}  # the splits of an all-to-all are read back to the host
+        flags |= {"trace_autograd_ops": True} if one_graph else {}
+        with torch._dynamo.config.patch(flags):
+            return state, run(state, batch)
+
+    return train_step

@@ -98,6 +98,4 @@ def grouped_matmul(
 
 def experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts: int, group=None) -> torch.Tensor:
     """Apply a dropless mixture of SwiGLU experts; see `kernels.moe.experts`."""
-    return _moe.experts(
-        x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, grouped_matmul, group
-    )
+    return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, grouped_matmul, group)

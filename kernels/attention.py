@@ -71,9 +71,7 @@ def _band(length: int, window: int | None, like: torch.Tensor) -> torch.Tensor |
         return None
     at = torch.arange(length)
     distance = at[:, None] - at[None, :]
-    return torch.zeros(length, length, dtype=like.dtype).masked_fill_(
-        (distance < 0) | (distance >= window), -math.inf
-    )
+    return torch.zeros(length, length, dtype=like.dtype).masked_fill_((distance < 0) | (distance >= window), -math.inf)
 
 
 def _heads(x: torch.Tensor, run: tuple[int, int, int], groups: int = 1) -> torch.Tensor:
@@ -191,5 +189,7 @@ def flash_attn(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: f
     borders = torch.cat([borders, borders.new_full((1,), B * S)]).to(torch.int32)
     q, k, v = (t.flatten(0, 1) for t in (q_BSNH, k_BSKH, v_BSKH))
     left = -1 if window is None else window - 1
-    out = flash_attn_varlen_func(q, k, v, borders, borders, S, S, softmax_scale=scale, causal=True, window_size=(left, 0))
+    out = flash_attn_varlen_func(
+        q, k, v, borders, borders, S, S, softmax_scale=scale, causal=True, window_size=(left, 0)
+    )
     return out.view(q_BSNH.shape)

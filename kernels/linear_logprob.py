@@ -118,9 +118,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dlogp, dent, _):
     hidden, w, targets, bias, ent, lse = ctx.saved_tensors
-    dhidden, dw, dbias = _grad(
-        dlogp.contiguous(), dent.contiguous(), hidden, w, targets, bias, ent, lse, *ctx.options
-    )
+    dhidden, dw, dbias = _grad(dlogp.contiguous(), dent.contiguous(), hidden, w, targets, bias, ent, lse, *ctx.options)
     return dhidden, dw, None, (None if bias is None else dbias), None, None, None
 
 
@@ -141,7 +139,5 @@ def linear_logprob(
     `hidden` is (..., D); `entropy=False` skips the second result, which is then zeros.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, ent, _ = _forward(
-        flat, w_VD, targets.reshape(-1), bias_V, float(softcap or 0.0), float(temperature), entropy
-    )
+    logp, ent, _ = _forward(flat, w_VD, targets.reshape(-1), bias_V, float(softcap or 0.0), float(temperature), entropy)
     return logp.view(targets.shape), ent.view(targets.shape)

@@ -1,8 +1,8 @@
 """Dropless mixture of experts: sort tokens by expert, grouped matmuls, and the weighted sum back.
 
 Every token fills exactly K slots, and the slots are permuted, never merged. So both gathers have gradients that are
-gathers too: dispatch's is the sum of a token's K slots, combine's is a copy to K slots. No additions into shared memory,
-no atomics, the same bits every run.
+gathers too: dispatch's is the sum of a token's K slots, combine's is a copy to K slots. No additions into shared
+memory, no atomics, the same bits every run.
 
 Padding tokens carry expert id E: their slots sort last, no expert sees them, their result is zero.
 

@@ -47,7 +47,9 @@ class Reader:
         """Refuse any value but `allowed` (or null)."""
         value = self(key, allowed)
         if value != allowed:
-            raise ValueError(f"config.json of {self.family}: {key} = {value!r} is not supported ({why}); use {allowed!r}")
+            raise ValueError(
+                f"config.json of {self.family}: {key} = {value!r} is not supported ({why}); use {allowed!r}"
+            )
 
     def rope(self, default_theta: float = 1e4) -> Rope:
         """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
@@ -58,7 +60,9 @@ class Reader:
         used = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
         longest = self.hf.get("max_position_embeddings") or 32768
         if any(isinstance(v, dict) for v in given.values()) or kind not in ("default", "linear", "yarn"):
-            raise ValueError(f"config.json of {self.family}: rope {given} is not supported; default, linear and yarn are")
+            raise ValueError(
+                f"config.json of {self.family}: rope {given} is not supported; default, linear and yarn are"
+            )
         if given.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"config.json of {self.family}: partial_rotary_factor must be 1 for this family")
         if kind == "default":

@@ -63,7 +63,9 @@ class Rope:
         ramp = ((index / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)
         return full / self.factor * ramp + full * (1 - ramp)
 
-    def tables(self, positions_BS: torch.Tensor, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(
+        self, positions_BS: torch.Tensor, head_dim: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin, each (B, S, h), in at least float32."""
         dtype = torch.promote_types(dtype, torch.float32)
         angle_BSh = positions_BS[..., None].to(dtype) * self.frequencies(head_dim, dtype, positions_BS.device)

@@ -31,13 +31,11 @@ class Model:
     dtype: torch.dtype | None = None
     """Compute dtype; parameters are cast at use. None computes in the parameters' own dtype."""
 
-    def init(self, seed: int, dtype: torch.dtype = torch.float32, device="cpu", shard=ONE_DEVICE) -> Tree:
+    def init(self, seed: int, dtype: torch.dtype = torch.float32, device=None, shard=ONE_DEVICE) -> Tree:
         """Draw a parameter tree."""
 
         def one(path: str, p: param.Param):
-            return shard.init_leaf(
-                path, p.shape, lambda: param.init_leaf(path, p, seed, dtype, device)
-            )
+            return shard.init_leaf(path, p.shape, lambda: param.init_leaf(path, p, seed, dtype, device))
 
         return param.tree.map_with_path(one, self.specs, is_leaf=param.is_param)
 

@@ -38,9 +38,13 @@ def read(hf: dict) -> Config:
     heads, depth = get.size("num_attention_heads", 32), get.size("num_hidden_layers", 32)
     window = get("sliding_window", 4096) if get("use_sliding_window", False) else None
     first = get("max_window_layers", 28)
-    kinds = get("layer_types", ["sliding_attention" if window and i >= first else "full_attention" for i in range(depth)])
+    kinds = get(
+        "layer_types", ["sliding_attention" if window and i >= first else "full_attention" for i in range(depth)]
+    )
     if len(kinds) != depth or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"config.json of qwen3: layer_types must name full_attention or sliding_attention {depth} times")
+        raise ValueError(
+            f"config.json of qwen3: layer_types must name full_attention or sliding_attention {depth} times"
+        )
     if "sliding_attention" in kinds and window is None:
         raise ValueError("config.json of qwen3: layer_types has sliding_attention but use_sliding_window is false")
     config = Config(

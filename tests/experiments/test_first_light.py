@@ -73,7 +73,7 @@ def test_write_gives_the_same_records_as_lines(tmp_path):
 
 
 def test_bad_requests_say_what_would_be_right():
-    with pytest.raises(ValueError, match="at most 4095"):
+    with pytest.raises(ValueError, match="at most 2047"):
         tasks.make(10, 5000, 0)
     with pytest.raises(ValueError, match="tasks.PHRASINGS"):
         tasks.answer_of({"messages": [{"role": "user", "content": "Who are you?"}]})

@@ -1,0 +1,64 @@
+"""The train state, and what one gradient does to it. Everything here works in place on donated storage."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+
+from functional_trainer import tree
+from functional_trainer.losses import Loss
+from functional_trainer.optimizers import Optimizer
+
+Metrics = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes: `step` counts updates tried, `skipped` the non-finite ones since a good one."""
+
+    step: torch.Tensor
+    params: tree.Tree
+    moments: dict[str, dict[str, torch.Tensor]]
+    buffers: tree.Tree
+    skipped: torch.Tensor
+
+
+pytree.register_dataclass(TrainState)
+
+
+def init_state(params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | None = None) -> TrainState:
+    """Make the state before the first step; `params` are taken over, not copied."""
+    device = tree.leaves(params)[0].device
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    moments = {path: optimizer.init(p) for path, p in tree.flatten(params).items()}
+    return TrainState(zero, params, moments, buffers or {}, zero.clone())
+
+
+def update_leaf(update: Callable, p, g, moments, scalars, scale, finite) -> None:
+    """Update one leaf and its moments in place, or leave them as they are if the gradient is not finite."""
+    new_p, new_moments = update(p, g * scale, moments, scalars)
+    p.copy_(torch.where(finite, new_p, p))
+    for k, old in moments.items():
+        old.copy_(torch.where(finite, new_moments[k], old))
+
+
+def apply_gradient(
+    optimizer: Optimizer, leaf: Callable, loss: Loss, clip: float, shard,
+    state: TrainState, grads: list[torch.Tensor], means: Metrics, reported: Metrics,
+) -> Metrics:  # fmt: skip
+    """Clip, update every leaf and the buffers in place, and return the step's metrics."""
+    norm = shard.norm(grads, tree.leaves(state.params))
+    finite = torch.isfinite(norm)
+    scale = clip / norm.clamp_min(clip) if clip else torch.ones_like(norm)
+    groups = {path: optimizer.group(path) for path in state.moments}
+    scalars = {group: optimizer.scalars(state.step, group) for group in dict.fromkeys(groups.values())}
+    for (path, p), g in zip(tree.flatten(state.params).items(), grads, strict=True):
+        moments = {k: shard.storage(v) for k, v in state.moments[path].items()}
+        leaf(shard.storage(p), g, moments, scalars[groups[path]], scale, finite)
+    buffers = loss.update(state.buffers, reported)
+    tree.map(lambda old, new: old.copy_(torch.where(finite, new, old)), state.buffers, buffers)
+    state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))
+    state.step.add_(1)
+    lr = next(iter(scalars.values()))["lr"]
+    return {**means, "grad_norm": norm, "lr": lr, "skipped": state.skipped.clone(), **reported}
