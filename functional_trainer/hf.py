@@ -21,6 +21,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 """Tensors that a file may hold although the model has tied them to another one; they must then be equal."""
 
 
-class Name(NamedTuple):
+@dataclass(frozen=True)
+class Name:
     """One row of a name map: their tensor name, our path, and the part of our leaf that it is."""
 
     hf: str
@@ -46,7 +48,8 @@ class Name(NamedTuple):
     index: str = ""
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """Where one of their tensors lives: `leaf[index]` of our path, viewed as `shape`."""
 
     path: str

@@ -7,8 +7,8 @@ Backends (`kernels.BACKENDS` says which serves which device and which were measu
 
     reference    softmax(Q K^T) V with a mask, any device, any dtype
     sdpa         F.scaled_dot_product_attention with the same mask
-    documents    one causal flash call per document. With documents of length L in rows of length S the work is S L
-                 instead of S^2. The CPU kernel is called in float32 at least: 16-bit gains nothing there
+    documents    one causal flash call per length of document. With documents of length L in rows of length S the
+                 work is S L instead of S^2. The CPU kernel is called in float32 at least: 16-bit gains nothing there
     flex         FlexAttention with a block mask built from the segments
     flash_attn   flash-attn's varlen call over document borders
 
@@ -49,59 +49,61 @@ def sdpa(q_BSNH, k_BTKH, v_BTKH, mask_BST, scale: float) -> torch.Tensor:
 # documents: an opaque op whose loop over documents runs on the host, so only for the host's own device ---------------
 
 
-def _runs(segments_BS: torch.Tensor) -> list[tuple[int, int, int]]:
-    """List (row, start, end) of every document, padding left out."""
+def _documents_by_length(segments_BS: torch.Tensor) -> list[torch.Tensor]:
+    """Return, for every length L that occurs, the flat token indices (n, L) of the n documents of that length."""
     S = segments_BS.shape[1]
     flat = segments_BS.flatten()
     first = torch.ones_like(flat, dtype=torch.bool)
     first[1:] = flat[1:] != flat[:-1]
     first[::S] = True
-    starts = first.nonzero()[:, 0]
-    borders = starts.tolist() + [flat.numel()]
-    return [
-        (a // S, a % S, a % S + b - a)
-        for a, b, segment in zip(borders, borders[1:], flat[starts].tolist(), strict=False)
-        if segment
-    ]
+    start = first.nonzero()[:, 0]
+    length = torch.diff(start, append=start.new_tensor([flat.numel()]))
+    real = flat[start] != 0
+    start, length = start[real], length[real]
+    return [start[length == n][:, None] + torch.arange(n) for n in length.unique().tolist()]
 
 
-def _band(length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+def _band(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
     """Return the additive causal band for documents longer than the window."""
     if window is None or length <= window:
         return None
     at = torch.arange(length)
     distance = at[:, None] - at[None, :]
-    return torch.zeros(length, length, dtype=like.dtype).masked_fill_((distance < 0) | (distance >= window), -math.inf)
+    return torch.zeros(length, length, dtype=dtype).masked_fill_((distance < 0) | (distance >= window), -math.inf)
 
 
-def _heads(x: torch.Tensor, run: tuple[int, int, int], groups: int = 1) -> torch.Tensor:
-    """Cut one document out of (B, S, K, H) as (1, K * groups, length, H)."""
-    row, start, end = run
-    x = x[row : row + 1, start:end].transpose(1, 2)
+def _heads(x: torch.Tensor, index_nL: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """Pick documents out of (B, S, K, H) as (n, K * groups, L, H), at least float32."""
+    x = promote(x.flatten(0, 1)[index_nL]).transpose(1, 2)
     return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+def _put(x: torch.Tensor, index_nL: torch.Tensor, part: torch.Tensor) -> None:
+    """Write (n, K, L, ...) back to the documents' places in (B, S, K, ...)."""
+    x.flatten(0, 1).index_copy_(0, index_nL.flatten(), part.transpose(1, 2).flatten(0, 1).to(x.dtype))
 
 
 @torch.library.custom_op("functional_trainer::attention_documents", mutates_args=())
 def _documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, window: int | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    qp, kp, vp = promote(q), promote(k), promote(v)
-    out, lse = torch.zeros_like(q), qp.new_zeros(q.shape[:3])
+    """Return the output, zeros at padding, and the logsumexp of the scores (B, S, N)."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = out.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     groups = q.shape[2] // k.shape[2]
-    for run in _runs(segments):
-        row, start, end = run
-        band = _band(end - start, window, qp)
+    for at in _documents_by_length(segments):
+        band = _band(at.shape[1], window, lse.dtype)
         o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _heads(qp, run), _heads(kp, run, groups), _heads(vp, run, groups), 0.0, band is None,
-            attn_mask=band, scale=scale,
-        )  # fmt: skip
-        out[row, start:end], lse[row, start:end] = o[0].transpose(0, 1), m[0].T
+            _heads(q, at), _heads(k, at, groups), _heads(v, at, groups), 0.0, band is None, attn_mask=band, scale=scale
+        )
+        _put(out, at, o)
+        _put(lse, at, m)
     return out, lse
 
 
 @_documents.register_fake
 def _(q, k, v, segments, window, scale):
-    return torch.empty_like(q), promote(q.new_empty(q.shape[:3]))
+    return q.new_empty(q.shape), promote(q.new_empty(q.shape[:3]))
 
 
 @torch.library.custom_op("functional_trainer::attention_documents_grad", mutates_args=())
@@ -116,25 +118,23 @@ def _documents_grad(
     window: int | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gp, qp, kp, vp, op = (promote(t) for t in (grad, q, k, v, out))
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     groups = q.shape[2] // k.shape[2]
-    for run in _runs(segments):
-        row, start, end = run
-        band = _band(end - start, window, qp)
+    for at in _documents_by_length(segments):
+        band = _band(at.shape[1], window, lse.dtype)
         a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads(gp, run), _heads(qp, run), _heads(kp, run, groups), _heads(vp, run, groups), _heads(op, run),
-            lse[row, start:end].T.contiguous()[None], 0.0, band is None, attn_mask=band, scale=scale,
+            _heads(grad, at), _heads(q, at), _heads(k, at, groups), _heads(v, at, groups), _heads(out, at),
+            _heads(lse, at).contiguous(), 0.0, band is None, attn_mask=band, scale=scale,
         )  # fmt: skip
-        dq[row, start:end] = a[0].transpose(0, 1)
-        dk[row, start:end] = b[0].unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
-        dv[row, start:end] = c[0].unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+        _put(dq, at, a)
+        _put(dk, at, b.unflatten(1, (-1, groups)).sum(2))
+        _put(dv, at, c.unflatten(1, (-1, groups)).sum(2))
     return dq, dk, dv
 
 
 @_documents_grad.register_fake
 def _(grad, q, k, v, segments, out, lse, window, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output):

@@ -19,7 +19,9 @@ def reference(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -
     E = w_EOI.shape[0]
     expert_R = torch.searchsorted(counts_E.cumsum(0), torch.arange(x_RI.shape[0], device=x_RI.device), right=True)
     mine_RE = expert_R[:, None] == torch.arange(E, device=x_RI.device)
-    return torch.einsum("ri,eoi,re->ro", x_RI, w_EOI, mine_RE.to(x_RI.dtype))
+    used_R1 = expert_R[:, None] < E  # cleared on both sides, so that not even a NaN passes through the other rows
+    out_RO = torch.einsum("ri,eoi,re->ro", torch.where(used_R1, x_RI, 0), w_EOI, mine_RE.to(x_RI.dtype))
+    return torch.where(used_R1, out_RO, 0)
 
 
 def _spans(counts: torch.Tensor) -> list[tuple[int, int, int]]:
@@ -47,7 +49,8 @@ def _blas_grad(
     grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dx, dw, end = torch.empty_like(x), torch.empty_like(w), 0
-    dw[counts == 0] = 0
+    for e in (counts == 0).nonzero()[:, 0].tolist():
+        dw[e].zero_()
     for e, start, end in _spans(counts):
         torch.mm(grad[start:end], w[e], out=dx[start:end])
         torch.mm(grad[start:end].T, x[start:end], out=dw[e])
@@ -77,7 +80,8 @@ def blas(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> tor
 
 
 def grouped_mm(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    """Call `F.grouped_mm`, then clear the rows of no expert, which it leaves unwritten."""
+    """Call `F.grouped_mm` and clear the rows of no expert, which it leaves unwritten in result and gradient."""
     offsets = counts_E.cumsum(0).to(torch.int32)
-    out = F.grouped_mm(x_RI, w_EOI.mT, offs=offsets)
-    return torch.where(torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < offsets[-1], out, 0)
+    used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < offsets[-1]
+    out = F.grouped_mm(torch.where(used_R1, x_RI, 0), w_EOI.mT, offs=offsets)
+    return torch.where(used_R1, out, 0)

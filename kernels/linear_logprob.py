@@ -5,8 +5,8 @@ With z = softcap(h W^T + b) / temperature, chunk by chunk over tokens:
     logp = z[target] - logsumexp(z)          entropy = logsumexp(z) - sum softmax(z) z
     dz   = dlogp (onehot - p) - dentropy p (log p + entropy)
 
-FLOPs: 2TDV forward, 6TDV backward (the logits of a chunk are computed again). Bytes held: one chunk of logits,
-`CHUNK` elements whatever T and V. Matmuls run in the inputs' dtype, everything after them in at least float32; the
+FLOPs: 2TDV forward, 6TDV backward (the logits of a chunk are computed again). Bytes held: the logits of
+one chunk of tokens. Matmuls run in the inputs' dtype, everything after them in at least float32; the
 gradient of W is summed over chunks in at least float32.
 """
 
@@ -14,8 +14,8 @@ import torch
 
 from kernels.elementwise import promote
 
-CHUNK = 2**22
-"""Logits held at a time."""
+CHUNK_HOST, CHUNK_DEVICE = 256, 2048
+"""Tokens whose logits are held at a time: on the host as many as stay in its caches, on a device enough to fill it."""
 
 
 def reference(hidden_TD, w_VD, targets_T, bias_V=None, softcap=0.0, temperature=1.0):
@@ -33,8 +33,9 @@ def _logits(h, w, b, softcap, temperature):
     return z / temperature if temperature != 1.0 else z
 
 
-def _chunks(tokens: int, vocab: int) -> range:
-    return range(0, tokens, max(1, CHUNK // vocab))
+def _chunks(hidden: torch.Tensor) -> list[slice]:
+    size = CHUNK_HOST if hidden.is_cpu else CHUNK_DEVICE
+    return [slice(i, i + size) for i in range(0, hidden.shape[0], size)]
 
 
 @torch.library.custom_op("functional_trainer::linear_logprob", mutates_args=())
@@ -46,25 +47,22 @@ def _forward(
     softcap: float,
     temperature: float,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probability, entropy (zeros unless asked for) and logsumexp, each (T,)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probability and entropy (zeros unless asked for), each (T,)."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logp, ent, lse = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
-    chunks = _chunks(hidden.shape[0], w.shape[0])
-    for i in chunks:
-        z = _logits(hidden[i : i + chunks.step], w, bias, softcap, temperature)
-        s = slice(i, i + z.shape[0])
-        lse[s] = z.logsumexp(-1)
-        logp[s] = z.gather(-1, targets[s, None])[:, 0] - lse[s]
+    logp, ent = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(2))
+    for s in _chunks(hidden):
+        log_p = _logits(hidden[s], w, bias, softcap, temperature).log_softmax(-1)
+        logp[s] = log_p.gather(-1, targets[s, None])[:, 0]
         if entropy:
-            ent[s] = lse[s] - (torch.softmax(z, -1) * z).sum(-1)
-    return logp, ent, lse
+            ent[s] = -(log_p.exp() * log_p).sum(-1)
+    return logp, ent
 
 
 @_forward.register_fake
 def _(hidden, w, targets, bias, softcap, temperature, entropy):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
 
 
 @torch.library.custom_op("functional_trainer::linear_logprob_grad", mutates_args=())
@@ -75,24 +73,21 @@ def _grad(
     w: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    ent: torch.Tensor,
-    lse: torch.Tensor,
     softcap: float,
     temperature: float,
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dhidden, dw = torch.empty_like(hidden), torch.zeros_like(w, dtype=lse.dtype)
-    dbias = torch.zeros_like(w[:, 0], dtype=lse.dtype)
-    chunks = _chunks(hidden.shape[0], w.shape[0])
-    for i in chunks:
-        h = hidden[i : i + chunks.step]
-        s = slice(i, i + h.shape[0])
+    dhidden, dw = torch.empty_like(hidden), torch.zeros_like(w, dtype=dlogp.dtype)
+    dbias = torch.zeros_like(w[:, 0], dtype=dlogp.dtype)
+    for s in _chunks(hidden):
+        h = hidden[s]
         z = _logits(h, w, bias, softcap, temperature)
-        p = torch.exp(z - lse[s, None])
-        dz = p * -dlogp[s, None]
+        p = z.softmax(-1)
+        dz = p * -dlogp[s, None] if entropy else p.mul_(-dlogp[s, None])
         dz.scatter_add_(1, targets[s, None], dlogp[s, None])  # one index per row: no two additions meet
         if entropy:
-            dz -= dent[s, None] * p * (z - lse[s, None] + ent[s, None])
+            log_p = z.log_softmax(-1)
+            dz -= dent[s, None] * p * (log_p - (p * log_p).sum(-1, keepdim=True))
         dz = dz / temperature if temperature != 1.0 else dz
         if softcap:
             dz = dz * (1 - (z * (temperature / softcap)).square())
@@ -105,21 +100,19 @@ def _grad(
 
 
 @_grad.register_fake
-def _(dlogp, dent, hidden, w, targets, bias, ent, lse, softcap, temperature, entropy):
+def _(dlogp, dent, hidden, w, targets, bias, softcap, temperature, entropy):
     return torch.empty_like(hidden), torch.empty_like(w), w.new_empty(w.shape[0])
 
 
 def _setup(ctx, inputs, output):
     hidden, w, targets, bias, *ctx.options = inputs
-    _, ent, lse = output
-    ctx.save_for_backward(hidden, w, targets, bias, ent, lse)
-    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden, w, targets, bias)
 
 
-def _backward(ctx, dlogp, dent, _):
-    hidden, w, targets, bias, ent, lse = ctx.saved_tensors
-    dhidden, dw, dbias = _grad(dlogp.contiguous(), dent.contiguous(), hidden, w, targets, bias, ent, lse, *ctx.options)
-    return dhidden, dw, None, (None if bias is None else dbias), None, None, None
+def _backward(ctx, dlogp, dent):
+    hidden, w, targets, bias = ctx.saved_tensors
+    grads = _grad(dlogp.contiguous(), dent.contiguous(), hidden, w, targets, bias, *ctx.options)
+    return *grads[:2], None, (None if bias is None else grads[2]), None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup)
@@ -139,5 +132,5 @@ def linear_logprob(
     `hidden` is (..., D); `entropy=False` skips the second result, which is then zeros.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, ent, _ = _forward(flat, w_VD, targets.reshape(-1), bias_V, float(softcap or 0.0), float(temperature), entropy)
+    logp, ent = _forward(flat, w_VD, targets.reshape(-1), bias_V, float(softcap or 0.0), float(temperature), entropy)
     return logp.view(targets.shape), ent.view(targets.shape)

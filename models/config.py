@@ -51,6 +51,11 @@ class Reader:
                 f"config.json of {self.family}: {key} = {value!r} is not supported ({why}); use {allowed!r}"
             )
 
+    def window(self) -> int | None:
+        """Return the sliding window, None where it is off; an absent key means 4096 and a null one none."""
+        width = self("sliding_window") if "sliding_window" in self.hf else 4096
+        return width if self("use_sliding_window", False) else None
+
     def rope(self, default_theta: float = 1e4) -> Rope:
         """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
         given = self("rope_scaling", {}) or self("rope_parameters", {})
@@ -68,7 +73,7 @@ class Reader:
         if kind == "default":
             rope = Rope(theta)
         elif kind == "linear":
-            rope, used = Rope(theta, kind, float(given["factor"])), used | {"factor"}
+            rope, used = Rope(theta, kind, float(given.get("factor", 1.0))), used | {"factor"}
         else:
             rope = self._yarn(theta, given, longest)
             used |= {"factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}

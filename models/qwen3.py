@@ -36,7 +36,7 @@ def read(hf: dict) -> Config:
     get.only("hidden_act", "silu", "experts and MLPs are SwiGLU")
     get.only("attention_dropout", 0.0, "training has no dropout")
     heads, depth = get.size("num_attention_heads", 32), get.size("num_hidden_layers", 32)
-    window = get("sliding_window", 4096) if get("use_sliding_window", False) else None
+    window = get.window()
     first = get("max_window_layers", 28)
     kinds = get(
         "layer_types", ["sliding_attention" if window and i >= first else "full_attention" for i in range(depth)]

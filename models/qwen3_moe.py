@@ -48,7 +48,7 @@ def read(hf: dict) -> Config:
     experts = get("num_experts", 128)
     experts = get("num_local_experts", experts)
     dense, every = get("mlp_only_layers", [], expect=list), get.size("decoder_sparse_step", 1)
-    window = get("sliding_window", 4096) if get("use_sliding_window", False) else None
+    window = get.window()
     config = Config(
         vocab=get.size("vocab_size", 151936),
         dim=dim,

@@ -1,5 +1,5 @@
 """Where every tensor lives: `Rules` (a table of regexes) and `Sharder` (a table on a mesh)."""
 
-from sharding_rules.rules import P, Rules, Sharder, zero
+from sharding_rules.rules import P, Rules, Sharder, optional, zero
 
-__all__ = ["P", "Rules", "Sharder", "zero"]
+__all__ = ["P", "Rules", "Sharder", "optional", "zero"]

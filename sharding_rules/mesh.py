@@ -30,4 +30,7 @@ def make(sizes: Mesh, device: torch.device, world: int) -> DeviceMesh | None:
     axes = {name: n for name, n in (("fsdp", fsdp), ("ep", sizes.ep)) if n > 1}
     if not axes:
         return None
-    return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    if len(axes) > 1:
+        mesh._flatten()  # lets a sum over all axes be one collective, with one order of additions
+    return mesh

@@ -1,6 +1,6 @@
 """Placements of Qwen3. Axes: fsdp (data; stores parameters), ep (data here: a dense model has no experts)."""
 
-from sharding_rules.rules import P, Rules, zero
+from sharding_rules.rules import P, Rules, optional, zero
 
 DATA = ("fsdp", "ep")  # a batch's rows are split over every data axis,
 Z = zero(*DATA)  #       and parameters are stored over them all
@@ -17,8 +17,8 @@ DENSE = (
     (r"params/layers/\w+/attn/[qkv]", P(None, None, Z)),
     (r"params/layers/\w+/attn/o", P(Z, None, None)),
     (r"params/layers/\w+/attn/[qk]_norm", P(None)),
-    (r"params/layers/\w+/attn/[qkv]_bias", P(None, None)),
-    (r"params/layers/\w+/attn/o_bias", P(Z)),
+    (optional(r"params/layers/\w+/attn/[qkv]_bias"), P(None, None)),
+    (optional(r"params/layers/\w+/attn/o_bias"), P(Z)),
 )
 MLP = (
     (r"params/layers/\w+/mlp/gate_up", P(None, None, Z)),

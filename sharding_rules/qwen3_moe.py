@@ -1,7 +1,7 @@
 """Placements of Qwen3-MoE. Axes: fsdp (data; stores parameters), ep (data outside the experts, experts inside)."""
 
 from sharding_rules.qwen3 import BOUNDARIES, DATA, DENSE, MLP, Z
-from sharding_rules.rules import P, Rules, zero
+from sharding_rules.rules import P, Rules, optional, zero
 
 EXPERTS = (
     (r"params/layers/\w+/moe/router", P(None, Z)),
@@ -11,4 +11,6 @@ EXPERTS = (
     (r"act/token_rows", P(DATA, None)),
 )
 
-RULES = Rules((*DENSE, *MLP, *EXPERTS, *BOUNDARIES))
+SOME_DENSE = tuple((optional(pattern), spec) for pattern, spec in MLP)
+
+RULES = Rules((*DENSE, *SOME_DENSE, *EXPERTS, *BOUNDARIES))

@@ -9,7 +9,7 @@ its parameter. The first `fullmatch` wins and a path without a rule is an error:
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,10 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+class optional(str):
+    """A pattern that some models of the family have no path for."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """Ordered (regex, P) rows."""
@@ -72,10 +76,10 @@ class Rules:
                 return spec
         raise ValueError(f"no sharding rule matches {path!r}; add a row for it")
 
-    def unused(self, paths: list[str]) -> list[str]:
-        """Return the patterns that are the first match of none of `paths`."""
+    def unused(self, paths: Iterable[str]) -> list[str]:
+        """Return the patterns, `optional` ones aside, that are the first match of none of `paths`."""
         hit = {next((p for p, _ in self.table if re.fullmatch(p, path)), None) for path in paths}
-        return [pattern for pattern, _ in self.table if pattern not in hit]
+        return [p for p, _ in self.table if p not in hit and not isinstance(p, optional)]
 
 
 def placements(spec: P, mesh: DeviceMesh, *, use: bool = False) -> Placements:
@@ -94,7 +98,6 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *xs: DTensor):
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x in xs if not x.requires_grad))
         ctx.like = [(x.device_mesh, x.shape, x.dtype) for x in xs]
         return tuple(x.view_as(x) for x in xs)
 

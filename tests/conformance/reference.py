@@ -65,7 +65,7 @@ def precision(dtype: torch.dtype):
     return Float64() if dtype == torch.float64 else contextlib.nullcontext()
 
 
-def hf_model(folder: str | Path, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+def hf_model(folder: str | Path, dtype: torch.dtype = torch.float64) -> Any:
     """Load a folder with transformers, plain implementations of attention and experts; run it inside `precision`."""
     with precision(dtype):
         return transformers.AutoModelForCausalLM.from_pretrained(

@@ -127,7 +127,7 @@ def test_rotary_tables(raw, head_dim):
     raw = raw | {"head_dim": head_dim}
     positions = torch.tensor([[0, 1, 2, 40, 63]])
     with Float64():
-        theirs = Qwen3RotaryEmbedding(transformers.AutoConfig.for_model(**copy.deepcopy(raw)))
+        theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config.from_dict(copy.deepcopy(raw)))
         cos_sin = theirs(torch.zeros(1), positions)
     ours = models.from_config(raw).config.rope.tables(positions, head_dim, torch.float64)
     for mine, full in zip(ours, cos_sin, strict=True):

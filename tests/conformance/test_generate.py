@@ -13,11 +13,11 @@ NEW = 11
 
 def theirs(reference, eos, dtype):
     longest = max(map(len, PROMPTS))
-    rows = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
+    padded = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS])
     kwargs = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "return_dict_in_generate": True}
     with torch.no_grad(), precision(dtype):
-        out = reference.generate(rows, attention_mask=mask, eos_token_id=eos, output_logits=True, **kwargs)
+        out = reference.generate(padded, attention_mask=mask, eos_token_id=eos, output_logits=True, **kwargs)
     tokens = out.sequences[:, longest:]
     logp = torch.stack(out.logits, 1).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     rows = []

@@ -1,0 +1,147 @@
+"""Runs of the SFT recipe as a user's command, quickly: each in a process forked from one that has imported torch."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+
+from experiments.first_light import tasks
+from functional_trainer import checkpoint
+
+RECIPE = Path(__file__).parents[2] / "experiments" / "qwen3_moe_sft.py"
+TOKENIZER = RECIPE.parent / "first_light" / "tokenizer"
+SIZES: dict[str, Any] = {
+    "vocab_size": 360, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 256, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ALL_IN_ONE = multiprocessing.get_context("forkserver")
+ALL_IN_ONE.set_forkserver_preload(["tests.experiments.sft_runs"])
+
+
+def folder(path: Path, family: str = "qwen3_moe", **changes: Any) -> Path:
+    """Let transformers save a tiny random model and the shipped tokenizer into `path`."""
+    sizes = SIZES | (EXPERTS if family == "qwen3_moe" else {}) | changes
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(path)
+    return path
+
+
+def chats(path: Path, count: int, seed: int = 0) -> Path:
+    """Write `count` of the shipped tasks, some made longer, to a JSONL file."""
+    records, _ = tasks.make(count, 0, seed)
+    for record in records[::3]:
+        record["messages"] = record["messages"] * 2
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@dataclass
+class Run:
+    """A command that was started: `wait` for it, or kill it."""
+
+    process: Any
+    log: Path
+
+    def wait(self, seconds: float = 120) -> int:
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
+        return self.process.exitcode
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+
+def start(cwd: Path, *flags: Any, env: dict[str, str] | None = None, setup: Any = None) -> Run:
+    """Start the recipe with `flags` in the folder `cwd`; `setup` is a picklable function called in it first."""
+    number = len(list(cwd.glob("log-*")))
+    log = cwd / f"log-{number}"
+    log.touch()
+    process = ALL_IN_ONE.Process(target=_child, args=(cwd, [str(f) for f in flags], log, env or {}, setup))
+    process.start()
+    return Run(process, log)
+
+
+def run(cwd: Path, *flags: Any, status: int = 0, **options: Any) -> str:
+    """Run the recipe to its end, check its exit status and return what it printed."""
+    started = start(cwd, *flags, **options)
+    code = started.wait()
+    assert code == status, f"exit status {code}, not {status}:\n{started.output}"
+    return started.output
+
+
+def run_ranks(cwd: Path, world: int, *flags: Any) -> str:
+    """Run the recipe in `world` processes, as torchrun would; return what rank 0 printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
+    ranks = [start(cwd, *flags, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+    codes = [rank.wait() for rank in ranks]
+    assert not any(codes), "\n".join(rank.output for rank in ranks)
+    return ranks[0].output
+
+
+def rows(out: Path) -> list[dict]:
+    """Read metrics.jsonl strictly."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(out: Path) -> list[dict]:
+    """Read metrics.jsonl without what differs between equal runs: times and memory."""
+    vary = ("time", "tokens_per_s", "memory_bytes")
+    return [{k: v for k, v in row.items() if k not in vary} for row in rows(out)]
+
+
+def state(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read the newest checkpoint without the trainer's code: tensors by path, and extra.json."""
+    path = checkpoint.latest(out)
+    assert path is not None, f"no checkpoint in {out}"
+    reader = dcp.FileSystemReader(path)
+    meta = reader.read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in meta.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors, json.loads((path / "extra.json").read_text())
+
+
+def same_state(a: Path, b: Path) -> None:
+    """Assert that the newest checkpoints of two runs are equal, bit for bit, the place in the data included."""
+    (ours, extra), (theirs, other) = state(a), state(b)
+    assert extra == other
+    assert ours.keys() == theirs.keys()
+    assert not [k for k in ours if not torch.equal(ours[k].view(torch.uint8), theirs[k].view(torch.uint8))]
+
+
+def _child(cwd: Path, flags: list[str], log: Path, env: dict[str, str], setup: Any) -> None:
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(cwd)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    if setup is not None:
+        setup()
+    from experiments import qwen3_moe_sft
+    from functional_trainer import config
+
+    sys.argv = [str(RECIPE), *flags]
+    try:
+        config.run(qwen3_moe_sft.main, qwen3_moe_sft.Options, doc=qwen3_moe_sft.__doc__ or "")
+    finally:
+        sys.stdout.flush()

@@ -1,0 +1,84 @@
+"""kernels: embedding, rms_norm, rope and swiglu against torch and closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 7))
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def with_grads(fn, *leaves):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    out = fn(*leaves)
+    return out, *torch.autograd.grad(out, leaves, torch.cos(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape))
+
+
+def assert_same(ours, theirs, tolerance=1e-12):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@given(SHAPES, st.integers(1, 9), st.integers(0, 99))
+@settings(max_examples=30)
+def test_embedding_and_its_gradient(shape, vocab, seed):
+    tokens = torch.randint(vocab, shape[:2], generator=torch.Generator().manual_seed(seed))
+    table = draw(vocab, shape[2], seed=seed)
+    assert_same(with_grads(lambda w: kernels.embedding(w, tokens), table), with_grads(lambda w: w[tokens], table))
+
+
+@given(SHAPES, st.sampled_from([1e-6, 1e-2, 1.0]), st.integers(0, 99))
+@settings(max_examples=30)
+def test_rms_norm_equals_torch(shape, eps, seed):
+    x, scale = draw(*shape, seed=seed), draw(shape[-1], seed=seed + 1)
+    assert_same(
+        with_grads(lambda x, s: kernels.rms_norm(x, s, eps), x, scale),
+        with_grads(lambda x, s: F.rms_norm(x, (shape[-1],), s, eps), x, scale),
+    )
+
+
+@given(SHAPES, st.integers(0, 99))
+@settings(max_examples=30)
+def test_swiglu(shape, seed):
+    gate, up = draw(2, *shape, seed=seed)
+    assert_same(
+        with_grads(lambda g, u: kernels.swiglu(torch.cat([g, u], -1)), gate, up),
+        with_grads(lambda g, u: g / (1 + torch.exp(-g)) * u, gate, up),
+    )
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99))
+@settings(max_examples=30)
+def test_rope_multiplies_by_a_complex_phase(S, N, half, seed):
+    x, angle = draw(2, S, N, 2 * half, seed=seed), draw(2, S, half, seed=seed + 1)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    assert_same([kernels.rope(x, angle.cos(), angle.sin())], [torch.cat([z.real, z.imag], -1)])
+
+
+def test_rope_by_hand():
+    quarter = torch.tensor([[[math.pi / 2]]])
+    out = kernels.rope(torch.tensor([[[[3.0, 5.0]]]]), quarter.cos(), quarter.sin())
+    torch.testing.assert_close(out, torch.tensor([[[[-5.0, 3.0]]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_stay_and_maths_is_at_least_float32(dtype):
+    x, scale = draw(2, 3, 4, 6).to(dtype), draw(6).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    tables = torch.rand(2, 3, 3, dtype=wide), torch.rand(2, 3, 3, dtype=wide)
+    for fn, args in ((kernels.rms_norm, (scale, 1e-6)), (kernels.rope, tables), (kernels.swiglu, ())):
+        out = fn(x, *args)
+        assert out.dtype == dtype
+        exact = fn(x.double(), *(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+        # One rounding to the dtype, and one more where a norm's scale is multiplied in it.
+        torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    assert kernels.promote(x).dtype == wide

@@ -1,0 +1,110 @@
+"""Every op of ours as PyTorch sees it: registration, the same bits in every run, and the table of backends."""
+
+import pytest
+import torch
+
+import kernels
+
+SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]])
+
+
+def leaf(*shape, dtype=torch.float32, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=gen).to(dtype).requires_grad_()
+
+
+def samples():
+    """Name each op and give it arguments."""
+    q, k = leaf(2, 6, 4, 8), leaf(2, 6, 2, 8, seed=1)
+    with torch.no_grad():
+        out, lse = torch.ops.functional_trainer.attention_documents(q, k, k, SEGMENTS, None, 0.3)
+    h, w, targets = leaf(7, 5), leaf(9, 5, seed=1), torch.arange(7)
+    with torch.no_grad():
+        _, ent, total = torch.ops.functional_trainer.linear_logprob(h, w, targets, None, 0.0, 1.0, True)
+    counts = torch.tensor([3, 0, 2])
+    x, grad, experts = leaf(7, 4), torch.ones(7, 6), leaf(3, 6, 4, seed=2)
+    dlogp = torch.ones(7)
+    return {
+        "attention_documents": [(q, k, leaf(2, 6, 2, 8, seed=2), SEGMENTS, w, 0.3) for w in (None, 2)],
+        "attention_documents_grad": [
+            (torch.ones_like(q), q.detach(), k.detach(), k.detach(), SEGMENTS, out, lse, None, 0.3)
+        ],
+        "embedding": [(leaf(9, 4), SEGMENTS)],
+        "embedding_grad": [(torch.ones(2, 6, 4), SEGMENTS, 9)],
+        "grouped_matmul": [(x, experts, counts)],
+        "grouped_matmul_grad": [(grad, x.detach(), experts.detach(), counts)],
+        "linear_logprob": [
+            (h, w, targets, None, 0.0, 1.0, True), (h, w, targets, leaf(9, seed=3), 2.0, 0.7, True),
+            (leaf(7, 5, dtype=torch.bfloat16), leaf(9, 5, dtype=torch.bfloat16), targets, None, 0.0, 1.0, False),
+        ],
+        "linear_logprob_grad": [
+            (dlogp, dlogp, h.detach(), w.detach(), targets, None, ent, total, 0.0, 1.0, True)
+        ],
+    }  # fmt: skip
+
+
+def test_every_op_has_samples():
+    names = torch._C._dispatch_get_all_op_names()
+    assert sorted(n.split("::")[1] for n in names if n.startswith("functional_trainer::")) == sorted(samples())
+
+
+@pytest.mark.parametrize("name", sorted(samples()))
+def test_opcheck(name):
+    for args in samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.functional_trainer, name).default, args)
+
+
+# determinism ---------------------------------------------------------------------------------------------------------
+
+T, D, E, K, V = 384, 32, 6, 3, 40
+
+
+def everything(table, gate_up, down, weights, tokens, expert, segments, positions):
+    """Chain every op; tokens and experts repeat, so that their gradients meet."""
+    x = kernels.embedding(table, tokens)
+    x = x + kernels.attention(*(x.unflatten(-1, (4, 8)),) * 3, segments, positions).flatten(2)
+    y = kernels.experts(x.flatten(0, 1), weights, expert, gate_up, down, E)
+    logp, entropy = kernels.linear_logprob(y, table, tokens.flatten())
+    return logp.sum() + entropy.sum()
+
+
+@pytest.mark.parametrize("mode", ["eager", "inductor"])
+def test_the_same_bits_in_every_run(mode):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gen = torch.Generator().manual_seed(0)
+        leaves = [leaf(V, D), leaf(E, 2, 24, D), leaf(E, D, 24), leaf(T, K)]
+        data = [
+            torch.randint(V, (2, T // 2), generator=gen), torch.randint(E + 1, (T, K), generator=gen),
+            (torch.arange(T // 2) // 50 + 1).expand(2, -1), (torch.arange(T // 2) % 50).expand(2, -1),
+        ]  # fmt: skip
+        fn = everything if mode == "eager" else torch.compile(everything, fullgraph=True)
+        first = None
+        for _ in range(5):
+            value = fn(*leaves, *data)
+            result = value, *torch.autograd.grad(value, leaves)
+            first = first or result
+            assert all(torch.equal(a, b) for a, b in zip(result, first, strict=True))
+        if mode == "inductor":
+            plain = everything(*leaves, *data)
+            wanted = plain, *torch.autograd.grad(plain, leaves)
+            torch.testing.assert_close(first, wanted, rtol=1e-4, atol=1e-3)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# the table -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", sorted(kernels.BACKENDS))
+def test_every_device_has_a_default_that_serves_it(op):
+    for device in ("cpu", "cuda", "npu", "xla"):
+        chosen = kernels.pick(op, device)
+        assert device in chosen.serves or "*" in chosen.serves
+        assert kernels.pick(op, device, chosen.name) == chosen
+    assert kernels.pick(op, "xla", "reference").name == "reference"
+
+
+def test_defaults_on_the_cpu_were_measured_there():
+    assert all("cpu" in kernels.pick(op, "cpu").measured_on for op in kernels.BACKENDS)

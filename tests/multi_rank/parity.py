@@ -1,0 +1,146 @@
+"""One training run, described by a `Case`, on one process or on a mesh."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import models
+from functional_trainer import losses, optimizers, tree
+from functional_trainer.state import init_state
+from functional_trainer.step import make_train_step
+from functional_trainer.types import ONE_DEVICE
+from sharding_rules import Sharder, qwen3, qwen3_moe
+from sharding_rules.mesh import Mesh, make
+
+ROWS, LENGTH, STEPS = 8, 12, 3
+CPU = torch.device("cpu")
+MESHES = {"fsdp2": Mesh(fsdp=2, ep=1), "ep2": Mesh(fsdp=1, ep=2), "fsdp2xep2": Mesh(fsdp=2, ep=2)}
+RULES = {"qwen3": qwen3.RULES, "qwen3_moe": qwen3_moe.RULES}
+DENSE = models.PRESETS["dense-0.6b"] | {
+    "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4,
+    "num_hidden_layers": 2, "vocab_size": 40, "attention_bias": True,
+}  # fmt: skip
+MOE = models.PRESETS["tiny"] | {
+    "hidden_size": 24, "intermediate_size": 20, "moe_intermediate_size": 14, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 4, "num_hidden_layers": 2, "vocab_size": 40, "num_experts": 8,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+ONE_EXPERT = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What differs between runs."""
+
+    config: dict[str, Any]
+    balance: str = "per_sequence"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `make_train_step`."""
+    uneven: bool = False
+    """One row has one label, the others many, and two rows (all that a rank of four has) are padding."""
+    collapsed: bool = False
+    """The router scores all experts alike, so every token goes to the same one."""
+    rows: int = ROWS
+
+
+SHORT = {"num_hidden_layers": 1}
+CASES = {
+    "dense tied, biases": Case(DENSE),
+    "dense untied, uneven, 2 micro-batches": Case(
+        DENSE | {"tie_word_embeddings": False}, options={"micro_batches": 2}, uneven=True
+    ),
+    "moe untied, 2 micro-batches": Case(MOE, options={"micro_batches": 2}),
+    "moe tied, biases, mixed layers, uneven, recomputed": Case(
+        MOE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_only_layers": [0]},
+        options={"remat": "layer"},
+        uneven=True,
+    ),
+    "moe, pooled balance, uneven": Case(MOE, "hf", uneven=True),
+    "moe, one expert takes all": Case(MOE | ONE_EXPERT, collapsed=True),
+}
+COMPILED = {
+    "moe, layer compiled": Case(MOE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
+    "moe, step compiled": Case(MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True),
+}
+
+
+def batch(case: Case) -> dict[str, torch.Tensor]:
+    """Return the columns of all rows: three documents each, the tail padding."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, case.config["vocab_size"], (case.rows, LENGTH + 1), generator=draw)
+    ends = torch.tensor([5, 7, 11])
+    segments = (1 + torch.searchsorted(ends, torch.arange(LENGTH), right=True)).repeat(case.rows, 1)
+    segments[:, 11:] = 0
+    segments[2, 7:] = 0
+    weights = torch.rand(case.rows, LENGTH, generator=draw)
+    if case.uneven:
+        segments[4:6] = 0
+        weights[0, 1:] = 0
+    start = torch.tensor([0, 5, 7, 11])[segments.sub(1).clamp_min(0)]
+    columns = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": torch.arange(LENGTH) - start}
+    columns = {k: torch.where(segments == 0, 0, v) for k, v in columns.items()}
+    return columns | {"segment_ids": segments, "weights": (weights * (segments != 0)).float()}
+
+
+def recording(optimizer: optimizers.Optimizer) -> optimizers.Optimizer:
+    """Keep each leaf's last gradient beside its moments."""
+
+    def update(p, g, moments, scalars):
+        new_p, new = optimizer.update(p, g, {k: v for k, v in moments.items() if k != "grad"}, scalars)
+        return new_p, new | {"grad": g}
+
+    return optimizer._replace(init=lambda p: optimizer.init(p) | {"grad": torch.zeros_like(p)}, update=update)
+
+
+def sharder(config: dict[str, Any], mesh: str | None):
+    """Return the sharder of a model on a mesh of all ranks; None is one process."""
+    if mesh is None:
+        return ONE_DEVICE
+    grid = make(MESHES[mesh], CPU, torch.distributed.get_world_size())
+    return Sharder(RULES[config["model_type"]], grid)
+
+
+def start(case: Case, shard):
+    """Return the model, its step and the state before the first one, in float64."""
+    model = models.from_config(case.config)
+    params = model.init(0, dtype=torch.float64, shard=shard)
+    if case.collapsed:
+        for layer in params["layers"]:
+            layer["moe"]["router"].zero_()
+    optimizer = recording(optimizers.adamw(optimizers.schedule("cosine", 1e-2, 10, 2)))
+    torch._dynamo.reset()
+    step = make_train_step(model, losses.sft(case.balance, 0.1), optimizer, shard=shard, **case.options)
+    return model, step, init_state(params, optimizer)
+
+
+def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
+    """Run `STEPS` steps; return metrics of each, gradients of the first and parameters after the last, all whole."""
+    shard = sharder(case.config, mesh)
+    _, step, state = start(case, shard)
+    rows = {k: v.chunk(shard.world)[shard.rank].contiguous() for k, v in batch(case).items()}
+    seen = {}
+    for i in range(STEPS):
+        state, metrics = step(state, shard.put_batch(rows))
+        seen |= {f"{i}/{k}": shard.replicate(v).clone() for k, v in metrics.items()}
+        if i == 0:
+            seen |= {f"grads/{path}": shard.full(m["grad"]).clone() for path, m in state.moments.items()}
+    return seen | {f"params/{path}": shard.full(p).clone() for path, p in tree.flatten(state.params).items()}
+
+
+def train_all(names: list[str], meshes: list[str]) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """Run cases on meshes; an error says which."""
+    done = {}
+    for mesh in meshes:
+        for name in names:
+            try:
+                done[mesh, name] = train((CASES | COMPILED)[name], mesh)
+            except Exception as error:
+                error.add_note(f"in case {name!r} on {mesh}")
+                raise
+    return done
+
+
+def one_row_each(name: str) -> Case:
+    return dataclasses.replace(CASES[name], rows=4)
