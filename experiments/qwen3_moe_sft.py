@@ -25,12 +25,16 @@ class Options(RunOptions):
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
+    steps: int = 500
+    """Optimizer steps (0: what --epochs takes)."""
+    batch: int = 6
+    """Packed rows per optimizer step, over all devices."""
     out: str = "runs/qwen3_moe_sft"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png, hf/."""
     balance: Literal["per_sequence", "hf", "none"] = "per_sequence"
     """Router balance loss: within each document, or pooled as in transformers (not with accumulation)."""
-    balance_coefficient: float = 1e-3
-    """Weight of the router balance loss."""
+    balance_coefficient: float | None = None
+    """Weight of the router balance loss (default: the model config's router_aux_loss_coef)."""
     answers: int | None = None
     """Held-out questions to answer greedily before and after (default: 512 of the shipped tasks, 0 of your data)."""
 
@@ -83,9 +87,10 @@ def main(o: Options) -> None:
     a = o.optim
     lr = optimizers.schedule(a.schedule, a.lr, steps, round(a.warmup * steps), a.floor, a.decay)
     adamw = optimizers.adamw(lr, a.betas, a.eps, a.weight_decay, a.no_decay)
-    loss = losses.sft(o.balance, o.balance_coefficient)
+    coefficient = hf.get("router_aux_loss_coef", 0.001) if o.balance_coefficient is None else o.balance_coefficient
+    loss = losses.sft(o.balance, coefficient)
     compile = ("layer" if len(model.config.windows) > 8 else "step") if o.compile == "auto" else o.compile
-    parts = o.batch // world // o.micro_batch if o.micro_batch else 1
+    parts = o.micro_batches(world)
     step = make_train_step(
         model, loss, adamw, shard=shard, micro_batches=parts, clip=a.max_grad_norm, compile=compile, remat=o.remat
     )

@@ -1,6 +1,6 @@
 """Devices: the only file that names them. Everything else asks here, or asks a tensor where it lives."""
 
-import importlib
+import importlib.util
 import os
 import platform
 import resource
@@ -29,11 +29,14 @@ def setup(name: str = "auto", deterministic: bool | None = None) -> torch.device
     ValueError says which devices there are.
     """
     kind, _, index = name.partition(":")
-    if kind in ("npu", "xla"):
-        importlib.import_module({"npu": "torch_npu", "xla": "torch_xla"}[kind])  # registers the device type
+    if plugin := {"npu": "torch_npu", "xla": "torch_xla"}.get(kind):
+        if importlib.util.find_spec(plugin) is None:
+            raise ValueError(f"--device {name}: {plugin} is not installed; pip install '.[{kind}]'")
+        importlib.import_module(plugin)  # registers the device type
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind not in COMMUNICATION or kind == "cuda" and not torch.cuda.is_available():
+    absent = kind not in COMMUNICATION or kind == "cuda" and not torch.cuda.is_available()
+    if absent or not (index or "0").isdigit():
         have = [k for k in ("cuda", "cpu") if k == "cpu" or torch.cuda.is_available()]
         raise ValueError(f"--device {name}: not on this machine; it has {', '.join(have)}")
     rank = int(index or os.environ.get("LOCAL_RANK", "0"))

@@ -85,12 +85,17 @@ def run(main: Callable[[T], None], cls: type[T], *, doc: str) -> None:
         if not raised_in.is_relative_to(Path(__file__).resolve().parents[1]) or "site-packages" in raised_in.parts:
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def dump(config: Any, path: str | Path) -> None:
     """Write a dataclass instance as YAML in field order, such that `load` gives an equal one."""
     text = yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    Path(path).write_text(text, encoding="utf-8", newline="\n")
+    partial = Path(f"{path}.tmp")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)  # whole at every instant, whatever is killed
 
 
 def load(cls: type[T], path: str | Path, default: T | None = None) -> T:

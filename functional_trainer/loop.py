@@ -18,8 +18,9 @@ from functional_trainer.state import TrainState
 from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE, Batch
 
-MAY_DIFFER = {"out", "resume", "keep", "save_every", "device", "max_skipped", "answers"}
-"""Options that do not change what a run computes: they may differ when it is resumed."""
+MAY_DIFFER = {"out", "resume", "keep", "save_every", "eval_every", "device", "max_skipped", "answers"}
+MAY_DIFFER |= {"mesh", "micro_batch", "compile", "remat"}
+"""Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 
 def claim(options: Any, *, main: bool = True) -> Path | None:
@@ -28,25 +29,28 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
     ValueError if the folder holds another run, or if `resume` names no checkpoint.
     """
     folder, source = Path(options.out), None
-    if options.resume not in ("auto", "never"):
+    if named := options.resume not in ("auto", "never"):
         source = Path(options.resume)
         source = source if source.name.startswith("step-") else checkpoint.latest(source)
         if source is None or not source.is_dir():
             raise ValueError(
                 f"--resume {options.resume}: no checkpoint there; wanted .../checkpoints/step-N or a run folder"
             )
-    elif (folder / "metrics.jsonl").exists():
-        if options.resume == "never":
+    if (folder / "metrics.jsonl").exists():
+        if options.resume == "never" or named and not source.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} already holds a run; choose another --out, or --resume auto to continue it")
         odd = _differences(config.load(type(options), folder / "config.yaml"), options)
         if odd:
             raise ValueError(
                 f"{folder} holds another run ({'; '.join(odd)}); choose another --out, or the same options"
             )
-        source = checkpoint.latest(folder)
+        source = source or checkpoint.latest(folder)
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.dump(options, folder / "config.yaml")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.dump(options, folder / "config.yaml")
+        except OSError as error:
+            raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
     return source
 
 
@@ -115,6 +119,8 @@ def train(
         _, extra = checkpoint.load(resume, tree.flatten(state))
         loader.restore(extra["loader"])
     start = int(state.step)
+    if start > total_steps:
+        raise ValueError(f"{resume} is at step {start}, the run would end at {total_steps}: raise --steps or --epochs")
     peak = backend.peak_flops(device, getattr(torch, options.dtype))
     top_k = getattr(model.config, "top_k", 0)
 
@@ -129,7 +135,8 @@ def train(
 
     with Metrics(options.out, total_steps=total_steps, start_step=start, main=main) as metrics, stoppable() as asked:
         if resume is not None:
-            metrics.print(f"resumed from {resume} at step {start}")
+            left = "nothing is left to train" if start == total_steps else f"{total_steps - start} are left"
+            metrics.print(f"resumed from {resume} at step {start} of {total_steps}; {left}")
         stopped, saved, clock = False, start if resume else None, time.perf_counter()
         for done in range(start + 1, total_steps + 1):
             begun = time.perf_counter()
@@ -157,7 +164,7 @@ def train(
             if row["skipped"] >= options.max_skipped:
                 raise RuntimeError(
                     f"the gradients of {row['skipped']} steps in a row, up to {done}, are not finite; the run stops. "
-                    f"Lower --optim.lr or look at the data there; checkpoints are in {options.out}"
+                    f"Lower --optim.lr or look at the data there; the last checkpoint is {checkpoint.latest(options.out)}"
                 )
             if stopped or options.save_every and done % options.save_every == 0:
                 save(done)

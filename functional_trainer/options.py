@@ -17,7 +17,7 @@ class DataOptions:
     train: tuple[str, ...] = ()
     """JSONL files, folders or globs of OpenAI messages to train on (none: the tasks that ship with the project)."""
     eval: tuple[str, ...] = ()
-    """The same for the held-out loss."""
+    """The same for the held-out loss; only with --data.train."""
     tokenizer: str | None = None
     """Folder of the tokenizer and chat template (default: the model's, else the one that ships with the project)."""
     seq_len: int = 256
@@ -26,6 +26,10 @@ class DataOptions:
     """How documents are put into rows; none is one document a row."""
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What happens to documents longer than a row; the log counts them."""
+
+    def __post_init__(self):
+        if self.eval and not self.train:
+            raise ValueError("--data.eval is given without --data.train; give both (the shipped tasks have their own)")
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,9 @@ class OptimOptions:
     """Regexes of parameter paths that are exempt from weight decay."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up; wsd stays at the peak and falls at the end."""
-    warmup: float = 0.05
+    warmup: float = 0.1
     """Fraction of the steps in which the learning rate rises linearly."""
-    floor: float = 0.0
+    floor: float = 0.1
     """Learning rate at the end, as a fraction of the peak."""
     decay: float = 0.2
     """Fraction of the steps in which wsd falls."""
@@ -92,3 +96,20 @@ class RunOptions:
     """Device type, or one device as in cuda:1 (auto: the accelerator if there is one)."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
+
+    def __post_init__(self):
+        least = {"steps": 0, "epochs": 1, "batch": 1, "micro_batch": 0, "eval_every": 0, "save_every": 0, "keep": 1}
+        for name, bound in {**least, "max_skipped": 1, "seed": 0}.items():
+            if getattr(self, name) < bound:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is {getattr(self, name)}; it must be at least {bound}")
+
+    def micro_batches(self, world: int) -> int:
+        """Return the passes of a step on each of `world` devices; ValueError if they cannot be equal."""
+        rows = world * self.micro_batch
+        if self.batch % (rows or world):
+            raise ValueError(
+                f"--batch {self.batch} rows cannot be shared equally by {world} device(s) in passes of --micro-batch "
+                f"{self.micro_batch}; use a multiple of {rows or world}"
+            )
+        return self.batch // rows if rows else 1

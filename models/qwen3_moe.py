@@ -44,7 +44,7 @@ def read(hf: dict) -> Config:
     get.only("hidden_act", "silu", "experts and MLPs are SwiGLU")
     get.only("attention_dropout", 0.0, "training has no dropout")
     get("max_window_layers"), get("layer_types")  # transformers' Qwen3-MoE does not read them either
-    dim, heads, depth = get.size("hidden_size", 2048), get.size("num_attention_heads", 32), get("num_hidden_layers", 24)
+    dim, heads, depth = get.size("hidden_size", 2048), get.size("num_attention_heads", 32), get.size("num_hidden_layers", 24)
     experts = get("num_experts", 128)
     experts = get("num_local_experts", experts)
     dense, every = get("mlp_only_layers", [], expect=list), get.size("decoder_sparse_step", 1)
@@ -142,8 +142,8 @@ PRESETS["235b-a22b"] = PRESETS["30b-a3b"] | {
     "num_hidden_layers": 94, "max_window_layers": 94,
 }  # fmt: skip
 PRESETS["tiny"] = PRESETS["30b-a3b"] | {
-    "bos_token_id": None, "head_dim": 32, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256,
-    "num_attention_heads": 4, "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 3,
-    "max_window_layers": 3, "max_position_embeddings": 512, "num_key_value_heads": 2, "rope_theta": 10000.0,
-    "vocab_size": 512,
+    "bos_token_id": None, "head_dim": 32, "hidden_size": 128, "initializer_range": 0.06, "intermediate_size": 256,
+    "max_position_embeddings": 512, "max_window_layers": 2, "moe_intermediate_size": 320, "num_attention_heads": 4,
+    "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_key_value_heads": 2,
+    "rope_theta": 10000.0, "router_aux_loss_coef": 0.005, "vocab_size": 384,
 }  # fmt: skip

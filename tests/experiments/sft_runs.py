@@ -23,8 +23,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 256, "eos_token_id": 2,
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-ALL_IN_ONE = multiprocessing.get_context("forkserver")
-ALL_IN_ONE.set_forkserver_preload(["tests.experiments.sft_runs"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.experiments.sft_runs"])
 
 
 def folder(path: Path, family: str = "qwen3_moe", **changes: Any) -> Path:
@@ -70,7 +70,7 @@ def start(cwd: Path, *flags: Any, env: dict[str, str] | None = None, setup: Any 
     number = len(list(cwd.glob("log-*")))
     log = cwd / f"log-{number}"
     log.touch()
-    process = ALL_IN_ONE.Process(target=_child, args=(cwd, [str(f) for f in flags], log, env or {}, setup))
+    process = FORKS.Process(target=_child, args=(cwd, [str(f) for f in flags], log, env or {}, setup))
     process.start()
     return Run(process, log)
 
@@ -109,15 +109,20 @@ def learned(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in vary} for row in rows(out)]
 
 
-def state(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Read the newest checkpoint without the trainer's code: tensors by path, and extra.json."""
-    path = checkpoint.latest(out)
-    assert path is not None, f"no checkpoint in {out}"
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a checkpoint without the trainer's code: tensors by path."""
     reader = dcp.FileSystemReader(path)
     meta = reader.read_metadata().state_dict_metadata
-    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in meta.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors, json.loads((path / "extra.json").read_text())
+    found = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in meta.items()}
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def state(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read the newest checkpoint of a run: its tensors, and extra.json."""
+    path = checkpoint.latest(out)
+    assert path is not None, f"no checkpoint in {out}"
+    return tensors(path), json.loads((path / "extra.json").read_text())
 
 
 def same_state(a: Path, b: Path) -> None:

@@ -19,8 +19,6 @@ def samples():
     with torch.no_grad():
         out, lse = torch.ops.functional_trainer.attention_documents(q, k, k, SEGMENTS, None, 0.3)
     h, w, targets = leaf(7, 5), leaf(9, 5, seed=1), torch.arange(7)
-    with torch.no_grad():
-        _, ent, total = torch.ops.functional_trainer.linear_logprob(h, w, targets, None, 0.0, 1.0, True)
     counts = torch.tensor([3, 0, 2])
     x, grad, experts = leaf(7, 4), torch.ones(7, 6), leaf(3, 6, 4, seed=2)
     dlogp = torch.ones(7)
@@ -37,9 +35,7 @@ def samples():
             (h, w, targets, None, 0.0, 1.0, True), (h, w, targets, leaf(9, seed=3), 2.0, 0.7, True),
             (leaf(7, 5, dtype=torch.bfloat16), leaf(9, 5, dtype=torch.bfloat16), targets, None, 0.0, 1.0, False),
         ],
-        "linear_logprob_grad": [
-            (dlogp, dlogp, h.detach(), w.detach(), targets, None, ent, total, 0.0, 1.0, True)
-        ],
+        "linear_logprob_grad": [(dlogp, dlogp, h.detach(), w.detach(), targets, None, 0.0, 1.0, True)],
     }  # fmt: skip
 
 

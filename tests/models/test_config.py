@@ -31,7 +31,6 @@ from tests.models import small
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope .*llama3.* is not supported; default, linear"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "is not supported; default, linear and yarn"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope .* has no factor"),
     ],
 )
 def test_refused(raw, change, message):

@@ -66,7 +66,7 @@ def test_moe_and_its_sums_equal_a_loop(segments, top_k, normalize, seed):
     p = {k: torch.randn(s, generator=gen, dtype=F64) for k, s in shapes.items()}
     x = torch.randn(*segments.shape, D, generator=gen, dtype=F64)
     y, aux = layers.moe(p, x, segments, top_k, normalize, ONE_DEVICE)
-    wanted, load, prob, balance = torch.zeros_like(x), torch.zeros(E, dtype=F64), torch.zeros(E, dtype=F64), 0.0
+    wanted, load, prob, balance = torch.zeros_like(x), torch.zeros(E, dtype=F64), torch.zeros(E, dtype=F64), torch.zeros((), dtype=F64)
     for row, at in documents(segments):
         if segments[row, at.start] == 0:
             continue
@@ -82,9 +82,9 @@ def test_moe_and_its_sums_equal_a_loop(segments, top_k, normalize, seed):
             mean += probs
         length = at.stop - at.start
         load, prob = load + f, prob + mean
-        balance += length * E * float((f / length) @ (mean / length))
-    for ours, theirs in ((y, wanted), (aux["load"], load), (aux["prob"], prob), (aux["balance"], torch.tensor(balance))):
-        torch.testing.assert_close(ours, theirs.to(F64), rtol=1e-9, atol=1e-9)
+        balance += length * E * ((f / length) @ (mean / length))
+    for ours, theirs in ((y, wanted), (aux["load"], load), (aux["prob"], prob), (aux["balance"], balance)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_the_balance_at_perfect_balance_is_top_k_per_token():

@@ -1,7 +1,6 @@
 """One training run, described by a `Case`, on one process or on a mesh."""
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,7 +41,9 @@ class Case:
     """One row has one label, the others many, and two rows (all that a rank of four has) are padding."""
     collapsed: bool = False
     """The router scores all experts alike, so every token goes to the same one."""
-    rows: int = ROWS
+
+    def uncompiled(self) -> "Case":
+        return replace(self, options={})
 
 
 SHORT = {"num_hidden_layers": 1}
@@ -69,12 +70,12 @@ COMPILED = {
 def batch(case: Case) -> dict[str, torch.Tensor]:
     """Return the columns of all rows: three documents each, the tail padding."""
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, case.config["vocab_size"], (case.rows, LENGTH + 1), generator=draw)
+    ids = torch.randint(0, case.config["vocab_size"], (ROWS, LENGTH + 1), generator=draw)
     ends = torch.tensor([5, 7, 11])
-    segments = (1 + torch.searchsorted(ends, torch.arange(LENGTH), right=True)).repeat(case.rows, 1)
+    segments = (1 + torch.searchsorted(ends, torch.arange(LENGTH), right=True)).repeat(ROWS, 1)
     segments[:, 11:] = 0
     segments[2, 7:] = 0
-    weights = torch.rand(case.rows, LENGTH, generator=draw)
+    weights = torch.rand(ROWS, LENGTH, generator=draw)
     if case.uneven:
         segments[4:6] = 0
         weights[0, 1:] = 0
@@ -140,7 +141,3 @@ def train_all(names: list[str], meshes: list[str]) -> dict[tuple[str, str], dict
                 error.add_note(f"in case {name!r} on {mesh}")
                 raise
     return done
-
-
-def one_row_each(name: str) -> Case:
-    return dataclasses.replace(CASES[name], rows=4)

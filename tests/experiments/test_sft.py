@@ -1,0 +1,427 @@
+"""The SFT recipe as a user runs it: the run folder, killing and resuming, stopping, several processes, bad input."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models
+from functional_trainer import hf, tree
+from tests.experiments import sft_runs
+from tests.experiments.sft_runs import RECIPE, TOKENIZER, learned, rows, run, run_ranks, same_state, start, state
+
+DATA = ("--data.train", "train.jsonl", "--data.eval", "eval.jsonl", "--data.seq-len", 64)
+SHORT = ("--batch", 4, "--steps", 6, "--compile", "off", "--optim.lr", 1e-2, "--eval-every", 3, *DATA)
+BASE = ("--model.path", "moe", *SHORT)
+LONG = (*BASE, "--steps", 12, "--save-every", 1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with two models, data, and a whole run `first` made by the script itself."""
+    place = tmp_path_factory.mktemp("sft")
+    sft_runs.folder(place / "moe")
+    sft_runs.folder(place / "dense", "qwen3")
+    sft_runs.chats(place / "train.jsonl", 60)
+    sft_runs.chats(place / "eval.jsonl", 8, seed=1)
+    command = [sys.executable, RECIPE, *BASE, "--save-every", 2, "--out", "first"]
+    done = subprocess.run(list(map(str, command)), cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place) -> Callable[..., Path]:
+    """Give the folder of a `LONG` run that nothing disturbs, made once for each set of further flags."""
+
+    def at(*flags) -> Path:
+        name = "-".join(["whole", *(str(flag).strip("-") for flag in flags)])
+        if not (place / name).exists():
+            run(place, *LONG, *flags, "--out", name)
+        return place / name
+
+    return at
+
+
+def until(ready: Callable[[], bool], process) -> None:
+    """Poll until `ready`, or until the run is over."""
+    while not ready() and process.exitcode is None:
+        time.sleep(0.002)
+
+
+def losses(out: Path) -> torch.Tensor:
+    return torch.tensor([row["loss"] for row in rows(out)], dtype=torch.float64)
+
+
+# What a run leaves behind.
+
+
+def test_the_run_folder_holds_what_the_help_says(place):
+    out = place / "first"
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "hf"} == set(os.listdir(out))
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-4", "step-6"]  # --keep 2
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_one_whole_row_a_step(place):
+    found = rows(place / "first")
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in found if "eval_loss" in row] == [3, 6]
+    for row in found:
+        assert {"loss", "nll", "balance", "lr", "grad_norm", "skipped", "tokens", "trained_tokens"} <= row.keys()
+        assert row["mfu"] is None and row["tokens_per_s"] > 0 and row["memory_bytes"] > 1e8
+        assert row["time"].keys() == {"data", "step", "other"} and min(row["time"].values()) >= 0
+        assert [sum(layer) for layer in row["load"]] == [2 * row["tokens"]] * 2  # top 2 in 2 layers
+        assert row["loss"] == pytest.approx(row["nll"] + 1e-3 * row["balance"], rel=1e-6)
+        assert 0 < row["trained_tokens"] < row["tokens"] <= 4 * 64
+    assert found[-1]["eval_loss"] < found[2]["eval_loss"]
+    assert found[-1]["lr"] < max(row["lr"] for row in found) <= 1e-2
+
+
+def test_tensorboard_has_the_same_numbers(place):
+    events = EventAccumulator(str(place / "first" / "tensorboard")).Reload()
+    assert {"loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "time/step"} <= set(events.Tags()["scalars"])
+    wanted = [(row["step"], row["loss"]) for row in rows(place / "first")]
+    assert [e.step for e in events.Scalars("loss")] == [step for step, _ in wanted]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([loss for _, loss in wanted], rel=1e-6)
+
+
+def test_the_written_config_gives_the_same_run(place):
+    run(place, "--config", "first/config.yaml", "--out", "again")
+    assert learned(place / "again") == learned(place / "first")
+    same_state(place / "again", place / "first")
+    mine, theirs = ((place / name / "config.yaml").read_text() for name in ("again", "first"))
+    assert mine.replace("out: again", "out: first") == theirs
+
+
+@pytest.mark.parametrize("family", ["moe", "dense"])
+def test_transformers_loads_the_result_and_says_the_same(place, family):
+    out = place / "first"
+    if family == "dense":
+        out = place / "dense-run"
+        run(place, "--model.path", "dense", *SHORT, "--out", out.name)
+        assert losses(out)[-1] < losses(out)[0] - 0.05
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "hf")
+    assert theirs.dtype == torch.float32 and theirs.config.model_type == {"moe": "qwen3_moe", "dense": "qwen3"}[family]
+
+    model = models.from_config(out / "hf")
+    saved = {k.removeprefix("params/"): v for k, v in state(out)[0].items() if k.startswith("params/")}
+    params = tree.unflatten(saved, like=model.specs)
+    written = load_file(out / "hf" / "model.safetensors")
+    slots = next(s for s in (hf.expand(model.specs, names) for names in model.names) if s.keys() == written.keys())
+    for name, slot in slots.items():
+        assert torch.equal(written[name], saved[slot.path][slot.index].reshape(slot.shape)), name
+
+    chat = [{"role": "user", "content": "What is 12 plus 34?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(models.logits(model, params, ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    written_by_them = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    eos = model.config.hf["eos_token_id"]
+    (ours,) = models.generate(model, params, ids.tolist(), max_new_tokens=12, eos_ids=[eos])
+    assert tokenizer.decode(ours.tokens) == tokenizer.decode(written_by_them)
+
+
+def test_the_shipped_tasks_are_the_default_and_answers_are_shown(place):
+    printed = run(place, "--steps", 2, "--batch", 2, "--compile", "off", "--answers", 6, "--out", "tasks")
+    assert "before training 0.0% of 6 held-out answers are exact" in printed
+    assert "% of 6 answers are exact" in printed and "wanted" in printed
+    held_out = [json.loads(line) for line in (place / "tasks" / "data" / "eval.jsonl").read_text().splitlines()]
+    assert any(record["messages"][0]["content"] in printed for record in held_out[:6])
+    assert (place / "tasks" / "hf" / "tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
+
+
+# Stopping and going on.
+
+
+@pytest.mark.parametrize(
+    ("flags", "kills"),
+    [((), 3), (("--micro-batch", 1), 1), pytest.param(("--compile", "layer"), 2, marks=pytest.mark.slow)],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, uninterrupted, flags, kills):
+    whole = uninterrupted(*flags)
+    out = place / "-".join(["killed", *whole.name.split("-")])
+    rng, done = random.Random(len(flags)), 0
+    for kill in range(kills):
+        started = start(place, *LONG, *flags, "--out", out.name)
+        if kill == 0:  # while a checkpoint is written
+            until(lambda: any(out.glob("checkpoints/step-[3-9].tmp")), started.process)
+        else:
+            goal = done + rng.randint(1, 3)
+            until(lambda goal=goal: (out / "metrics.jsonl").exists() and len(learned_so_far(out)) > goal, started.process)
+            time.sleep(rng.random() * 0.05)
+        os.kill(started.process.pid, signal.SIGKILL)
+        assert started.wait() == -signal.SIGKILL, f"the run was over before it was killed:\n{started.output}"
+        done = len(learned_so_far(out))
+        assert 1 <= done < 12
+    assert "resumed from" in run(place, *LONG, *flags, "--out", out.name)
+    assert learned(out) == learned(whole)
+    same_state(out, whole)
+    assert not list(out.glob("checkpoints/*.tmp"))
+
+
+def learned_so_far(out: Path) -> list[str]:
+    """List the whole lines that a killed run left."""
+    return [line for line in (out / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+
+
+def test_a_torn_config_or_metrics_line_does_not_stop_a_run_from_going_on(place):
+    run(place, *BASE, "--save-every", 2, "--out", "torn")
+    whole = learned(place / "torn")
+    for path in (place / "torn" / "checkpoints" / "step-6", place / "torn" / "hf"):
+        subprocess.run(["rm", "-r", path], check=True)
+    (place / "torn" / "checkpoints" / "step-6.tmp").mkdir()
+    (place / "torn" / "config.yaml.tmp").write_text("out: to")
+    with open(place / "torn" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    assert "resumed from torn/checkpoints/step-4 at step 4 of 6; 2 are left" in run(place, *BASE, "--out", "torn")
+    assert learned(place / "torn") == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_same_command_goes_on(place, uninterrupted, number):
+    whole, out = uninterrupted(), place / f"stopped-{number}"
+    started = start(place, *LONG, "--save-every", 0, "--out", out.name)
+    until(lambda: (out / "metrics.jsonl").exists() and len(learned_so_far(out)) >= 2, started.process)
+    os.kill(started.process.pid, number)
+    assert started.wait() == 0, started.output
+    last = len(rows(out))
+    assert 2 <= last < 12
+    assert f"stopped after step {last} of 12; the same command continues from there" in started.output
+    assert os.listdir(out / "checkpoints") == [f"step-{last}"] and not (out / "hf").exists()
+    run(place, *LONG, "--save-every", 0, "--out", out.name)
+    assert learned(out) == learned(whole)
+    same_state(out, whole)
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(place):
+    sft_runs.chats(place / "many.jsonl", 20_000)
+    started = start(place, *BASE, "--data.train", "many.jsonl", "--out", "early")
+    until(lambda: (place / "early" / "config.yaml").exists(), started.process)
+    os.kill(started.process.pid, signal.SIGINT)
+    assert started.wait() == 130
+    assert "interrupted" in started.output and "Traceback" not in started.output
+
+
+def test_a_finished_run_is_not_trained_again(place):
+    run(place, *BASE, "--out", "finished")
+    before = (place / "finished" / "metrics.jsonl").read_bytes()
+    printed = run(place, *BASE, "--out", "finished")
+    assert "resumed from finished/checkpoints/step-6 at step 6 of 6; nothing is left to train" in printed
+    assert "hf/ are in finished" in printed
+    assert (place / "finished" / "metrics.jsonl").read_bytes() == before
+    same_state(place / "finished", place / "first")
+
+
+def test_resume_names_a_checkpoint_or_a_run(place):
+    run(place, *BASE, "--resume", "first/checkpoints/step-4", "--out", "branch")
+    assert learned(place / "branch") == learned(place / "first")[4:]
+    same_state(place / "branch", place / "first")
+    printed = run(place, *BASE, "--steps", 8, "--resume", "first", "--out", "longer")
+    assert "resumed from first/checkpoints/step-6 at step 6 of 8; 2 are left" in printed
+    assert [row["step"] for row in rows(place / "longer")] == [7, 8]
+    assert "is at step 6" in refused(place, "--steps", 4, "--resume", "first", "--out", "shorter")
+
+
+def test_another_run_in_the_folder_is_refused(place):
+    message = refused(place, "--resume", "never", "--out", "first")
+    assert message == "error: first already holds a run; choose another --out, or --resume auto to continue it"
+    message = refused(place, "--optim.lr", 0.5, "--data.packing", "none", "--out", "first")
+    assert "first holds another run (" in message
+    assert "optim.lr was 0.01, is 0.5" in message and "data.packing was first_fit, is none" in message
+    run(place, *BASE, "--steps", 1, "--out", "other")
+    assert "other already holds a run" in refused(place, "--resume", "first", "--out", "other")
+    assert len(rows(place / "first")) == 6
+
+
+def test_data_that_changed_under_a_run_is_refused(place):
+    sft_runs.chats(place / "changing.jsonl", 60)
+    flags = ("--data.train", "changing.jsonl", "--save-every", 1, "--out", "changing")
+    run(place, *BASE, *flags)
+    sft_runs.chats(place / "changing.jsonl", 59)
+    assert "cannot resume the data stream: content was '60 documents" in refused(place, *flags)
+
+
+# Nothing but rounding depends on how the work is split.
+
+
+def test_no_result_depends_on_the_split(place):
+    splits: dict[str, tuple] = {
+        "whole": (), "all": ("--micro-batch", 4), "half": ("--micro-batch", 2), "one": ("--micro-batch", 1),
+        "remat": ("--micro-batch", 2, "--remat", "layer"),
+    }  # fmt: skip
+    for name, flags in splits.items():
+        run(place, *BASE, "--dtype", "float64", *flags, "--out", name)
+    first = losses(place / "whole")
+    assert first[-1] < first[0] - 0.05
+    for name in splits:
+        assert torch.allclose(losses(place / name), first, rtol=1e-12, atol=0), name
+    tensors, _ = state(place / "one")
+    assert all(t.dtype == torch.float64 for path, t in tensors.items() if path.startswith(("params", "moments")))
+
+
+def test_two_processes_learn_the_same_and_may_take_over_a_run(place):
+    exact = (*BASE, "--dtype", "float64", "--save-every", 3)
+    run(place, *exact, "--out", "single")
+    for name, flags in {"fsdp": ("--mesh.fsdp", 2), "ep": ("--mesh.ep", 2)}.items():
+        run_ranks(place, 2, *exact, *flags, "--out", name)
+        assert torch.allclose(losses(place / name), losses(place / "single"), rtol=1e-12, atol=0), name
+        assert [r["load"] for r in rows(place / name)] == [r["load"] for r in rows(place / "single")]
+    for checkpoint in ("ep", "single"):
+        subprocess.run(["rm", "-r", place / checkpoint / "checkpoints" / "step-6"], check=True)
+    assert "3 are left" in run_ranks(place, 2, *exact, "--mesh.ep", 2, "--micro-batch", 1, "--out", "single")
+    assert "3 are left" in run(place, *exact, "--out", "ep")
+    for name in ("single", "ep"):
+        assert torch.allclose(losses(place / name), losses(place / "fsdp"), rtol=1e-12, atol=0)
+        ours, theirs = (load_file(place / out / "hf" / "model.safetensors") for out in (name, "fsdp"))
+        assert all(torch.allclose(ours[k], theirs[k], rtol=1e-9, atol=1e-12) for k in theirs | ours)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(place):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0]
+    command = [*torchrun, RECIPE, *BASE, "--mesh.ep", 2, "--out", "torchrun"]
+    done = subprocess.run(list(map(str, command)), cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert torch.allclose(losses(place / "torchrun"), losses(place / "first"), rtol=1e-4)
+
+
+def test_bfloat16_computes_lower_and_keeps_float32_masters(place):
+    run(place, *BASE, "--dtype", "bfloat16", "--out", "bfloat16")
+    low, full = losses(place / "bfloat16"), losses(place / "first")
+    assert torch.allclose(low, full, rtol=0.02) and not torch.allclose(low, full, rtol=1e-6)
+    tensors, _ = state(place / "bfloat16")
+    assert all(t.dtype == torch.float32 for path, t in tensors.items() if path.startswith(("params", "moments")))
+
+
+def test_epochs_take_every_document_that_often(place):
+    printed = run(place, *BASE, "--steps", 0, "--epochs", 2, "--save-every", 0, "--out", "epochs")
+    steps = len(rows(place / "epochs"))
+    assert f"{steps} steps of 4 rows" in printed
+    _, extra = state(place / "epochs")
+    assert extra["loader"]["seen"]["seen_pieces"] == 2 * 60 and extra["step"] == steps
+
+
+def test_long_documents_are_counted(place):
+    printed = run(place, *BASE, "--steps", 1, "--data.seq-len", 16, "--data.overlong", "truncate", "--out", "long")
+    lines = (place / "train.jsonl").read_text().splitlines()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    chats = [tokenizer.apply_chat_template(json.loads(line)["messages"])["input_ids"] for line in lines]
+    assert f"'truncate': {sum(len(ids) > 17 for ids in chats)}" in printed
+
+
+# What goes wrong is said once, and clearly.
+
+
+def refused(place: Path, *flags, status: int = 1, **options) -> str:
+    """Run with bad flags; return the one message, which must be no traceback."""
+    printed = run(place, *BASE, *flags, status=status, **options)
+    assert "Traceback" not in printed, printed
+    assert status == 2 or printed.count("error: ") == 1, printed
+    return printed[printed.find("error: ") :].strip() if status == 1 else printed
+
+
+def test_gradients_that_are_not_finite_stop_the_run(place):
+    wild = ("--optim.lr", 1e30, "--optim.max-grad-norm", 0, "--max-skipped", 3, "--save-every", 1, "--keep", 9)
+    message = refused(place, *wild, "--out", "wild")
+    last = len(rows(place / "wild"))
+    assert f"the gradients of 3 steps in a row, up to {last}, are not finite; the run stops" in message
+    assert f"the last checkpoint is wild/checkpoints/step-{last - 1}" in message
+    assert [row["skipped"] for row in rows(place / "wild")][-4:] == [0, 1, 2, 3]
+    kept, good = (sft_runs.tensors(place / "wild" / "checkpoints" / f"step-{last - n}") for n in (1, 3))
+    assert not [k for k in good if k not in ("step", "skipped") and not torch.equal(good[k], kept[k])]
+
+
+GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+LINES = {
+    GOOD + '{"messages": [\n': "bad.jsonl:2: not valid JSON",
+    GOOD.replace("user", "robot"): "bad.jsonl:1: message 0: unknown role 'robot'; it can be 'system', 'user'",
+    GOOD.replace("assistant", "user"): "bad.jsonl:1: message 1: role 'user' cannot follow 'user'; here it can be 'assistant'",
+    GOOD + "\n" + GOOD.replace('"b"', '" "'): "bad.jsonl:3: message 1: the assistant's turn is empty",
+    "": "bad.jsonl: the file is empty",
+}
+
+
+@pytest.mark.parametrize(("lines", "message"), LINES.items(), ids=["json", "role", "order", "empty turn", "empty file"])
+def test_bad_data_is_named_by_file_and_line(place, lines, message):
+    (place / "bad.jsonl").write_text(lines)
+    assert message in refused(place, "--data.train", "bad.jsonl", "--out", "bad")
+
+
+FLAGS = [
+    (("--data.train", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+    (("--model.path", "None", "--model.preset", "tinny"), "--model.preset 'tinny' is not one of"),
+    (("--model.path", "nowhere"), "nowhere"),
+    (("--device", "gpu"), "--device gpu: not on this machine; it has"),
+    (("--device", "xla:0"), "--device xla:0: torch_xla is not installed; pip install '.[xla]'"),
+    (("--batch", 6, "--micro-batch", 4), "--batch 6 rows cannot be shared equally by 1 device(s)"),
+    (("--mesh.ep", 2), "--mesh.ep 2"),
+    (("--balance", "hf", "--micro-batch", 2), "balance 'hf'"),
+    (("--data.seq-len", 8, "--data.overlong", "drop"), "no document is left to train on"),
+    (("--resume", "nowhere"), "--resume nowhere: no checkpoint there"),
+    (("--resume", "moe"), "--resume moe: no checkpoint there"),
+    (("--out", "moe/config.json/run"), "--out moe/config.json/run cannot be written: Not a directory"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), FLAGS, ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
+def test_bad_options_are_named(place, flags, message):
+    assert message in refused(place, "--out", "refused", *flags)
+
+
+def test_unknown_and_impossible_options_are_named(place):
+    assert "--optim.lr" in refused(place, "--optim.l", 1, status=2)
+    assert "--batch is 0; it must be at least 1" in refused(place, "--batch", 0, status=2)
+    assert "--data.eval is given without --data.train" in run(place, "--data.eval", "eval.jsonl", status=2)
+    (place / "typo.yaml").write_text("optim:\n  warm_up: 0.1\nkeep: 0\n")
+    assert "optim.warm_up: did you mean optim.warmup?" in refused(place, "--config", "typo.yaml", status=2)
+
+
+def test_bad_models_are_named(place):
+    sft_runs.folder(place / "small", vocab_size=100)
+    assert "the model's vocabulary has 100 rows" in refused(place, "--model.path", "small", "--out", "refused")
+    config = place / "small" / "config.json"
+    config.write_text(config.read_text().replace("100", "360").replace('"hidden_size": 32', '"hidden_size": 48'))
+    message = refused(place, "--model.path", "small", "--out", "refused")
+    assert "small does not fit the model" in message and "model.embed_tokens.weight" in message
+    assert "model.layers.1.self_attn.q_proj.weight" in message
+    config.write_text(config.read_text().replace("qwen3_moe", "gpt9"))
+    assert "model_type 'gpt9' is not implemented" in refused(place, "--model.path", "small", "--out", "refused")
+
+
+def small_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_is_said_and_the_run_can_go_on(place):
+    message = refused(place, "--save-every", 4, "--out", "full", setup=small_disk)
+    assert message.startswith("error: cannot write checkpoint full/checkpoints/step-4: File too large")
+    assert "MB free" in message and not list((place / "full").glob("checkpoints/*"))
+    run(place, *BASE, "--out", "full")
+    assert learned(place / "full") == learned(place / "first")
+    same_state(place / "full", place / "first")
+
+
+def nobody() -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+def test_a_read_only_folder_is_said(place):
+    (place / "locked").mkdir(mode=0o555)
+    assert refused(place, "--out", "locked/run", setup=nobody) == (
+        "error: --out locked/run cannot be written: Permission denied; choose another folder"
+    )

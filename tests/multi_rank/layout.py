@@ -1,0 +1,95 @@
+"""What ranks do with single tensors: placing, initializing, saving, differentiating."""
+
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import local_map
+
+import models
+from functional_trainer import checkpoint, tree
+from sharding_rules import P, Rules, Sharder
+from sharding_rules.mesh import make
+from tests.multi_rank.parity import CPU, MESHES, MOE, sharder
+
+CONFIG = MOE | {"attention_bias": True, "mlp_only_layers": [0]}
+TOY = Rules((("x", P("fsdp", "ep")), ("w", P(None, "ep")), ("y", P("fsdp", None)), ("scale", P(None))))
+
+
+def collectives(shard, tensor: torch.Tensor) -> int:
+    """Count the collectives that placing a leaf takes."""
+    with CommDebugMode() as seen:
+        shard.put_leaf("layers/0/moe/gate_up", tensor)
+    return seen.get_total_counts()
+
+
+def own_parts(shard) -> bool:
+    """Say whether a placed leaf is this rank's own numbers, though ranks disagree about them."""
+    leaf = shard.put_leaf("layers/0/moe/gate_up", torch.full((8, 2, 14, 24), float(shard.rank)))
+    return bool((shard.storage(leaf) == shard.rank).all())
+
+
+def placed(mesh: str) -> dict:
+    """Initialize a model on a mesh; return its parameters whole and what placing one cost."""
+    shard = sharder(CONFIG, mesh)
+    params = models.from_config(CONFIG).init(3, dtype=torch.float64, shard=shard)
+    held = sum(shard.storage(x).numel() for x in tree.leaves(params))
+    whole = {path: shard.full(x) for path, x in tree.flatten(params).items()}
+    cost = collectives(shard, torch.ones(8, 2, 14, 24))
+    return {"params": whole, "held": held, "collectives": cost, "own": own_parts(shard)}
+
+
+def save(mesh: str, folder: str) -> None:
+    """Write a checkpoint and a Hugging Face folder of the initial parameters."""
+    shard = sharder(CONFIG, mesh)
+    model = models.from_config(CONFIG)
+    params = model.init(3, dtype=torch.float64, shard=shard)
+    checkpoint.save(folder, 1, tree.flatten(params), {"mesh": mesh})
+    models.save_pretrained(model, params, Path(folder) / "hf", shard=shard)
+
+
+def load(mesh: str, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Read both into differently drawn parameters on another mesh; return them whole."""
+    shard = sharder(CONFIG, mesh)
+    params = models.from_config(CONFIG).init(4, dtype=torch.float64, shard=shard)
+    tensors, _ = checkpoint.load(Path(folder) / "checkpoints" / "step-1", tree.flatten(params))
+    _, read = models.from_pretrained(Path(folder) / "hf", shard=shard)
+    return {
+        "checkpoint": {path: shard.full(x) for path, x in tensors.items()},
+        "hf": {path: shard.full(x) for path, x in tree.flatten(read).items()},
+    }
+
+
+def toy_tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    x_BI, w_OI, scale_O = (torch.randn(*s, dtype=torch.float64, generator=draw) for s in ((4, 6), (3, 6), (3,)))
+    return x_BI, w_OI, scale_O
+
+
+def toy(x_BI, w_OI, scale_O):
+    """Return a function of a contraction over I that is linear in the contraction, so that ranks' parts add up."""
+    return (x_BI @ w_OI.T) * scale_O
+
+
+def derived() -> dict:
+    """Differentiate `toy` on fsdp2 x ep2, rows over fsdp and I over ep: placements by hand are known."""
+    shard = Sharder(TOY, make(MESHES["fsdp2xep2"], CPU, 4))
+    tensors = [
+        torch.distributed.tensor.distribute_tensor(t, shard.mesh, shard.where(n)).requires_grad_()
+        for n, t in zip(("x", "w", "scale"), toy_tensors(), strict=True)
+    ]
+    y = shard.local(toy, ("x", "w", "scale"), ("sum:y",))(*tensors)
+    grads = torch.autograd.grad(shard.replicate(y.square().sum()), tensors)
+    naive = local_map(toy, [Shard(0), Partial()], tuple(list(t.placements) for t in tensors), device_mesh=shard.mesh)
+    wrong = torch.autograd.grad(shard.replicate(naive(*tensors).square().sum()), tensors)
+    return {
+        "out": y.placements,
+        "placements": [g.placements for g in grads],
+        "grads": [whole(g) for g in grads],
+        "local_map": [whole(g) for g in wrong],
+    }
+
+
+def whole(x: DTensor) -> torch.Tensor:
+    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim).to_local()

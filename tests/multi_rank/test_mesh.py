@@ -1,0 +1,152 @@
+"""fsdp2, ep2 and fsdp2 x ep2 on gloo ranks equal one process: gradients, steps, initial values, files.
+
+Each world size is one job that runs everything, for ranks take longer to start than most cases take to run.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import Partial, Shard
+
+import models
+from functional_trainer import tree
+from tests.multi_rank import launch, layout, parity
+
+WORLDS = {2: ["fsdp2", "ep2"], 4: ["fsdp2xep2"]}
+MESHES = [mesh for meshes in WORLDS.values() for mesh in meshes]
+
+
+def two_ranks(folder: str) -> dict:
+    meshes = WORLDS[2]
+    for mesh in meshes:
+        layout.save(mesh, f"{folder}/{mesh}")
+    return {
+        "train": parity.train_all(list(parity.CASES), meshes),
+        "placed": {mesh: layout.placed(mesh) for mesh in meshes},
+        "loaded": layout.load("ep2", f"{folder}/fsdp2"),
+    }
+
+
+def four_ranks(folder: str) -> dict:
+    meshes = WORLDS[4]
+    return {
+        "train": parity.train_all(list(parity.CASES), meshes),
+        "placed": {mesh: layout.placed(mesh) for mesh in meshes},
+        "loaded": layout.load("fsdp2xep2", f"{folder}/ep2"),
+        "derived": layout.derived(),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict[int, dict]:
+    return {2: launch.run(2, two_ranks, str(folder)), 4: launch.run(4, four_ranks, str(folder))}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, torch.Tensor]:
+    return tree.flatten(models.from_config(layout.CONFIG).init(3, dtype=torch.float64))
+
+
+def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Name the tensors that differ by more than 1e-9 of their largest element."""
+    assert a.keys() == b.keys()
+    found = []
+    for key in a:
+        off = (a[key] - b[key]).abs().max().item()
+        if not off <= 1e-9 * b[key].abs().max().item():
+            found.append(f"{key}: {off:.1e} of {b[key].abs().max().item():.1e}")
+    return found
+
+
+@pytest.mark.parametrize("case", parity.CASES)
+def test_training_equals_one_process(case, results):
+    expected = parity.train(parity.CASES[case])
+    assert {"0/loss", "0/grad_norm", "grads/layers/0/attn/q", "params/norm"} <= expected.keys()
+    for world, meshes in WORLDS.items():
+        for mesh in meshes:
+            assert not differences(results[world]["train"][mesh, case], expected), mesh
+
+
+def test_the_cases_are_what_they_say():
+    """The comparison sees learning, an expert that takes every token, ranks without tokens or labels, and balance."""
+    collapsed = parity.train(parity.CASES["moe, one expert takes all"])
+    assert (collapsed["0/load"] > 0).sum(1).tolist() == [1, 1]
+    uneven = parity.batch(parity.CASES["moe, pooled balance, uneven"])
+    per_rank = (uneven["weights"] > 0).view(4, -1).sum(1).tolist()
+    assert 0 in per_rank and max(per_rank) > 5 and (uneven["segment_ids"].view(4, -1)[2] == 0).all()
+    assert collapsed["2/loss"] < collapsed["0/loss"] and collapsed["0/balance"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", parity.COMPILED)
+def test_compiled_training_equals_one_process(case):
+    ran = launch.run(2, parity.train_all, [case], WORLDS[2])
+    expected = parity.train(parity.COMPILED[case].uncompiled())
+    for mesh in WORLDS[2]:
+        assert not differences(ran[mesh, case], expected), mesh
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_initial_values_do_not_depend_on_the_mesh(mesh, results, alone):
+    placed = results[4 if mesh == "fsdp2xep2" else 2]["placed"][mesh]
+    assert placed["params"].keys() == alone.keys()
+    assert all(torch.equal(placed["params"][path], x) for path, x in alone.items())
+    ways = 4 if mesh == "fsdp2xep2" else 2
+    total = sum(x.numel() for x in alone.values())
+    assert total / ways <= placed["held"] <= total / ways * 1.05  # the rest: norms and biases of a head are whole
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_placing_a_leaf_sends_nothing(mesh, results):
+    placed = results[4 if mesh == "fsdp2xep2" else 2]["placed"][mesh]
+    assert placed["collectives"] == 0 and placed["own"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("kind", ["checkpoint", "hf"])
+def test_what_one_mesh_saves_another_loads(world, kind, results, alone):
+    loaded = results[world]["loaded"][kind]
+    assert loaded.keys() == alone.keys() and all(torch.equal(loaded[path], x) for path, x in alone.items())
+
+
+@pytest.mark.parametrize("mesh", WORLDS[2])
+def test_a_mesh_writes_the_bytes_of_one_process(mesh, results, folder, tmp_path):
+    model = models.from_config(layout.CONFIG)
+    models.save_pretrained(model, model.init(3, dtype=torch.float64), tmp_path)
+    expected = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert {file.name: file.read_bytes() for file in (folder / mesh / "hf").iterdir()} == expected
+
+
+def test_gradient_placements_are_derived(results):
+    """x is split over both axes; w is whole over fsdp, the scale over both, so their gradients are sums there."""
+    derived = results[4]["derived"]
+    assert derived["out"] == (Shard(0), Partial())
+    assert derived["placements"][0] == (Shard(0), Shard(1))
+    leaves = [t.requires_grad_() for t in layout.toy_tensors()]
+    right = torch.autograd.grad(layout.toy(*leaves).square().sum(), leaves)
+    for ours, theirs in zip(derived["grads"], right, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_default_of_local_map_would_be_wrong(results):
+    """Shows that the test above can fail: without derived placements the same gradients are not sums."""
+    leaves = [t.requires_grad_() for t in layout.toy_tensors()]
+    right = torch.autograd.grad(layout.toy(*leaves).square().sum(), leaves)
+    wrong = results[4]["derived"]["local_map"]
+    assert not torch.allclose(wrong[1], right[1]) and not torch.allclose(wrong[2], right[2])
+
+
+def fails_on_rank_one() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise RuntimeError("planted")
+
+
+def test_the_launcher_reports_a_rank_that_fails():
+    with pytest.raises(Exception, match="planted"):
+        launch.run(2, fails_on_rank_one)
