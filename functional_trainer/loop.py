@@ -162,9 +162,10 @@ def train(
                     f"step {done}: the gradient is not finite, nothing was changed ({row['skipped']} in a row)"
                 )
             if row["skipped"] >= options.max_skipped:
+                last = checkpoint.latest(options.out)
                 raise RuntimeError(
                     f"the gradients of {row['skipped']} steps in a row, up to {done}, are not finite; the run stops. "
-                    f"Lower --optim.lr or look at the data there; the last checkpoint is {checkpoint.latest(options.out)}"
+                    f"Lower --optim.lr or look at the data there; the last checkpoint is {last}"
                 )
             if stopped or options.save_every and done % options.save_every == 0:
                 save(done)

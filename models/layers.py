@@ -184,8 +184,8 @@ def document_fractions(chosen_BSE: torch.Tensor, segment_ids_BS: torch.Tensor) -
     return total_BSE / (last_BS - first_BS)[..., None]
 
 
-def _route(x_BSD, segment_ids_BS, router_ED, *, top_k: int, normalize: bool):
-    """Choose experts; return weights (B, S, K), ids (B, S, K) with E at padding, and three sums over tokens:
+def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool):
+    """Choose experts, or take the `given` ids (B, S, K); return weights (B, S, K), ids (B, S, K) with E at padding, and three sums over tokens:
 
     load (E,): slots given to each expert; prob (E,): router probability of each; balance (): the per-sequence form
     (https://arxiv.org/abs/2412.19437, eq. 17-20) E sum_e f_e P_e of each document times its tokens, f and P being means
@@ -194,7 +194,8 @@ def _route(x_BSD, segment_ids_BS, router_ED, *, top_k: int, normalize: bool):
     E = router_ED.shape[0]
     real_BS1 = (segment_ids_BS != 0)[..., None]
     prob_BSE = kernels.promote(F.linear(x_BSD, router_ED)).softmax(-1)
-    top_BSK, id_BSK = prob_BSE.topk(top_k, -1)
+    id_BSK = given[0] if given else prob_BSE.topk(top_k, -1).indices
+    top_BSK = prob_BSE.gather(-1, id_BSK)
     if normalize:
         top_BSK = top_BSK / top_BSK.sum(-1, keepdim=True)
     prob_BSE = prob_BSE * real_BS1
@@ -204,15 +205,19 @@ def _route(x_BSD, segment_ids_BS, router_ED, *, top_k: int, normalize: bool):
     return top_BSK.to(x_BSD.dtype), id_BSK, chosen_BSE.sum((0, 1)), prob_BSE.sum((0, 1)), balance
 
 
-def moe(p: Tree, x_BSD, segment_ids_BS, top_k: int, normalize: bool, shard) -> tuple[torch.Tensor, dict]:
-    """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` ()."""
+def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple[torch.Tensor, dict]:
+    """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` ().
+
+    `rows["routed_experts"]` (B, S, K), if there, replaces the choice of experts, not their weights.
+    """
+    given = (rows["routed_experts"],) if "routed_experts" in rows else ()
     tokens, router = "act/tokens", f"{LAYER}/moe/router"
     route = shard.local(
         partial(_route, top_k=top_k, normalize=normalize),
-        (tokens, "act/token_rows", router),
+        (tokens, "act/token_rows", router, *("act/tokens" for _ in given)),
         (tokens, tokens, "sum", "sum", "sum"),
     )
-    weights_BSK, id_BSK, load_E, prob_E, balance = route(x_BSD, segment_ids_BS, p["router"])
+    weights_BSK, id_BSK, load_E, prob_E, balance = route(x_BSD, rows["segment_ids"], p["router"], *given)
     n_experts, group = p["router"].shape[0], shard.group(f"{LAYER}/moe/gate_up", 0)
 
     def experts(x_BSD, weights_BSK, id_BSK, gate_up, down):

@@ -42,7 +42,7 @@ class Model:
     def apply(self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None) -> Output:
         """Map tokens (B, S) to hidden states (B, S, D) after the final norm.
 
-        `batch` needs tokens, segment_ids and positions. `aux` stacks the router sums of the L MoE layers: load (L, E),
+        `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing. `aux` stacks the router sums of the L MoE layers: load (L, E),
         prob (L, E), balance (L,). With a `cache` from `init_cache` the new keys are appended to it in place.
         """
         c = self.config
@@ -60,6 +60,8 @@ class Model:
         rows |= _append_rows(cache, batch)
         stats = []
         for i, p in enumerate(params["layers"]):
+            if "routed_experts" in batch and "moe" in p:
+                rows = rows | {"routed_experts": batch["routed_experts"][:, :, len(stats)]}
             x_BSD, aux = self.layer(
                 p, x_BSD, rows, window=c.windows[i], dtype=self.dtype, shard=shard,
                 cache=None if cache is None else cache["layers"][i],

@@ -118,7 +118,7 @@ def from_config(hf: dict) -> Model:
             if "moe" not in p:
                 return layers.mlp(p["mlp"], shard(h_BSD, "act/block_in"), shard), {}
             h_BSD = shard(h_BSD, "act/tokens")
-            return layers.moe(p["moe"], h_BSD, rows["segment_ids"], c.top_k, c.normalize, shard)
+            return layers.moe(p["moe"], h_BSD, rows, c.top_k, c.normalize, shard)
 
         return layers.block(p, x_BSD, rows, c.eps, window, shard, cache, feed)
 

@@ -6,11 +6,11 @@
 
 Checks. Kernels, forward and gradients, against float64 references on the same (rounded) inputs; models against
 transformers in float32 with the same weights, logits and gradients of the loss, transformers made to route as we did
-(near-ties flip experts in 16 bit; the note counts the tokens that would have gone elsewhere); the train step compiled by
+(near-ties flip experts in 16 bit; the note counts the choices that would have differed); the train step compiled by
 layer, as one graph, and recomputed in two micro-batches, against the plain one. An error is the larger of the relative
-2-norm and the relative maximum norm. Cases run in a process of their own, and after a fault of the device in a new one.
+2-norm and the relative maximum norm. Cases run in a process of their own; after a fault of the device, in a new one.
 
-Speed. Qwen3-30B-A3B at its real widths (128 experts, top-8), as deep as AdamW leaves room for, random weights and packed
+Speed. Qwen3-30B-A3B at its real widths (128 experts, top-8), as deep as AdamW leaves room for, random weights, packed
 documents. Contestants are processes that hold no device memory while another runs; a round builds, warms up and times
 each of them. `ours` keeps float32 masters and moments, `-bf16` and transformers keep bfloat16 ones.
 
@@ -19,6 +19,7 @@ Exit status 1 if a check failed or a contestant broke.
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import json
 import math
@@ -116,13 +117,13 @@ def compare(at: At, fn: Callable, reference: Callable, leaves: list[Any], grads:
     ours = [x.to(dtype).detach().requires_grad_(grads) for x in leaves]
     wide = [x.detach().to(torch.float64).requires_grad_(grads) for x in ours]
     outs, wants = (r if isinstance(r, tuple) else (r,) for r in (fn(*ours), reference(*wide)))
-    checks = [Check(f"out {i}", error(o, w), TOLERANCE[at.dtype]) for i, (o, w) in enumerate(zip(outs, wants, strict=True))]
+    pairs = {f"out {i}": pair for i, pair in enumerate(zip(outs, wants, strict=True))}
     if grads:
         along = [torch.randn_like(o) for o in outs]
         got = torch.autograd.grad(outs, ours, along)
         want = torch.autograd.grad(wants, wide, [d.to(torch.float64) for d in along])
-        checks += [Check(f"grad {i}", error(g, w), TOLERANCE[at.dtype]) for i, (g, w) in enumerate(zip(got, want, strict=True))]
-    return checks
+        pairs |= {f"grad {i}": pair for i, pair in enumerate(zip(got, want, strict=True))}
+    return [Check(what, error(a, b), TOLERANCE[at.dtype]) for what, (a, b) in pairs.items()]
 
 
 def randn(at: At, *shape: int) -> Any:
@@ -202,7 +203,7 @@ def experts(at: At) -> list[Check]:
             y = y + ((ids == e) * w).sum(1)[:, None] * ((F.silu(gate) * up) @ down[e].T)
         return y
 
-    leaves = [randn(at, T, D), randn(at, T, K), randn(at, E, 2, hidden, D) * D**-0.5, randn(at, E, D, hidden) * hidden**-0.5]
+    leaves = [randn(at, *shape) * shape[-1] ** -0.5 for shape in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden))]
     return compare(at, lambda x, w, g, d: kernels.experts(x, w, ids, g, d, E), reference, leaves)
 
 
@@ -300,6 +301,7 @@ def our_side(model: Any, params: Any, batch: dict[str, Any]) -> tuple[Any, dict[
 
     import kernels
     from functional_trainer import losses, tree
+    from functional_trainer.types import ONE_DEVICE
 
     ids: list[Any] = []
     experts = kernels.experts
@@ -311,10 +313,7 @@ def our_side(model: Any, params: Any, batch: dict[str, Any]) -> tuple[Any, dict[
     params = tree.map(lambda w: w.detach().requires_grad_(), params)
     with mock.patch.object(kernels, "experts", record):
         output, unembed = model.apply(params, batch), model.unembed(params)
-    objective = losses.sft("none")
-    from functional_trainer.types import ONE_DEVICE
-
-    sums, _ = objective.terms(output, unembed, batch, ONE_DEVICE)
+    sums, _ = losses.sft("none").terms(output, unembed, batch, ONE_DEVICE)
     leaves = tree.flatten(params)
     grads = torch.autograd.grad(sums["nll"] / batch["weights"].sum(), list(leaves.values()))
     return output.hidden @ unembed.weight.T, dict(zip(leaves, grads, strict=True)), ids
@@ -543,25 +542,25 @@ class Timer:
 
     def round(self, steps: int) -> dict[str, float]:
         """Build, warm up and time; give the memory back. Return seconds a step, the first step's, peak GiB, loss."""
+        import torch
+
         from functional_trainer import backend
 
-        with contextlib.ExitStack() as stack:
-            if not self.at.small:
-                import torch
-
-                device = torch.get_device_module(self.at.device)
-                stack.callback(device.empty_cache)
-                device.reset_peak_memory_stats()
-            step, seconds = self.build(), []
-            stack.callback(lambda: None)
-            for _ in range(2 + steps):
-                backend.synchronize(self.at.device)
-                begin = time.perf_counter()
-                loss = step()
-                backend.synchronize(self.at.device)
-                seconds.append(time.perf_counter() - begin)
-            peak = backend.peak_memory(self.at.device) / GIB
-            del step
+        device = torch.get_device_module(self.at.device)
+        if not self.at.small:
+            device.reset_peak_memory_stats()
+        step, seconds = self.build(), []
+        for _ in range(2 + steps):
+            backend.synchronize(self.at.device)
+            begin = time.perf_counter()
+            loss = step().detach().clone()
+            backend.synchronize(self.at.device)
+            seconds.append(time.perf_counter() - begin)
+        peak = backend.peak_memory(self.at.device) / GIB
+        del step
+        gc.collect()
+        if not self.at.small:
+            device.empty_cache()
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss is {loss.item()}")
         return {"step_s": statistics.median(seconds[2:]), "first_s": seconds[0], "peak_gib": peak, "loss": loss.item()}
@@ -572,9 +571,8 @@ class Timer:
 
         from functional_trainer import backend, flops
 
-        work = flops.train_flops(
-            self.model.specs, flops.lengths(self.batch["segment_ids"]), self.model.config.top_k, self.model.config.windows
-        )
+        c, lengths = self.model.config, flops.lengths(self.batch["segment_ids"])
+        work = flops.train_flops(self.model.specs, lengths, c.top_k, c.windows)
         rate = self.batch["tokens"].numel() / seconds
         return rate, flops.mfu(work, seconds, backend.peak_flops(self.at.device, torch.bfloat16))
 
@@ -708,10 +706,12 @@ def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[
             seconds = [t["step_s"] for t in taken[name]]
             median = statistics.median(seconds)
             rate, mfu = workers[name].ask("useful", median)[1] if workers[name].process else (None, None)
-            table[name] |= {"median_s": median, "min_s": min(seconds), "max_s": max(seconds), "tokens_s": rate, "mfu": mfu}
+            table[name] |= {"median_s": median, "min_s": min(seconds), "max_s": max(seconds)}
+            table[name] |= {"tokens_s": rate, "mfu": mfu}
             table[name] |= {"first_s": taken[name][0]["first_s"], "peak_gib": max(t["peak_gib"] for t in taken[name])}
         workers[name].stop()
-    show(table.values(), f"{layers} layers, {rows} rows, bfloat16 compute; {about['device']}, torch {about['torch']}", console)
+    title = f"{layers} layers, {rows} rows, bfloat16 compute; {about['device']}, torch {about['torch']}"
+    show(table.values(), title, console)
     return list(table.values())
 
 

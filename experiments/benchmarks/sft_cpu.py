@@ -13,8 +13,8 @@ first losses must agree, or the contestant is reported as failed and the exit st
                      each document; nothing else, on buffers made before. bfloat16 attention runs in float32, as
                      `kernels.attention` explains
     ours-F           this engine with --compile F: float32 masters, compute in --dtype, deterministic algorithms
-    hf-X             Qwen3MoeForCausalLM with experts implementation X, SDPA with a mask that it makes from positions that
-                     start again at each document, fused AdamW; in bfloat16 the weights and moments are bfloat16
+    hf-X             Qwen3MoeForCausalLM with experts implementation X, SDPA with a mask that it makes from positions
+                     restarting at each document, fused AdamW; in bfloat16 the weights and moments are bfloat16
     hf-X-autocast    the same with float32 weights and moments under torch.autocast (bfloat16 only)
     ...-compiled     the same through torch.compile
 
@@ -309,7 +309,8 @@ def serve(pipe: Any, name: str, o: Options) -> None:
             begin = time.perf_counter()
             step()
             pipe.send(time.perf_counter() - begin)
-        pipe.send({"peak_mib": max(life, resident("VmHWM") - base) / MIB, "steps_mib": (resident("VmHWM") - base) / MIB})
+        steps = resident("VmHWM") - base
+        pipe.send({"peak_mib": max(life, steps) / MIB, "steps_mib": steps / MIB})
     except Exception as error:  # reported in the contestant's row
         said = [line for line in str(error).splitlines() if line.strip()] or [""]
         pipe.send({"error": f"{type(error).__name__}: {said[0][:200]}"})
@@ -418,7 +419,8 @@ def show(o: Options, rows: list[dict[str, Any]], console: Console) -> None:
     for row in rows:
         ratio = f"{row['median_s'] / floor:.2f}" if floor and "median_s" in row else ""
         spread = f"{row['min_s']:.3f}..{row['max_s']:.3f}" if "min_s" in row else ""
-        pair = (str(row["layers"]), number(row, "median_s", ".3f")) if depth else (number(row, "median_s", ".3f"), ratio)
+        median = number(row, "median_s", ".3f")
+        pair = (str(row["layers"]), median) if depth else (median, ratio)
         tail = (number(row, "peak_mib", ".0f"), number(row, "steps_mib", ".0f"), number(row, "first_s", ".1f"))
         table.add_row(row["name"], *pair, spread, *tail, row.get("error", ""))
     console.print(table)

@@ -130,7 +130,8 @@ def same_state(a: Path, b: Path) -> None:
     (ours, extra), (theirs, other) = state(a), state(b)
     assert extra == other
     assert ours.keys() == theirs.keys()
-    assert not [k for k in ours if not torch.equal(ours[k].view(torch.uint8), theirs[k].view(torch.uint8))]
+    bits, others = ({k: v.reshape(-1).view(torch.uint8) for k, v in side.items()} for side in (ours, theirs))
+    assert not [k for k in bits if not torch.equal(bits[k], others[k])]
 
 
 def _child(cwd: Path, flags: list[str], log: Path, env: dict[str, str], setup: Any) -> None:
