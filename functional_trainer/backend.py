@@ -1,5 +1,6 @@
 """Devices: the only file that names them. Everything else asks here, or asks a tensor where it lives."""
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -13,6 +14,9 @@ COMMUNICATION = {"cuda": "nccl", "cpu": "gloo", "npu": "hccl", "xla": "xla"}
 # Dense peak, FLOP/s, by a part of the device's name: NVIDIA data sheets (no sparsity), Huawei's for the 910B.
 PEAKS: dict[str, dict[torch.dtype, float]] = {
     "H200": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12, torch.float64: 67e12},
+    "H100 PCIe": {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 51e12, torch.float64: 51e12},
+    "H100 NVL": {torch.bfloat16: 835e12, torch.float16: 835e12, torch.float32: 60e12, torch.float64: 60e12},
+    "Laptop": {},
     "H100": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12, torch.float64: 67e12},
     "B200": {torch.bfloat16: 2250e12, torch.float16: 2250e12, torch.float32: 75e12},
     "A100": {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 19.5e12, torch.float64: 19.5e12},
@@ -43,9 +47,25 @@ def setup(name: str = "auto", deterministic: bool | None = None) -> torch.device
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, rank)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    if kind == "cpu":
+        keep_host_memory()
     torch.use_deterministic_algorithms(kind == "cpu" if deterministic is None else deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
+
+
+def keep_host_memory() -> None:
+    """Let freed host memory stay with the process and use huge pages: a step allocates the same buffers every time.
+
+    Measured by `experiments/benchmarks/sft_cpu.py` (docs/benchmarks.md). Only glibc knows these switches; elsewhere
+    nothing happens. The second works if torch has not allocated anything large yet.
+    """
+    if platform.system() != "Linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    libc.mallopt(mmap_threshold, 1 << 25)  # the most it takes
+    libc.mallopt(trim_threshold, (1 << 31) - 1)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator at its first large allocation
 
 
 def join(device: torch.device) -> tuple[int, int]:

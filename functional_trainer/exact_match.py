@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from functional_trainer.data.chat import Tokenizer
@@ -50,5 +51,5 @@ def show(answers: Sequence[Answer], most: int = 10) -> None:
     wrong = [a for a in answers if not a.right][: most // 2]
     table = Table("question", "wanted", "given", "", title=f"{score(answers):.1%} of {len(answers)} answers are exact")
     for a in wrong + [a for a in answers if a.right][: most - len(wrong)]:
-        table.add_row(a.question, a.wanted, a.given, "right" if a.right else "wrong")
+        table.add_row(*map(escape, a), "right" if a.right else "wrong")
     Console().print(table)

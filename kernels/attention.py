@@ -72,38 +72,57 @@ def _band(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor |
     return torch.zeros(length, length, dtype=dtype).masked_fill_((distance < 0) | (distance >= window), -math.inf)
 
 
-def _heads(x: torch.Tensor, index_nL: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Pick documents out of (B, S, K, H) as (n, K * groups, L, H), at least float32."""
-    x = promote(x.flatten(0, 1)[index_nL]).transpose(1, 2)
-    return x if groups == 1 else x.repeat_interleave(groups, 1)
+def _pick(x_TKGH: torch.Tensor, index_nL: torch.Tensor, groups: int) -> torch.Tensor:
+    """Take documents out of (T, K, 1 or G, H) as (n G, K, L, H) in at least float32; a single one without a copy."""
+    n, length = index_nL.shape
+    if n == 1:
+        start = int(index_nL[0, 0])
+        part = x_TKGH[None, start : start + length]
+    else:
+        part = x_TKGH[index_nL]
+    part = promote(part).permute(0, 3, 2, 1, 4).expand(-1, groups, -1, -1, -1)
+    return part[0] if n == 1 else part.flatten(0, 1)
 
 
-def _put(x: torch.Tensor, index_nL: torch.Tensor, part: torch.Tensor) -> None:
-    """Write (n, K, L, ...) back to the documents' places in (B, S, K, ...)."""
-    x.flatten(0, 1).index_copy_(0, index_nL.flatten(), part.transpose(1, 2).flatten(0, 1).to(x.dtype))
+def _put(x_TKGH: torch.Tensor, index_nL: torch.Tensor, part: torch.Tensor) -> None:
+    """Write (n G, K, L, H) back to the documents' places in (T, K, G, H), summed over groups where G is 1."""
+    part = part.unflatten(0, (index_nL.shape[0], -1))
+    part = part.sum(1, keepdim=True) if x_TKGH.shape[2] == 1 else part
+    part = part.permute(0, 3, 2, 1, 4).to(x_TKGH.dtype)
+    if index_nL.shape[0] == 1:
+        start = int(index_nL[0, 0])
+        x_TKGH[start : start + index_nL.shape[1]] = part[0]
+    else:
+        x_TKGH.index_copy_(0, index_nL.flatten(), part.flatten(0, 1))
+
+
+def _grouped(x_BSNH: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """View (B, S, N, H) as (T, K, N / K, H): query heads beside the key head that they share."""
+    return x_BSNH.flatten(0, 1).unflatten(1, (kv_heads, -1))
 
 
 @torch.library.custom_op("functional_trainer::attention_documents", mutates_args=())
 def _documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, window: int | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output, zeros at padding, and the logsumexp of the scores (B, S, N)."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = out.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    groups = q.shape[2] // k.shape[2]
+    """Return the output, zeros at padding, and the logsumexp of the scores (B, S, N, 1)."""
+    K, G = k.shape[2], q.shape[2] // k.shape[2]
+    out = q.new_zeros(q.shape)
+    lse = q.new_zeros((*q.shape[:3], 1), dtype=torch.promote_types(q.dtype, torch.float32))
+    q, k, v, out_TKGH, lse_TKG1 = (_grouped(t, K) for t in (q, k, v, out, lse))
     for at in _documents_by_length(segments):
         band = _band(at.shape[1], window, lse.dtype)
         o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _heads(q, at), _heads(k, at, groups), _heads(v, at, groups), 0.0, band is None, attn_mask=band, scale=scale
+            _pick(q, at, G), _pick(k, at, G), _pick(v, at, G), 0.0, band is None, attn_mask=band, scale=scale
         )
-        _put(out, at, o)
-        _put(lse, at, m)
+        _put(out_TKGH, at, o)
+        _put(lse_TKG1, at, m[..., None])
     return out, lse
 
 
 @_documents.register_fake
 def _(q, k, v, segments, window, scale):
-    return q.new_empty(q.shape), promote(q.new_empty(q.shape[:3]))
+    return q.new_empty(q.shape), promote(q.new_empty((*q.shape[:3], 1)))
 
 
 @torch.library.custom_op("functional_trainer::attention_documents_grad", mutates_args=())
@@ -118,18 +137,18 @@ def _documents_grad(
     window: int | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    groups = q.shape[2] // k.shape[2]
+    K, G = k.shape[2], q.shape[2] // k.shape[2]
+    grads = tuple(t.new_zeros(t.shape) for t in (q, k, v))
+    grad, q, k, v, out, lse, *grads_TKGH = (_grouped(t, K) for t in (grad, q, k, v, out, lse, *grads))
     for at in _documents_by_length(segments):
         band = _band(at.shape[1], window, lse.dtype)
-        a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads(grad, at), _heads(q, at), _heads(k, at, groups), _heads(v, at, groups), _heads(out, at),
-            _heads(lse, at).contiguous(), 0.0, band is None, attn_mask=band, scale=scale,
-        )  # fmt: skip
-        _put(dq, at, a)
-        _put(dk, at, b.unflatten(1, (-1, groups)).sum(2))
-        _put(dv, at, c.unflatten(1, (-1, groups)).sum(2))
-    return dq, dk, dv
+        operands = (_pick(t, at, G) for t in (grad, q, k, v, out))
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *operands, _pick(lse, at, G)[..., 0].contiguous(), 0.0, band is None, attn_mask=band, scale=scale
+        )
+        for whole, part in zip(grads_TKGH, parts, strict=True):
+            _put(whole, at, part)
+    return grads
 
 
 @_documents_grad.register_fake

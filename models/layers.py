@@ -78,7 +78,9 @@ class Rope:
 def attention_specs(dim: int, heads: int, kv_heads: int, head_dim: int, bias: bool, std: float) -> Tree:
     """Declare grouped-query attention with normalised queries and keys."""
     if heads % kv_heads:
-        raise ValueError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        raise ValueError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     if head_dim % 2:
         raise ValueError(f"config.json: head_dim is {head_dim}, expected an even number (rotary pairs)")
     specs = {

@@ -44,7 +44,8 @@ def read(hf: dict) -> Config:
     get.only("hidden_act", "silu", "experts and MLPs are SwiGLU")
     get.only("attention_dropout", 0.0, "training has no dropout")
     get("max_window_layers"), get("layer_types")  # transformers' Qwen3-MoE does not read them either
-    dim, heads, depth = get.size("hidden_size", 2048), get.size("num_attention_heads", 32), get.size("num_hidden_layers", 24)
+    dim, depth = get.size("hidden_size", 2048), get.size("num_hidden_layers", 24)
+    heads = get.size("num_attention_heads", 32)
     experts = get("num_experts", 128)
     experts = get("num_local_experts", experts)
     dense, every = get("mlp_only_layers", [], expect=list), get.size("decoder_sparse_step", 1)

@@ -26,7 +26,7 @@ Placements = tuple[Placement, ...]
 
 
 class P(tuple):
-    """Mesh axes per tensor dim: `P("ep", None, zero("fsdp"))`; ValueError for axes unknown, repeated or out of order."""
+    """Mesh axes per tensor dim: `P("ep", None, zero("fsdp"))`; ValueError for axes unknown, repeated or misordered."""
 
     def __new__(cls, *entries: Entry):
         named = [axes_of(entry) for entry in entries]
@@ -111,7 +111,7 @@ class _Outputs(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class Sharder:
-    """`functional_trainer.types.OneDevice` on a mesh (axes of size one left out); see there for each method's meaning."""
+    """`functional_trainer.types.OneDevice` on a mesh (without axes of size one); see there for each method."""
 
     rules: Rules
     mesh: DeviceMesh
@@ -146,11 +146,11 @@ class Sharder:
                 )
         return placed
 
-    def __call__(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def __call__(self, x: DTensor, name: str) -> DTensor:
         return x.redistribute(placements=self.where(name, shape=x.shape))
 
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
-        def gather(path: str, w: DTensor) -> DTensor:
+        def gather(path: str, w: Any) -> DTensor:
             w = w if dtype is None else w.to(dtype)
             return w.redistribute(placements=self.where(f"{prefix}/{path}"))
 
@@ -172,12 +172,15 @@ class Sharder:
             tuple(Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True))
             for placed in placed_ins
         ]
-        results = []
+        axes = self.mesh.mesh_dim_names or ()
         for out, placed in zip(outs, placed_outs, strict=True):
-            lost = [a for a, p, v in zip(self.mesh.mesh_dim_names, placed, varies, strict=True) if v and p.is_replicate()]
+            lost = [a for a, p, v in zip(axes, placed, varies, strict=True) if v and p.is_replicate()]
             if lost and not out.startswith("sum"):
-                raise ValueError(f"{out} is whole on axis {lost[0]!r}, over which {ins} are sharded: call it 'sum:{out}'")
-            results.append(tuple(Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True)))
+                raise ValueError(f"{out} is whole on axis {lost[0]!r} that splits one of {ins}: call it 'sum:{out}'")
+        results = [
+            tuple(Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True))
+            for placed in placed_outs
+        ]
 
         def run(*args: DTensor):
             parts = []
@@ -186,9 +189,9 @@ class Sharder:
                 x = x if x.placements == placed else x.redistribute(placements=placed)
                 parts.append(x.to_local(grad_placements=grad))
             made = fn(*parts)
-            if len(results) == 1:
-                return DTensor.from_local(made, self.mesh, results[0], run_check=False)
-            return tuple(DTensor.from_local(y, self.mesh, p, run_check=False) for y, p in zip(made, results, strict=True))
+            made = (made,) if len(results) == 1 else made
+            made = [DTensor.from_local(y, self.mesh, p, run_check=False) for y, p in zip(made, results, strict=True)]
+            return made[0] if len(results) == 1 else tuple(made)
 
         return run
 
@@ -233,11 +236,11 @@ class Sharder:
     def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> DTensor:
         return self.put_leaf(path, make())
 
-    def put_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def put_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, DTensor]:
         placed = self.where("batch/columns")
         return {k: DTensor.from_local(v, self.mesh, placed) for k, v in batch.items()}
 
-    def micro(self, batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    def micro(self, batch: dict[str, DTensor], parts: int) -> list[dict[str, DTensor]]:
         local = {k: v.to_local() for k, v in batch.items()}
         rows = next(iter(local.values())).shape[0]
         if rows % parts:

@@ -1,7 +1,7 @@
 """Check every kernel and both models on a device against references, then measure training speed there.
 
     python experiments/benchmarks/gpu_suite.py                            # checks, then speed
-    python experiments/benchmarks/gpu_suite.py --what check --only attention
+    python experiments/benchmarks/gpu_suite.py --what check --only 'attention *'
     python experiments/benchmarks/gpu_suite.py --device cpu               # every case at small sizes: it still runs
 
 Checks. Kernels, forward and gradients, against float64 references on the same (rounded) inputs; models against
@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,6 +45,7 @@ from functional_trainer import config
 
 CASE_SECONDS = 400
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+TOKENS = {"bos_token_id": None, "eos_token_id": None}  # theirs are beyond a small vocabulary
 GIB = 2**30
 
 
@@ -54,7 +56,7 @@ class Options:
     what: Literal["all", "check", "speed"] = "all"
     """What to do."""
     only: tuple[str, ...] = ()
-    """Cases and contestants whose names begin with one of these; none means all."""
+    """Cases and contestants by name, with wildcards ("attention *"); none means all."""
     layers: int = 0
     """Depth of the model that is timed (0: as many layers as fit)."""
     rows: int = 2
@@ -89,7 +91,7 @@ class At:
 
     @property
     def compiler(self) -> str:
-        return self.pick("aot_eager", "inductor")
+        return self.pick("eager", "inductor")
 
 
 class Skip(Exception):
@@ -217,12 +219,13 @@ def linear_logprob(at: At, plain: bool) -> list[Check]:
     T, D, V = at.pick((30, 24, 97), (1024, 2048, 151936))
     targets = torch.randint(0, V, (T,), device=at.device)
     leaves = [randn(at, T, D), randn(at, V, D) * D**-0.5]
-    if plain:
-        ours = lambda h, w: kernels.linear_logprob(h, w, targets)  # noqa: E731
-        return compare(at, ours, lambda h, w: reference(h, w, targets), leaves)
-    options: dict[str, Any] = {"softcap": 5.0, "temperature": 0.7}
-    ours = lambda h, w, b: kernels.linear_logprob(h, w, targets, b, **options)  # noqa: E731
-    return compare(at, ours, lambda h, w, b: reference(h, w, targets, b, **options), [*leaves, randn(at, V)])
+    options: dict[str, Any] = {} if plain else {"softcap": 5.0, "temperature": 0.7}
+    leaves += [] if plain else [randn(at, V)]
+
+    def ours(h, w, *bias):
+        return kernels.linear_logprob(h, w, targets, *bias, **options)
+
+    return compare(at, ours, lambda h, w, *bias: reference(h, w, targets, *bias, **options), leaves)
 
 
 def elementwise(at: At, compiled: bool) -> list[Check]:
@@ -278,7 +281,7 @@ def hf_config(at: At, family: str) -> dict[str, Any]:
         {"hidden_size": 1024, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 4096},
     )  # fmt: skip
     keys = set(models.PRESETS[name])
-    return models.PRESETS[name] | {k: v for k, v in sizes.items() if k in keys} | {"num_hidden_layers": 2}
+    return models.PRESETS[name] | {k: v for k, v in sizes.items() if k in keys} | {"num_hidden_layers": 2, **TOKENS}
 
 
 def prepared(at: At, family: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -354,7 +357,8 @@ def parity(at: At, family: str) -> list[Check]:
     module = sft_cpu.hf_module(model, torch.float32, at.device, params, attn_implementation="sdpa")
     if ids:
         module.set_experts_implementation("eager")
-    inputs, flips = sft_cpu.hf_inputs(batch), []
+    inputs = sft_cpu.hf_inputs(batch)
+    flips: list[int] = []
     with torch.no_grad(), routed(module, ids, False, flips):
         module(**inputs)
     with routed(module, ids, True, []):
@@ -370,7 +374,7 @@ def parity(at: At, family: str) -> list[Check]:
     return [
         Check("logits", error(logits, out.logits), tolerance, note),
         Check("gradient", ((ours - theirs).norm() / theirs.norm()).item(), 2 * tolerance),
-        Check("worst leaf", each[worst], 10 * tolerance, worst),
+        Check("worst leaf", each[worst], 5 * tolerance, worst),
     ]
 
 
@@ -380,6 +384,8 @@ def step_forms(at: At, form: str) -> list[Check]:
 
     from functional_trainer import init_state, losses, make_train_step, optimizers
 
+    if at.small and at.dtype != "float32":
+        raise Skip("one dtype is enough at small sizes")
     forms: dict[str, dict[str, Any]] = {
         "off": {},
         "layer": {"compile": "layer", "backend": at.compiler},
@@ -424,7 +430,7 @@ def timed_config(layers: int, small: bool) -> dict[str, Any]:
     """Return Qwen3-30B-A3B at some depth, or at the CPU small in every way."""
     import models
 
-    return models.PRESETS["tiny" if small else "30b-a3b"] | {"num_hidden_layers": layers}
+    return models.PRESETS["tiny" if small else "30b-a3b"] | {"num_hidden_layers": layers, **TOKENS}
 
 
 def layers_that_fit(device: Any, tokens: int) -> int:
@@ -628,7 +634,8 @@ class Worker:
     """A process on the device, started when first asked, and anew after a fault."""
 
     def __init__(self, device: str):
-        self.device, self.process = device, None
+        self.device = device
+        self.process: Any = None
 
     def ask(self, *request: Any) -> tuple[str, Any]:
         """Return ("ok", result), ("skip", reason) or ("failed", reason)."""
@@ -662,7 +669,7 @@ class Worker:
 
 def wanted(o: Options, names: Any) -> list[str]:
     """Return the names that --only leaves."""
-    return [name for name in names if not o.only or name.startswith(o.only)]
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in o.only or ("*",))]
 
 
 def run_checks(o: Options, worker: Worker, console: Console) -> list[dict[str, Any]]:
@@ -689,7 +696,8 @@ def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[
     first = Worker(o.device)
     layers, rows = o.layers or first.ask("fit", o.rows)[1], 1 if small else o.rows
     first.stop()
-    workers, taken = {name: Worker(o.device) for name in names}, {name: [] for name in names}
+    workers = {name: Worker(o.device) for name in names}
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     table: dict[str, dict[str, Any]] = {name: {"name": name, "layers": layers} for name in names}
     for round in range(o.rounds):
         for name in names:

@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
     contestants: tuple[str, ...] = ()
-    """Names as in the table, or their beginnings ("ours", "hf-grouped"); none means all. The floor always runs."""
+    """Names as in the table, with wildcards ("hf-grouped*"); none means all. The floor always runs."""
     rounds: int = 15
     """Timed steps of each contestant."""
     warmup: int = 3
@@ -128,7 +129,10 @@ def hf_module(model: Any, dtype: Any, device: Any, params: Any = None, **impleme
     if params is not None:
         leaves = tree.flatten(params)
         slots = hf.expand(model.specs, model.names[-1])  # the fused layout is transformers' own
-        module.load_state_dict({k: leaves[s.path][s.index].view(s.shape) for k, s in slots.items()})
+        state = {k: leaves[s.path][s.index].view(s.shape) for k, s in slots.items()}
+        module.load_state_dict(
+            {k: state[hf.TIED[k] if k in hf.TIED and k not in state else k] for k in module.state_dict()}
+        )
     return module.train()
 
 
@@ -292,6 +296,7 @@ def serve(pipe: Any, name: str, o: Options) -> None:
         if name.startswith("hf"):
             import transformers  # noqa: F401
         torch.set_num_threads(o.threads)
+        backend.keep_host_memory()  # for everybody
         torch.manual_seed(o.seed)
         base = resident("VmRSS")
         limit = int(o.memory_gib * GIB) + base
@@ -365,7 +370,8 @@ def judge(rows: list[dict[str, Any]], tolerance: float) -> None:
 
 def time_steps(o: Options, console: Console) -> list[dict[str, Any]]:
     """Run all contestants in turn and return a row for each."""
-    wanted = tuple(n for n in contestants(o) if n == "floor" or not o.contestants or n.startswith(o.contestants))
+    names = o.contestants or ("*",)
+    wanted = [n for n in contestants(o) if n == "floor" or any(fnmatch(n, pattern) for pattern in names)]
     if o.contestants and len(wanted) == 1:
         raise ValueError(f"--contestants {' '.join(o.contestants)}: none; there are {', '.join(contestants(o))}")
     running = []
@@ -404,7 +410,7 @@ def time_depths(o: Options, console: Console) -> list[dict[str, Any]]:
 
 def show(o: Options, rows: list[dict[str, Any]], console: Console) -> None:
     """Print one table."""
-    about = next((row["about"] for row in rows if "about" in row), {})
+    about: dict[str, Any] = next((row["about"] for row in rows if "about" in row), {})
     sizes = f"{o.rows} x {o.seq_len} tokens, {o.dtype}, {o.threads} threads, balance {o.balance}"
     table = Table(title=f"{sizes}; {', '.join(map(str, about.values()))}")
     depth = o.what == "depth"

@@ -24,7 +24,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.experiments.sft_runs"])
+FORKS.set_forkserver_preload(
+    ["tests.experiments.sft_runs", "experiments.qwen3_moe_sft", "experiments.rules", "functional_trainer.loop"]
+    + ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+)
 
 
 def folder(path: Path, family: str = "qwen3_moe", **changes: Any) -> Path:

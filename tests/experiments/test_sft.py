@@ -266,12 +266,12 @@ def test_no_result_depends_on_the_split(place):
         "remat": ("--micro-batch", 2, "--remat", "layer"),
     }  # fmt: skip
     for name, flags in splits.items():
-        run(place, *BASE, "--dtype", "float64", *flags, "--out", name)
-    first = losses(place / "whole")
+        run(place, *BASE, "--dtype", "float64", *flags, "--out", f"split-{name}")
+    first = losses(place / "split-whole")
     assert first[-1] < first[0] - 0.05
     for name in splits:
-        assert torch.allclose(losses(place / name), first, rtol=1e-12, atol=0), name
-    tensors, _ = state(place / "one")
+        assert torch.allclose(losses(place / f"split-{name}"), first, rtol=1e-12, atol=0), name
+    tensors, _ = state(place / "split-one")
     assert all(t.dtype == torch.float64 for path, t in tensors.items() if path.startswith(("params", "moments")))
 
 

@@ -86,7 +86,9 @@ def test_backends_are_as_exact_as_their_dtype(backend, dtype, tolerance, case):
     wanted = run("reference", [t.double() for t in tensors], *rest)
     for ours, theirs in zip(run(backend, tensors, *rest), wanted, strict=True):
         assert ours.dtype == dtype
-        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * max(1.0, float(theirs.detach().abs().max())))
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=tolerance, atol=tolerance * max(1.0, float(theirs.detach().abs().max()))
+        )
 
 
 @given(cases())

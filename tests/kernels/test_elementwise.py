@@ -80,5 +80,7 @@ def test_dtypes_stay_and_maths_is_at_least_float32(dtype):
         assert out.dtype == dtype
         exact = fn(x.double(), *(a.double() if isinstance(a, torch.Tensor) else a for a in args))
         # One rounding to the dtype, and one more where a norm's scale is multiplied in it.
-        torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+        )
     assert kernels.promote(x).dtype == wide

@@ -145,7 +145,7 @@ def test_padding_tokens_give_and_take_nothing(case):
 
 
 def test_equal_experts_act_as_one():
-    """Weights that sum to one over copies of one expert give that expert: a check by hand, no loop to share a mistake."""
+    """Weights that sum to one over copies of one expert give that expert, worked out by hand."""
     x = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
     gate_up = torch.tensor([[[0.5, 0.25]], [[2.0, -1.0]]], dtype=torch.float64).expand(3, 2, 1, 2)
     down = torch.tensor([[3.0], [-1.0]], dtype=torch.float64).expand(3, 2, 1)

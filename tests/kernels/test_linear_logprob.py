@@ -86,7 +86,9 @@ def test_results_are_at_least_float32(dtype, tolerance, case):
     ours = run(kernels.linear_logprob, leaves, targets, low, **options)
     assert ours[0].dtype == ours[1].dtype == torch.float32 and all(g.dtype == dtype for g in ours[2:])
     for a, b in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max())))
+        torch.testing.assert_close(
+            a.double(), b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max()))
+        )
 
 
 def test_leading_dims_and_large_logits():

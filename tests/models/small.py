@@ -36,5 +36,5 @@ def batch(rows, width=13, vocab=23, seed=0):
             positions[at], weights[at] = torch.arange(length), torch.arange(length) >= length // 3
             start += length
     return {
-        "tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions, "weights": weights.float()
+        "tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions, "weights": weights
     }  # fmt: skip

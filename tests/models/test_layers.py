@@ -66,7 +66,8 @@ def test_moe_and_its_sums_equal_a_loop(segments, top_k, normalize, seed):
     p = {k: torch.randn(s, generator=gen, dtype=F64) for k, s in shapes.items()}
     x = torch.randn(*segments.shape, D, generator=gen, dtype=F64)
     y, aux = layers.moe(p, x, segments, top_k, normalize, ONE_DEVICE)
-    wanted, load, prob, balance = torch.zeros_like(x), torch.zeros(E, dtype=F64), torch.zeros(E, dtype=F64), torch.zeros((), dtype=F64)
+    wanted, (load, prob) = torch.zeros_like(x), torch.zeros(2, E, dtype=F64)
+    balance = torch.zeros((), dtype=F64)
     for row, at in documents(segments):
         if segments[row, at.start] == 0:
             continue

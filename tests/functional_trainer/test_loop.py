@@ -1,0 +1,226 @@
+"""functional_trainer.loop: claiming a run folder, stopping, the held-out loss, and what the loop does around a step."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from functional_trainer import checkpoint, losses, optimizers, param
+from functional_trainer.data import Loader
+from functional_trainer.data.packing import Documents
+from functional_trainer.loop import claim, eval_loss, stoppable, train
+from functional_trainer.options import DataOptions, RunOptions
+from functional_trainer.state import TrainState, init_state
+from functional_trainer.types import ONE_DEVICE, Output, Unembed
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    data: DataOptions = field(default_factory=DataOptions)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Hidden states are rows of the embedding, which is the unembedding too."""
+
+    specs = {"embed": param.Param((7, 4), "V,D")}
+
+    class config:
+        windows = ()
+
+    def apply(self, params, batch, shard=ONE_DEVICE, buffers=None):
+        return Output(params["embed"][batch["tokens"]], {})
+
+    def unembed(self, params, shard=ONE_DEVICE):
+        return Unembed(params["embed"])
+
+
+MODEL = Model()
+
+
+def loader(count: int = 6, **options) -> Loader:
+    generator = np.random.default_rng(0)
+    pairs = []
+    for _ in range(count):
+        length = int(generator.integers(3, 9))
+        trained = generator.random(length) < 0.6
+        pairs.append((generator.integers(0, 7, length).tolist(), [*trained[:-1].tolist(), True]))
+    documents = Documents.of(pairs)
+    return Loader(documents, **{"rows": 2, "seq_len": 10, **options})
+
+
+def fresh() -> TrainState:
+    embed = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    return init_state({"embed": embed}, optimizers.adamw(optimizers.schedule("constant", 1e-2, 10)))
+
+
+def counting(bad: tuple[int, ...] = (), at: dict | None = None):
+    """Make a step that adds one to the parameters, but in the steps of `bad`; `at` calls functions before steps."""
+
+    def step(state, batch):
+        number = int(state.step) + 1
+        (at or {}).get(number, lambda: None)()
+        state.step.add_(1)
+        state.skipped.copy_(state.skipped + 1 if number in bad else torch.zeros_like(state.skipped))
+        if number not in bad:
+            state.params["embed"].add_(1)
+        return state, {"loss": torch.tensor(1.0 / number), "skipped": state.skipped.clone()}
+
+    return step
+
+
+def go(options: Options, step, steps: int = 6, **more) -> tuple[TrainState, bool]:
+    resume = claim(options)
+    return train(
+        step, fresh(), loader(), model=MODEL, loss=losses.sft("none"), options=options, total_steps=steps, device=CPU,
+        resume=resume, **more,
+    )  # fmt: skip
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(out: Path) -> list[str]:
+    return sorted(os.listdir(out / "checkpoints"), key=lambda name: int(name.removeprefix("step-")))
+
+
+# Claiming.
+
+
+def test_a_new_folder_is_claimed_with_its_config(tmp_path):
+    options = Options(out=str(tmp_path / "new" / "run"))
+    assert claim(options) is None
+    assert "seq_len: 256" in (tmp_path / "new" / "run" / "config.yaml").read_text()
+    assert claim(replace(options, batch=7)) is None  # no step was made: it may still change
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    assert claim(Options(out=str(tmp_path / "run")), main=False) is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_continued_by_the_same_options_only(tmp_path):
+    options = Options(out=str(tmp_path), save_every=2, steps=6)
+    go(options, counting(), steps=4)
+    assert claim(options) == tmp_path / "checkpoints" / "step-4"
+    same = replace(options, keep=9, save_every=1, device="cpu", micro_batch=2, remat="layer", compile="off")
+    assert claim(same) == tmp_path / "checkpoints" / "step-4"
+    other = replace(options, seed=3, data=DataOptions(seq_len=99))
+    with pytest.raises(ValueError, match=r"holds another run \(.*seed was 0, is 3.*data.seq_len was 256, is 99"):
+        claim(other)
+    with pytest.raises(ValueError, match="already holds a run; choose another --out, or --resume auto"):
+        claim(replace(options, resume="never"))
+    assert "keep: 9" in (tmp_path / "config.yaml").read_text() and "seed: 0" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_named_checkpoint_or_run_is_resumed(tmp_path):
+    first = Options(out=str(tmp_path / "first"), save_every=2)
+    go(first, counting(), steps=4)
+    second = replace(first, out=str(tmp_path / "second"), seed=5)
+    named = replace(second, resume=str(tmp_path / "first" / "checkpoints" / "step-2"))
+    assert claim(named) == tmp_path / "first" / "checkpoints" / "step-2"
+    assert claim(replace(named, resume=first.out)) == tmp_path / "first" / "checkpoints" / "step-4"
+    for nothing in ("first/checkpoints/step-3", "first/checkpoints", "nowhere"):
+        with pytest.raises(ValueError, match=f"--resume .*{nothing}: no checkpoint there; wanted"):
+            claim(replace(named, resume=str(tmp_path / nothing)))
+    go(second, counting(), steps=2)
+    with pytest.raises(ValueError, match="second already holds a run"):
+        claim(named)
+    back = replace(first, resume=str(tmp_path / "first" / "checkpoints" / "step-2"))
+    assert claim(back) == tmp_path / "first" / "checkpoints" / "step-2"
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out .*file/run cannot be written: Not a directory; choose another folder"):
+        claim(Options(out=str(tmp_path / "file" / "run")))
+
+
+# Stopping.
+
+
+def test_the_first_signal_asks_and_the_second_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    with stoppable() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_ends_the_step_saves_and_says_so(tmp_path, capsys):
+    options = Options(out=str(tmp_path), save_every=0)
+    state, finished = go(options, counting(at={3: lambda: os.kill(os.getpid(), signal.SIGINT)}))
+    assert not finished and 3 <= int(state.step) <= 4  # the signal counts from the next step's beginning
+    assert saved(tmp_path) == [f"step-{int(state.step)}"]
+    assert f"stopped after step {int(state.step)} of 6; the same command continues" in capsys.readouterr().out
+    state, finished = go(options, counting())
+    assert finished and torch.allclose(state.params["embed"], fresh().params["embed"] + 6)
+
+
+# The loop.
+
+
+def test_checkpoints_come_as_often_as_asked_and_at_the_end(tmp_path):
+    for every, keep, wanted in ((2, 9, [2, 4, 5]), (1, 2, [4, 5]), (0, 2, [5]), (5, 1, [5])):
+        out = tmp_path / f"{every}-{keep}"
+        go(Options(out=str(out), save_every=every, keep=keep), counting(), steps=5)
+        assert saved(out) == [f"step-{n}" for n in wanted]
+        assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5]
+
+
+def test_the_data_goes_on_where_it_was(tmp_path):
+    def tokens(name: str, *ends: int) -> list[list]:
+        seen: list[list] = []
+
+        def step(state, batch):
+            seen.append(batch["tokens"].tolist())
+            return counting()(state, batch)
+
+        for end in ends:
+            go(Options(out=str(tmp_path / name)), step, steps=end)
+        return seen
+
+    assert tokens("parts", 2, 5, 9) == tokens("whole", 9)
+
+
+def test_skipped_steps_change_nothing_and_too_many_in_a_row_stop(tmp_path, capsys):
+    go(Options(out=str(tmp_path / "few"), max_skipped=3), counting(bad=(2, 3, 5)))
+    assert [row["skipped"] for row in rows(tmp_path / "few")] == [0, 1, 2, 0, 1, 0]
+    assert "step 3: the gradient is not finite, nothing was changed (2 in a row)" in capsys.readouterr().out
+    options = Options(out=str(tmp_path / "many"), max_skipped=3, save_every=2)
+    with pytest.raises(RuntimeError, match=r"gradients of 3 steps in a row, up to 5, .* is .*many/checkpoints/step-4"):
+        go(options, counting(bad=(3, 4, 5)))
+    with pytest.raises(RuntimeError, match="the last checkpoint is None"):
+        go(replace(options, out=str(tmp_path / "none"), save_every=0), counting(bad=(1, 2, 3)))
+
+
+def test_a_checkpoint_past_the_end_is_refused(tmp_path):
+    go(Options(out=str(tmp_path)), counting(), steps=4)
+    with pytest.raises(ValueError, match="step-4 is at step 4, the run would end at 3: raise --steps or --epochs"):
+        go(Options(out=str(tmp_path)), counting(), steps=3)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-4" and len(rows(tmp_path)) == 4
+
+
+def test_the_held_out_loss_is_the_mean_over_all_trained_tokens(tmp_path):
+    held_out, params = loader(9, epochs=1, shuffle=False), fresh().params
+    total = weight = 0.0
+    for batch in loader(9, epochs=1, shuffle=False):
+        logp = (params["embed"][batch["tokens"]] @ params["embed"].T).log_softmax(-1)
+        total -= (logp.gather(-1, batch["targets"][..., None])[..., 0] * batch["weights"]).sum().item()
+        weight += batch["weights"].sum().item()
+    found = [eval_loss(MODEL, losses.sft("none"), params, held_out, {}, ONE_DEVICE, CPU) for _ in range(2)]
+    assert found == pytest.approx([total / weight] * 2, rel=1e-6)
+    go(Options(out=str(tmp_path), eval_every=2), counting(), steps=5, eval_loader=held_out)
+    assert [row["step"] for row in rows(tmp_path) if "eval_loss" in row] == [2, 4, 5]

@@ -1,0 +1,267 @@
+"""functional_trainer.step: accumulation, compilation, skipped steps, donation, precision."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+from functional_trainer import init_state, losses, make_train_step, optimizers, tree
+from functional_trainer.types import ONE_DEVICE
+from tests.models import small
+
+F64 = torch.float64
+# Four rows of very different content: 1, 13, 5 and 8 tokens, 1, 9, 4 and 6 of them trained.
+UNEVEN = [[1], [13], [3, 2], [8]]
+LOSS = losses.sft("per_sequence", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.config.trace_autograd_ops = False  # `compile="step"` sets these for the process
+    torch._dynamo.config.capture_scalar_outputs = False
+
+
+def tiny(**options):
+    """Build a model of one MoE and one dense layer."""
+    return small.model(**{"num_hidden_layers": 2} | options)
+
+
+def adamw(peak=1e-2, total=10):
+    return optimizers.adamw(optimizers.schedule("cosine", peak, total, warmup=2))
+
+
+def run(steps=3, model=None, loss=LOSS, dtype=F64, rows=UNEVEN, optimizer=None, **options):
+    """Train from one initialisation on `steps` different batches; return the state and every step's metrics."""
+    model, optimizer = model or tiny(), optimizer or adamw()
+    state = init_state(model.init(0, dtype=dtype), optimizer)
+    step = make_train_step(model, loss, optimizer, **{"backend": "aot_eager"} | options)
+    history = []
+    for i in range(steps):
+        state, metrics = step(state, small.batch(rows, seed=i))
+        history.append({k: v.clone() for k, v in metrics.items()})
+    return state, history
+
+
+def flat(state):
+    """Return every tensor of a state by path, copied."""
+    return {k: v.detach().clone() for k, v in tree.flatten(state).items()}
+
+
+def assert_same(a, b, tolerance):
+    """Compare states and metrics of two runs."""
+    torch.testing.assert_close(flat(a[0]), flat(b[0]), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(a[1], b[1], rtol=tolerance, atol=tolerance)
+
+
+# gradients -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_step_of_descent_by_hand():
+    """With plain descent for an optimizer, what changes is the clipped gradient of the mean."""
+    descent = optimizers.Optimizer(
+        init=lambda p: {}, group=lambda path: None, scalars=lambda step, group: {"lr": torch.ones((), dtype=F64)},
+        update=lambda p, g, moments, at: (p - g, {}),
+    )  # fmt: skip
+    model, batch = tiny(), small.batch(UNEVEN)
+    params = model.init(0, dtype=F64)
+    leaves = tree.map(lambda x: x.clone().requires_grad_(), params)
+    output = model.apply(leaves, batch)
+    logp, _ = losses.logprobs(output, model.unembed(leaves), batch, ONE_DEVICE)
+    nll = -(logp * batch["weights"]).sum() / batch["weights"].sum()
+    balance = output.aux["balance"].mean() / 27
+    wanted = torch.autograd.grad(nll + 0.1 * balance, tree.leaves(leaves))
+    norm = torch.cat([g.flatten() for g in wanted]).norm()
+    before = [p.clone() for p in tree.leaves(params)]
+    state, metrics = make_train_step(model, LOSS, descent, clip=0.5)(init_state(params, descent), batch)
+    assert norm > 0.5
+    for old, new, g in zip(before, tree.leaves(state.params), wanted, strict=True):
+        torch.testing.assert_close(old - new, g * 0.5 / norm, rtol=1e-9, atol=1e-12)
+    ours = [float(metrics[k]) for k in ("loss", "nll", "balance", "grad_norm", "lr", "skipped")]
+    assert ours == pytest.approx([*map(float, (nll + 0.1 * balance, nll, balance, norm)), 1.0, 0.0], rel=1e-9)
+    assert int(state.step) == 1
+
+
+def test_clip_binds_only_above_its_norm():
+    norm = float(run(1, clip=0.0)[1][0]["grad_norm"])
+    assert_same(run(clip=norm * 100), run(clip=0.0), 0)
+    clipped, free = run(1, clip=norm / 3)[0], run(1, clip=0.0)[0]
+    for a, b in zip(clipped.moments.values(), free.moments.values(), strict=True):
+        torch.testing.assert_close(a["mu"] * 3, b["mu"], rtol=1e-9, atol=1e-15)
+
+
+@given(st.permutations(UNEVEN), st.sampled_from([2, 4]))
+@settings(max_examples=6)
+def test_accumulation_equals_one_pass(rows, parts):
+    assert_same(run(2, rows=rows, micro_batches=parts), run(2, rows=rows), 1e-12)
+
+
+def test_accumulation_over_a_part_without_tokens():
+    rows = [[], [13], [3, 2], []]
+    assert_same(run(2, rows=rows, micro_batches=4), run(2, rows=rows), 1e-12)
+
+
+def test_accumulation_refuses_what_does_not_add_up():
+    with pytest.raises(ValueError, match="product of batch means .balance 'hf'.: it needs micro_batches = 1"):
+        make_train_step(tiny(), losses.sft("hf"), adamw(), micro_batches=2)
+    with pytest.raises(ValueError, match="4 rows per device cannot be split into 3 equal micro-batches"):
+        run(1, micro_batches=3)
+
+
+# forms of the step ---------------------------------------------------------------------------------------------------
+
+FORMS = [
+    {"compile": "step"},
+    {"compile": "layer"},
+    {"compile": "step", "micro_batches": 2},
+    {"compile": "layer", "micro_batches": 2},
+    {"compile": "off", "remat": "layer"},
+    {"compile": "layer", "remat": "layer"},
+    {"compile": "step", "remat": "layer"},
+]
+
+
+@functools.cache
+def plain():
+    return run(2)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())))
+def test_every_form_equals_the_uncompiled_step(form):
+    assert_same(run(2, **form), plain(), 1e-11)
+
+
+@pytest.mark.parametrize("form", ["step", "layer"])
+def test_inductor_equals_the_uncompiled_step(form):
+    """In float32, where Inductor's own order of additions is all that differs; the state stays where it was."""
+    model = tiny(num_hidden_layers=1, mlp_only_layers=[])
+    optimizer = optimizers.adamw(optimizers.schedule("constant", 1e-3, 9), eps=1e-3)
+    options = {"model": model, "dtype": torch.float32, "optimizer": optimizer}
+    assert_same(run(2, compile=form, backend="inductor", **options), run(2, **options), 2e-5)
+
+
+@pytest.mark.parametrize(("form", "graphs"), [({}, 1), ({"micro_batches": 2}, 2), ({"remat": "layer"}, 2)])
+def test_a_whole_step_compiles_once(form, graphs):
+    """Five steps of different data, learning rate and step number; several micro-batches mean two graphs."""
+    state, history = run(5, compile="step", **form)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert len({float(m["lr"]) for m in history}) == 5 and int(state.step) == 5
+
+
+def test_layers_compile_once_whatever_the_depth():
+    counts = []
+    for depth, steps in ((2, 1), (2, 3), (5, 2)):
+        torch._dynamo.reset()
+        counters.clear()
+        run(steps, model=tiny(num_hidden_layers=depth, mlp_only_layers=[]), compile="layer")
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] == counts[2] < 12
+
+
+def test_layers_compile_when_all_sizes_are_equal():
+    """Dynamo makes a graph of its own for sizes that agree or are one, and stops with an error at eight."""
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_experts"), 4)
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 1, "moe_intermediate_size": 4, "attention_bias": True}
+    model = tiny(**sizes)
+    batches = [small.batch(UNEVEN, vocab=4)]
+    results = []
+    for form in ("layer", "off"):
+        optimizer = adamw()
+        step = make_train_step(model, LOSS, optimizer, compile=form, backend="aot_eager")
+        state, metrics = step(init_state(model.init(0, dtype=F64), optimizer), batches[0])
+        results.append((state, [metrics]))
+    assert_same(*results, 1e-11)
+
+
+# state ---------------------------------------------------------------------------------------------------------------
+
+
+def counting():
+    """Build a loss with a buffer: tokens per expert seen so far."""
+    return replace(LOSS, update=lambda buffers, sums: {"seen": buffers["seen"] + sums["load"].sum(0)})
+
+
+@pytest.mark.parametrize("form", ["off", "step", "layer"])
+@pytest.mark.parametrize("fault", ["nan weight", "inf parameter"])
+def test_a_non_finite_gradient_changes_nothing(form, fault):
+    model, optimizer = tiny(), adamw()
+    state = init_state(model.init(0, dtype=F64), optimizer, {"seen": torch.zeros(5, dtype=F64)})
+    step = make_train_step(model, counting(), optimizer, compile=form, backend="aot_eager")
+    state, _ = step(state, small.batch(UNEVEN))
+    tokens = state.buffers["seen"].clone()
+    assert tokens.sum() == 2 * 27  # top-2 of 27 tokens
+    bad, column = small.batch(UNEVEN, seed=1), state.params["layers"][0]["attn"]["o"][:, 0, 0]
+    kept = column.clone()
+    if fault == "nan weight":
+        bad["weights"][1, 5] = torch.nan
+    else:
+        column.fill_(torch.inf)
+    before = flat(state)
+    for n in (1, 2):
+        state, metrics = step(state, bad)
+        assert int(metrics["skipped"]) == int(state.skipped) == n and not metrics["grad_norm"].isfinite()
+        after = flat(state)
+        changed = {k for k in before if not torch.equal(before[k], after[k])}
+        assert changed == {"step", "skipped"}
+    column.copy_(kept)
+    state, metrics = step(state, small.batch(UNEVEN, seed=2))
+    assert int(metrics["skipped"]) == int(state.skipped) == 0 and metrics["loss"].isfinite()
+    after = flat(state)
+    assert all(after[k].isfinite().all() for k in after)
+    assert all(not torch.equal(before[k], after[k]) for k in before if k.startswith(("params", "buffers")))
+
+
+def test_an_overflowing_norm_is_skipped_too():
+    """Every gradient is finite in float32, the sum of their squares is not."""
+    huge = replace(LOSS, coefficients={"nll": 1e30})
+    state, history = run(1, loss=huge, dtype=torch.float32)
+    assert not history[0]["grad_norm"].isfinite() and int(state.skipped) == 1
+    assert torch.equal(state.params["embed"], tiny().init(0)["embed"])
+
+
+@pytest.mark.parametrize("form", ["off", "step", "layer"])
+def test_the_state_is_donated(form):
+    model, optimizer = tiny(), adamw()
+    state = init_state(model.init(0), optimizer)
+    step = make_train_step(model, LOSS, optimizer, compile=form, backend="aot_eager")
+    leaves = tree.leaves(state)
+    places, values = [x.data_ptr() for x in leaves], [x.clone() for x in leaves]
+    for i in range(2):
+        state, _ = step(state, small.batch(UNEVEN, seed=i))
+    assert [x.data_ptr() for x in tree.leaves(state)] == places
+    changed = sum(not torch.equal(a, b) for a, b in zip(values, tree.leaves(state), strict=True))
+    assert changed == len(leaves) - 1  # all but `skipped`
+
+
+@pytest.mark.parametrize("form", ["off", "step"])
+def test_bfloat16_compute_trains_float32_masters(form):
+    """Updates far below bfloat16's resolution add up."""
+    model = tiny(dtype=torch.bfloat16)
+    optimizer = optimizers.adamw(optimizers.schedule("constant", 1e-2, 40))
+    state = init_state(model.init(0), optimizer)
+    step = make_train_step(model, LOSS, optimizer, compile=form, backend="aot_eager")
+    batch, values = small.batch(UNEVEN), []
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        values.append(float(metrics["loss"]))
+    assert {x.dtype for x in tree.leaves((state.params, state.moments))} == {torch.float32}
+    assert model.apply(state.params, batch).hidden.dtype == torch.bfloat16
+    assert values[-1] < 0.5 * values[0]
+    wide = float(run(1, dtype=torch.float32)[1][0]["loss"])
+    assert values[0] == pytest.approx(wide, rel=0.05)
+
+
+def test_small_updates_are_not_lost_to_bfloat16():
+    model = tiny(dtype=torch.bfloat16)
+    optimizer = optimizers.adamw(optimizers.schedule("constant", 1e-5, 9), weight_decay=0.0)
+    before = tree.flatten(model.init(0))
+    state, _ = run(1, model=model, dtype=torch.float32, optimizer=optimizer)
+    moved = [(v != before[k]).float().mean() for k, v in tree.flatten(state.params).items() if "norm" in k]
+    assert min(moved) > 0.9  # norm scales are near 1, where bfloat16's steps are 0.004
