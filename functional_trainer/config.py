@@ -76,15 +76,17 @@ def cli(cls: type[T], *, doc: str, argv: Sequence[str] | None = None) -> T:
 
 
 def run(main: Callable[[T], None], cls: type[T], *, doc: str) -> None:
-    """Parse the command line and call `main` with it; an error that our own code raises is one message, status 1."""
+    """Parse the command line and call `main` with it; an error of our own or of the system is one message, status 1."""
     options = cli(cls, doc=doc)
     try:
         main(options)
     except (ValueError, OSError, RuntimeError) as error:
         raised_in = Path(list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename)
-        if not raised_in.is_relative_to(Path(__file__).resolve().parents[1]) or "site-packages" in raised_in.parts:
+        ours = raised_in.is_relative_to(Path(__file__).resolve().parents[1]) and "site-packages" not in raised_in.parts
+        if not ours and not isinstance(error, OSError):
             raise
-        sys.exit(f"error: {error}")
+        plain = isinstance(error, OSError) and error.strerror and not error.filename  # then it is our own text
+        sys.exit(f"error: {error.strerror if plain else error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -7,8 +7,8 @@ Backends (`kernels.BACKENDS` says which serves which device and which were measu
 
     reference    softmax(Q K^T) V with a mask, any device, any dtype
     sdpa         F.scaled_dot_product_attention with the same mask
-    documents    one causal flash call per length of document. With documents of length L in rows of length S the
-                 work is S L instead of S^2. The CPU kernel is called in float32 at least: 16-bit gains nothing there
+    documents    one causal flash call per document. With documents of length L in rows of length S the work is S L
+                 instead of S^2. The CPU kernel is called in float32 at least: 16-bit gains nothing there
     flex         FlexAttention with a block mask built from the segments
     flash_attn   flash-attn's varlen call over document borders
 
@@ -49,18 +49,16 @@ def sdpa(q_BSNH, k_BTKH, v_BTKH, mask_BST, scale: float) -> torch.Tensor:
 # documents: an opaque op whose loop over documents runs on the host, so only for the host's own device ---------------
 
 
-def _documents_by_length(segments_BS: torch.Tensor) -> list[torch.Tensor]:
-    """Return, for every length L that occurs, the flat token indices (n, L) of the n documents of that length."""
-    S = segments_BS.shape[1]
+def _runs(segments_BS: torch.Tensor) -> list[tuple[int, int]]:
+    """List (start, length) of every document in the flattened rows, padding left out."""
     flat = segments_BS.flatten()
     first = torch.ones_like(flat, dtype=torch.bool)
     first[1:] = flat[1:] != flat[:-1]
-    first[::S] = True
+    first[:: segments_BS.shape[1]] = True
     start = first.nonzero()[:, 0]
     length = torch.diff(start, append=start.new_tensor([flat.numel()]))
     real = flat[start] != 0
-    start, length = start[real], length[real]
-    return [start[length == n][:, None] + torch.arange(n) for n in length.unique().tolist()]
+    return list(zip(start[real].tolist(), length[real].tolist(), strict=True))
 
 
 def _band(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -72,57 +70,35 @@ def _band(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor |
     return torch.zeros(length, length, dtype=dtype).masked_fill_((distance < 0) | (distance >= window), -math.inf)
 
 
-def _pick(x_TKGH: torch.Tensor, index_nL: torch.Tensor, groups: int) -> torch.Tensor:
-    """Take documents out of (T, K, 1 or G, H) as (n G, K, L, H) in at least float32; a single one without a copy."""
-    n, length = index_nL.shape
-    if n == 1:
-        start = int(index_nL[0, 0])
-        part = x_TKGH[None, start : start + length]
-    else:
-        part = x_TKGH[index_nL]
-    part = promote(part).permute(0, 3, 2, 1, 4).expand(-1, groups, -1, -1, -1)
-    return part[0] if n == 1 else part.flatten(0, 1)
-
-
-def _put(x_TKGH: torch.Tensor, index_nL: torch.Tensor, part: torch.Tensor) -> None:
-    """Write (n G, K, L, H) back to the documents' places in (T, K, G, H), summed over groups where G is 1."""
-    part = part.unflatten(0, (index_nL.shape[0], -1))
-    part = part.sum(1, keepdim=True) if x_TKGH.shape[2] == 1 else part
-    part = part.permute(0, 3, 2, 1, 4).to(x_TKGH.dtype)
-    if index_nL.shape[0] == 1:
-        start = int(index_nL[0, 0])
-        x_TKGH[start : start + index_nL.shape[1]] = part[0]
-    else:
-        x_TKGH.index_copy_(0, index_nL.flatten(), part.flatten(0, 1))
-
-
-def _grouped(x_BSNH: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """View (B, S, N, H) as (T, K, N / K, H): query heads beside the key head that they share."""
-    return x_BSNH.flatten(0, 1).unflatten(1, (kv_heads, -1))
+def _by_group(x_BSNH: torch.Tensor, groups: int, shared: int) -> torch.Tensor:
+    """View (B, S, N, H) as (G, K, T, H): the query heads of a key head as a batch, keys repeated by a zero stride."""
+    x_GKTH = x_BSNH.flatten(0, 1).unflatten(1, (-1, groups)).permute(2, 1, 0, 3)
+    return x_GKTH.expand(shared, -1, -1, -1)
 
 
 @torch.library.custom_op("functional_trainer::attention_documents", mutates_args=())
 def _documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, window: int | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output, zeros at padding, and the logsumexp of the scores (B, S, N, 1)."""
-    K, G = k.shape[2], q.shape[2] // k.shape[2]
-    out = q.new_zeros(q.shape)
-    lse = q.new_zeros((*q.shape[:3], 1), dtype=torch.promote_types(q.dtype, torch.float32))
-    q, k, v, out_TKGH, lse_TKG1 = (_grouped(t, K) for t in (q, k, v, out, lse))
-    for at in _documents_by_length(segments):
-        band = _band(at.shape[1], window, lse.dtype)
+    """Return the output, zeros at padding, in at least float32, and the logsumexp of the scores (B, S, N)."""
+    q, k, v = promote(q), promote(k), promote(v)
+    G = q.shape[2] // k.shape[2]
+    out, lse = q.new_zeros(q.shape), q.new_zeros(q.shape[:3])
+    q, k, v = _by_group(q, G, G), _by_group(k, 1, G), _by_group(v, 1, G)
+    out_GKTH, lse_GKT1 = _by_group(out, G, G), _by_group(lse[..., None], G, G)
+    for start, n in _runs(segments):
+        band = _band(n, window, lse.dtype)
         o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _pick(q, at, G), _pick(k, at, G), _pick(v, at, G), 0.0, band is None, attn_mask=band, scale=scale
+            *(t.narrow(2, start, n) for t in (q, k, v)), 0.0, band is None, attn_mask=band, scale=scale
         )
-        _put(out_TKGH, at, o)
-        _put(lse_TKG1, at, m[..., None])
+        out_GKTH.narrow(2, start, n).copy_(o)
+        lse_GKT1.narrow(2, start, n).copy_(m[..., None])
     return out, lse
 
 
 @_documents.register_fake
 def _(q, k, v, segments, window, scale):
-    return q.new_empty(q.shape), promote(q.new_empty((*q.shape[:3], 1)))
+    return promote(q.new_empty(q.shape)), promote(q.new_empty(q.shape[:3]))
 
 
 @torch.library.custom_op("functional_trainer::attention_documents_grad", mutates_args=())
@@ -137,18 +113,24 @@ def _documents_grad(
     window: int | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    K, G = k.shape[2], q.shape[2] // k.shape[2]
-    grads = tuple(t.new_zeros(t.shape) for t in (q, k, v))
-    grad, q, k, v, out, lse, *grads_TKGH = (_grouped(t, K) for t in (grad, q, k, v, out, lse, *grads))
-    for at in _documents_by_length(segments):
-        band = _band(at.shape[1], window, lse.dtype)
-        operands = (_pick(t, at, G) for t in (grad, q, k, v, out))
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *operands, _pick(lse, at, G)[..., 0].contiguous(), 0.0, band is None, attn_mask=band, scale=scale
-        )
-        for whole, part in zip(grads_TKGH, parts, strict=True):
-            _put(whole, at, part)
-    return grads
+    dtypes = q.dtype, k.dtype, v.dtype
+    q, k, v = promote(q), promote(k), promote(v)
+    G = q.shape[2] // k.shape[2]
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
+    operands = [_by_group(t, G, G) for t in (grad, q)] + [_by_group(t, 1, G) for t in (k, v)] + [_by_group(out, G, G)]
+    lse_GKT = _by_group(lse[..., None], G, G)[..., 0]
+    dq_GKTH, (dk_KTH, dv_KTH) = _by_group(dq, G, G), (_by_group(t, 1, 1)[0] for t in (dk, dv))
+    for start, n in _runs(segments):
+        band = _band(n, window, lse.dtype)
+        a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(t.narrow(2, start, n) for t in operands), lse_GKT.narrow(2, start, n).contiguous(), 0.0, band is None,
+            attn_mask=band, scale=scale,
+        )  # fmt: skip
+        dq_GKTH.narrow(2, start, n).copy_(a)
+        torch.sum(b, 0, out=dk_KTH.narrow(1, start, n))
+        torch.sum(c, 0, out=dv_KTH.narrow(1, start, n))
+    dq, dk, dv = (t.to(dtype) for t, dtype in zip((dq, dk, dv), dtypes, strict=True))
+    return dq, dk, dv
 
 
 @_documents_grad.register_fake
@@ -164,7 +146,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    return *_documents_grad(grad, *ctx.saved_tensors, ctx.window, ctx.scale), None, None, None
+    return *_documents_grad(grad.contiguous(), *ctx.saved_tensors, ctx.window, ctx.scale), None, None, None
 
 
 _documents.register_autograd(_backward, setup_context=_setup)
@@ -172,7 +154,7 @@ _documents.register_autograd(_backward, setup_context=_setup)
 
 def documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: float) -> torch.Tensor:
     """Attend document by document: segments contiguous in a row, positions rising by one within each."""
-    return _documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window, scale)[0]
+    return _documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window, scale)[0].to(q_BSNH.dtype)
 
 
 # accelerators --------------------------------------------------------------------------------------------------------

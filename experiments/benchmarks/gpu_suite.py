@@ -450,15 +450,12 @@ def layers_that_fit(device: Any, tokens: int) -> int:
     return max(1, min(48, math.floor((free - 18 * fixed - logits - update) / (18 * layer + kept))))
 
 
-@contextlib.contextmanager
-def preferring(name: str | None) -> Iterator[None]:
-    """Make an attention backend the default."""
+def prefer(name: str) -> None:
+    """Make an attention backend this process's default."""
     import kernels
 
     table = kernels.BACKENDS["attention"]
-    first = tuple(b._replace(default_on=("*",)) for b in table if b.name == name)
-    with mock.patch.dict(kernels.BACKENDS, attention=(*first, *table)):
-        yield
+    kernels.BACKENDS["attention"] = (*(b._replace(default_on=("*",)) for b in table if b.name == name), *table)
 
 
 def our_step(at: At, model: Any, batch: Any, form: str, attention: str | None, masters: str) -> Callable[[], Callable]:
@@ -467,6 +464,8 @@ def our_step(at: At, model: Any, batch: Any, form: str, attention: str | None, m
 
     from functional_trainer import init_state, losses, make_train_step, optimizers
 
+    if attention:
+        prefer(attention)
     adamw = optimizers.adamw(optimizers.schedule("constant", sft_cpu.LR, 1), sft_cpu.BETAS, weight_decay=sft_cpu.DECAY)
     model = dataclasses.replace(model, dtype=torch.bfloat16)
     step = make_train_step(model, losses.sft(), adamw, compile=form, backend=at.compiler)  # type: ignore[arg-type]
@@ -474,11 +473,7 @@ def our_step(at: At, model: Any, batch: Any, form: str, attention: str | None, m
     def build() -> Callable:
         state = init_state(model.init(0, dtype=getattr(torch, masters), device=at.device), adamw)
 
-        def run() -> Any:
-            with preferring(attention):
-                return step(state, batch)[1]["loss"]
-
-        return run
+        return lambda: step(state, batch)[1]["loss"]
 
     return build
 
@@ -592,7 +587,12 @@ def serve(pipe: Any, device_name: str) -> None:
 
     from functional_trainer import backend
 
-    device = backend.setup(device_name)
+    try:
+        device = backend.setup(device_name)
+    except ValueError as why:
+        pipe.recv()
+        pipe.send(("failed", str(why)))
+        return
     small = not hasattr(torch.get_device_module(device), "mem_get_info")
     with contextlib.suppress(ImportError):
         import transformers
@@ -645,8 +645,8 @@ class Worker:
             self.process = spawn.Process(target=serve, args=(theirs, self.device))
             self.process.start()
             theirs.close()
-        self.pipe.send(request)
         try:
+            self.pipe.send(request)
             answer = self.pipe.recv() if self.pipe.poll(CASE_SECONDS) else ("failed", f"no answer in {CASE_SECONDS} s")
         except (EOFError, ConnectionError):
             self.process.join()
@@ -709,6 +709,7 @@ def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[
                 taken[name].append(answer)
             else:
                 table[name]["error"] = answer
+                workers[name].stop(kill=True)  # with the device memory that it still holds
     for name in names:
         if taken[name]:
             seconds = [t["step_s"] for t in taken[name]]
@@ -746,7 +747,7 @@ def main(o: Options) -> None:
     console, worker = Console(width=150), Worker(o.device)
     status, about = worker.ask("about")
     if status != "ok":
-        raise ValueError(f"--device {o.device}: {about}")
+        raise ValueError(about)
     console.print(f"{about['device']}, torch {about['torch']}{', small sizes' * bool(about['small'])}")
     checks = run_checks(o, worker, console) if o.what != "speed" else []
     worker.stop()

@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -267,12 +268,12 @@ def contestants(o: Options) -> dict[str, Callable[[Options], Callable[[], float]
     """Return what builds each contestant, by name, the floor first."""
     found: dict[str, Callable[[Options], Callable[[], float]]] = {"floor": floor}
     for form in ("step", "layer", "off"):
-        found[f"ours-{form}"] = lambda o, form=form: ours(o, form)
+        found[f"ours-{form}"] = partial(ours, form=form)
     for experts in EXPERTS:
         for autocast in (False, True)[: 1 + (o.dtype == "bfloat16")]:
             for compiled in (False, True):
                 name = f"hf-{experts}" + "-autocast" * autocast + "-compiled" * compiled
-                found[name] = lambda o, at=(experts, autocast, compiled): transformers(o, *at)
+                found[name] = partial(transformers, experts=experts, autocast=autocast, compiled=compiled)
     return found
 
 
@@ -330,8 +331,8 @@ class Contestant:
         self.process = spawn.Process(target=serve, args=(theirs, name, o))
         self.process.start()
         theirs.close()
-        self.name, self.seconds = name, []
-        self.row = {"name": name, **self.receive()}
+        self.seconds: list[float] = []
+        self.row: dict[str, Any] = {"name": name, **self.receive()}
 
     def receive(self) -> Any:
         """Wait for the process's answer; its end without one is an error too."""

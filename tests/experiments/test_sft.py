@@ -424,6 +424,5 @@ def nobody() -> None:
 
 def test_a_read_only_folder_is_said(place):
     (place / "locked").mkdir(mode=0o555)
-    assert refused(place, "--out", "locked/run", setup=nobody) == (
-        "error: --out locked/run cannot be written: Permission denied; choose another folder"
-    )
+    message = refused(place, "--out", "locked/run", setup=nobody)
+    assert "locked/run" in message and "Permission denied" in message

@@ -152,7 +152,7 @@ def test_a_whole_step_compiles_once(form, graphs):
     """Five steps of different data, learning rate and step number; several micro-batches mean two graphs."""
     state, history = run(5, compile="step", **form)
     assert counters["stats"]["unique_graphs"] == graphs
-    assert len({float(m["lr"]) for m in history}) == 5 and int(state.step) == 5
+    assert len({float(m["lr"]) for m in history}) == 4 and int(state.step) == 5  # the peak comes twice
 
 
 def test_layers_compile_once_whatever_the_depth():
