@@ -85,8 +85,8 @@ def run(main: Callable[[T], None], cls: type[T], *, doc: str) -> None:
         ours = raised_in.is_relative_to(Path(__file__).resolve().parents[1]) and "site-packages" not in raised_in.parts
         if not ours and not isinstance(error, OSError):
             raise
-        plain = isinstance(error, OSError) and error.strerror and not error.filename  # then it is our own text
-        sys.exit(f"error: {error.strerror if plain else error}")
+        own = error.strerror if isinstance(error, OSError) and not error.filename else None  # without "[Errno 28]"
+        sys.exit(f"error: {own or error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -29,7 +29,7 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
     ValueError if the folder holds another run, or if `resume` names no checkpoint.
     """
     folder, source = Path(options.out), None
-    if named := options.resume not in ("auto", "never"):
+    if options.resume not in ("auto", "never"):
         source = Path(options.resume)
         source = source if source.name.startswith("step-") else checkpoint.latest(source)
         if source is None or not source.is_dir():
@@ -37,7 +37,7 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
                 f"--resume {options.resume}: no checkpoint there; wanted .../checkpoints/step-N or a run folder"
             )
     if (folder / "metrics.jsonl").exists():
-        if options.resume == "never" or named and not source.resolve().is_relative_to(folder.resolve()):
+        if options.resume == "never" or source and not source.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} already holds a run; choose another --out, or --resume auto to continue it")
         odd = _differences(config.load(type(options), folder / "config.yaml"), options)
         if odd:

@@ -187,7 +187,8 @@ def document_fractions(chosen_BSE: torch.Tensor, segment_ids_BS: torch.Tensor) -
 
 
 def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool):
-    """Choose experts, or take the `given` ids (B, S, K); return weights (B, S, K), ids (B, S, K) with E at padding, and three sums over tokens:
+    """Choose experts, or take the `given` ids (B, S, K); return weights and ids, (B, S, K), the id E at padding,
+    and three sums over tokens:
 
     load (E,): slots given to each expert; prob (E,): router probability of each; balance (): the per-sequence form
     (https://arxiv.org/abs/2412.19437, eq. 17-20) E sum_e f_e P_e of each document times its tokens, f and P being means

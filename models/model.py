@@ -42,8 +42,9 @@ class Model:
     def apply(self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None) -> Output:
         """Map tokens (B, S) to hidden states (B, S, D) after the final norm.
 
-        `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing. `aux` stacks the router sums of the L MoE layers: load (L, E),
-        prob (L, E), balance (L,). With a `cache` from `init_cache` the new keys are appended to it in place.
+        `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing.
+        `aux` stacks the router sums of the L MoE layers: load (L, E), prob (L, E), balance (L,). With a `cache` from
+        `init_cache` the new keys are appended to it in place.
         """
         c = self.config
         embed = shard.weights({"embed": params["embed"]}, "params", self.dtype)["embed"]
@@ -58,7 +59,7 @@ class Model:
         cos, sin = tables(batch["positions"])
         rows = {"segment_ids": batch["segment_ids"], "positions": batch["positions"], "cos": cos, "sin": sin}
         rows |= _append_rows(cache, batch)
-        stats = []
+        stats: list[dict] = []
         for i, p in enumerate(params["layers"]):
             if "routed_experts" in batch and "moe" in p:
                 rows = rows | {"routed_experts": batch["routed_experts"][:, :, len(stats)]}
