@@ -309,7 +309,7 @@ def serve(pipe: Any, name: str, o: Options) -> None:
         losses += [step() for _ in range(o.warmup - 1)]
         life = resident("VmHWM") - base
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
-        about = {"torch": torch.__version__, "cpu": backend.describe(torch.get_default_device())}
+        about = {"torch": torch.__version__, "machine": backend.describe(torch.get_default_device())}
         pipe.send({"losses": losses, "first_s": first, "about": about})
         while pipe.recv():
             begin = time.perf_counter()
@@ -405,7 +405,7 @@ def time_depths(o: Options, console: Console) -> list[dict[str, Any]]:
             contestant = Contestant(f"ours-{form}", at)
             contestant.ask(True)
             contestant.stop()
-            rows.append(contestant.row | {"layers": layers, "median_s": (contestant.seconds or [None])[0]})
+            rows.append(contestant.row | {"layers": layers, "median_s": next(iter(contestant.seconds), None)})
     return rows
 
 
@@ -437,6 +437,8 @@ def main(o: Options) -> None:
     """Run, print, write, and fail if a contestant disagreed or broke."""
     if min(o.rounds, o.warmup, o.threads, o.layers, o.rows) < 1 or o.seq_len < 2:
         raise ValueError("--rounds, --warmup, --threads, --layers and --rows are at least 1, --seq-len at least 2")
+    if o.what == "depth" and o.contestants:
+        raise ValueError("--contestants has no meaning with --what depth: it compiles ours-layer and ours-step")
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # read by the contestants' processes
     os.environ["OMP_NUM_THREADS"] = str(o.threads)
     console = Console(width=150)

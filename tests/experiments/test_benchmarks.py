@@ -23,13 +23,14 @@ def run(script: str, *flags: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sft_cpu_times_contestants_that_agree(tmp_path, dtype):
-    names = (
-        ["ours-off", "hf-eager", "hf-grouped_mm"]
-        if dtype == "float32"
-        else ["ours-off", "hf-eager", "hf-eager-autocast"]
-    )
+@pytest.mark.parametrize(
+    "dtype, names",
+    [
+        ("float32", ["ours-off", "hf-grouped_mm"]),
+        pytest.param("bfloat16", ["ours-off", "hf-eager", "hf-eager-autocast"], marks=pytest.mark.slow),
+    ],
+)
+def test_sft_cpu_times_contestants_that_agree(tmp_path, dtype, names):
     result = run(
         "sft_cpu.py", "--dtype", dtype, "--rounds", "2", "--warmup", "1", "--threads", "1", "--layers", "1",
         "--rows", "2", "--seq-len", "48", "--json", str(tmp_path / "out.json"), "--contestants", *names,

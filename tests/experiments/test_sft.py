@@ -294,7 +294,7 @@ def test_two_processes_learn_the_same_and_may_take_over_a_run(place):
 
 @pytest.mark.slow
 def test_torchrun_starts_it(place):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     command = [*torchrun, RECIPE, *BASE, "--mesh.ep", 2, "--out", "torchrun"]
     done = subprocess.run(list(map(str, command)), cwd=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
