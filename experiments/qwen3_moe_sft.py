@@ -1,15 +1,14 @@
 """Supervised fine-tuning of Qwen3 and Qwen3-MoE on chats.
 
-python experiments/qwen3_moe_sft.py                                         # shipped tasks, from random, on a laptop
-python experiments/qwen3_moe_sft.py --model.path HF_FOLDER --data.train chats.jsonl --out runs/mine
-torchrun --nproc-per-node 8 experiments/qwen3_moe_sft.py --mesh.ep 2 ...    # the same on several devices
+    python experiments/qwen3_moe_sft.py                                         # shipped tasks, on a laptop
+    python experiments/qwen3_moe_sft.py --model.path HF_FOLDER --data.train chats.jsonl --out runs/mine
+    torchrun --nproc-per-node 8 experiments/qwen3_moe_sft.py --mesh.ep 2 ...    # the same on several devices
 """
 
 import sys
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
@@ -39,82 +38,66 @@ class Options(RunOptions):
     """Held-out questions to answer greedily before and after (default: 512 of the shipped tasks, 0 of your data)."""
 
 
+def hand_back(o: Options, model, params, tokenizer, questions, shard) -> None:
+    """Write hf/, in the format the model came in, and show answers to held-out questions."""
+    import models
+    from functional_trainer import exact_match, tree
+
+    models.save_pretrained(model, params, f"{o.out}/hf", shard)
+    whole = tree.map(shard.full, params) if questions else None
+    if shard.rank == 0:
+        tokenizer.save(f"{o.out}/hf")
+        exact_match.show(exact_match.answer(model, whole, tokenizer, questions, o.data.answer_tokens))
+
+
 def main(o: Options) -> None:
     import torch
 
     import models
-    from experiments.first_light import tasks
+    from experiments import data
     from experiments.rules import RULES
-    from functional_trainer import backend, exact_match, losses, optimizers, types
-    from functional_trainer.data import Loader, Tokenizer, read, records
-    from functional_trainer.loop import claim, train
-    from functional_trainer.state import init_state
-    from functional_trainer.step import make_train_step
+    from functional_trainer import backend, exact_match, init_state, losses, make_train_step, optimizers, train, types
+    from functional_trainer.data import Tokenizer
+    from functional_trainer.loop import claim
     from sharding_rules import Sharder, mesh
 
-    # Where things run and live.
+    # Where things run and live, and what is read.
     device = backend.setup(o.device)
     rank, world = backend.join(device)
-    resume = claim(o, main=rank == 0)
     say = print if rank == 0 else lambda *a: None
     grid = mesh.make(mesh.Mesh(o.mesh.fsdp, o.mesh.ep), device, world)
-
-    # Data: chats to tokens and loss mask, to packed rows.
-    shipped = not o.data.train
+    resume = claim(o, main=rank == 0)
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "tokenizer")
-    if shipped and rank == 0:
-        tasks.write(Path(o.out) / "data", seed=o.seed)
-    backend.barrier()
-    paths = ((f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)) if shipped else (o.data.train, o.data.eval)
     hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
-    documents = [read(p, tokenizer, model.config.vocab) for p in paths if p]
-    d = o.data
-    pack = partial(Loader, rows=o.batch, seq_len=d.seq_len, packing=d.packing, overlong=d.overlong, rank=rank)
-    pack = partial(pack, world=world)
-    loader = pack(documents[0], seed=o.seed, epochs=None if o.steps else o.epochs)
-    eval_loader = pack(documents[1], shuffle=False, epochs=1) if len(documents) > 1 else None
-    steps = o.steps or loader.total_steps()
+    shard = Sharder(RULES[hf["model_type"]], grid) if grid else types.ONE_DEVICE
+    loader, eval_loader, questions = data.load(o, tokenizer, model.config.vocab, rank, world)
 
     # The model, the objective and how it is optimized.
-    masters = torch.promote_types(getattr(torch, o.dtype), torch.float32)
-    shard = Sharder(RULES[hf["model_type"]], grid) if grid else types.ONE_DEVICE
-    if o.model.path:
-        model, params = models.from_pretrained(o.model.path, dtype=masters, device=device, shard=shard)
-    else:
-        params = model.init(o.seed, dtype=masters, device=device, shard=shard)
-    model = replace(model, dtype=getattr(torch, o.dtype))
-    a = o.optim
+    compute, steps = getattr(torch, o.dtype), o.steps or loader.total_steps()
+    at: dict[str, Any] = {"dtype": torch.promote_types(compute, torch.float32), "device": device, "shard": shard}
+    model, params = models.from_pretrained(o.model.path, **at) if o.model.path else (model, model.init(o.seed, **at))
+    model = replace(model, dtype=compute)
+    a, coefficient = o.optim, o.balance_coefficient
     lr = optimizers.schedule(a.schedule, a.lr, steps, round(a.warmup * steps), a.floor, a.decay)
     adamw = optimizers.adamw(lr, a.betas, a.eps, a.weight_decay, a.no_decay)
-    coefficient = hf.get("router_aux_loss_coef", 0.001) if o.balance_coefficient is None else o.balance_coefficient
-    loss = losses.sft(o.balance, coefficient)
-    compile = ("layer" if len(model.config.windows) > 8 else "step") if o.compile == "auto" else o.compile
-    parts = o.micro_batches(world)
-    step = make_train_step(
-        model, loss, adamw, shard=shard, micro_batches=parts, clip=a.max_grad_norm, compile=compile, remat=o.remat
-    )
-    say(f"{models.count(model):,} parameters on {world} x {backend.describe(device)}; {loader.stats}")
-    graphs = "one graph" if parts == 1 and o.remat == "none" else "two graphs, gradient and update"
-    say(f"{steps} steps of {o.batch} rows, {parts} micro-batches; compile {compile}", graphs * (compile == "step"))
-
-    # Train, then hand the model back in the format it came in.
-    count = o.answers if o.answers is not None else 512 * shipped
-    questions = list(records(paths[1]))[:count] if count else []
-    if questions and rank == 0 and not grid:
-        before = exact_match.score(exact_match.answer(model, params, tokenizer, questions, 16))
+    loss = losses.sft(o.balance, hf.get("router_aux_loss_coef", 1e-3) if coefficient is None else coefficient)
+    form, parts = o.form(len(model.config.windows)), o.micro_batches(world)
+    how: dict[str, Any] = {"shard": shard, "micro_batches": parts, "clip": a.max_grad_norm, "compile": form}
+    step = make_train_step(model, loss, adamw, remat=o.remat, **how)
+    graphs = {"step": ": one graph" if parts == 1 and o.remat == "none" else ": two graphs, gradient and update"}
+    say(f"{models.count(model):,} parameters on {world} x {backend.describe(device)}; data {loader.pieces.stats}")
+    say(f"{steps} steps of {o.batch} rows, {parts} micro-batches; compile {form}{graphs.get(form, '')}")
+    if questions and not grid:
+        before = exact_match.score(exact_match.answer(model, params, tokenizer, questions, o.data.answer_tokens))
         say(f"before training {before:.1%} of {len(questions)} held-out answers are exact")
-    state, finished = train(
-        step, init_state(params, adamw), loader, model=model, loss=loss, options=o, total_steps=steps, resume=resume,
-        eval_loader=eval_loader, shard=shard, device=device,
-    )  # fmt: skip
+
+    # Train.
+    run: dict[str, Any] = {"model": model, "loss": loss, "options": o, "total_steps": steps, "resume": resume}
+    run |= {"eval_loader": eval_loader, "shard": shard, "device": device}
+    state, finished = train(step, init_state(params, adamw), loader, **run)
     if finished:
-        models.save_pretrained(model, state.params, Path(o.out) / "hf", shard)
-        whole = types.tree.map(shard.full, state.params) if questions else None
-        if rank == 0:
-            tokenizer.save(Path(o.out) / "hf")
-            if questions:
-                exact_match.show(exact_match.answer(model, whole, tokenizer, questions, 16))
+        hand_back(o, model, state.params, tokenizer, questions, shard)
         say(f"metrics.jsonl, loss.png, checkpoints/ and hf/ are in {o.out}")
     backend.leave()
 

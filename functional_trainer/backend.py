@@ -96,10 +96,11 @@ def describe(device: torch.device) -> str:
     return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the dense peak in FLOP/s of one device, None where it is unknown."""
+def peak_flops(device: torch.device, dtype: torch.dtype, count: int = 1) -> float | None:
+    """Return the dense peak in FLOP/s of `count` such devices, None where it is unknown."""
     name = describe(device)
-    return next((table.get(dtype) for key, table in PEAKS.items() if key in name), None)
+    peak = next((table.get(dtype) for key, table in PEAKS.items() if key in name), None)
+    return None if peak is None else peak * count
 
 
 def synchronize(device: torch.device) -> None:

@@ -47,7 +47,9 @@ def score(answers: Sequence[Answer]) -> float:
 
 
 def show(answers: Sequence[Answer], most: int = 10) -> None:
-    """Print a table of examples, wrong ones first up to half of it."""
+    """Print a table of examples, wrong ones first up to half of it; nothing if there are none."""
+    if not answers:
+        return
     wrong = [a for a in answers if not a.right][: most // 2]
     table = Table("question", "wanted", "given", "", title=f"{score(answers):.1%} of {len(answers)} answers are exact")
     for a in wrong + [a for a in answers if a.right][: most - len(wrong)]:

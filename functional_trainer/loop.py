@@ -96,84 +96,71 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
 
 def train(
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
-    state: TrainState,
-    loader: Loader,
-    *,
-    model: Any,
-    loss: Loss,
-    options: Any,
-    total_steps: int,
-    resume: Path | None = None,
-    eval_loader: Loader | None = None,
-    shard=ONE_DEVICE,
-    device: torch.device,
-) -> tuple[TrainState, bool]:
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict]], state: TrainState, loader: Loader, *, model: Any,
+    loss: Loss, options: Any, total_steps: int, resume: Path | None = None, eval_loader: Loader | None = None,
+    shard=ONE_DEVICE, device: torch.device,
+) -> tuple[TrainState, bool]:  # fmt: skip
     """Run `step` until `total_steps`; return the state and whether it got there.
 
-    `options` has the fields of `RunOptions`. Metrics and checkpoints go to `options.out`. Ctrl-C finishes the step,
-    saves and returns. RuntimeError after `options.max_skipped` non-finite gradients in a row.
+    `options` are `RunOptions`; metrics and checkpoints go to its `out`. Ctrl-C finishes the step, saves and returns.
     """
-    main = shard.rank == 0
     if resume is not None:
         _, extra = checkpoint.load(resume, tree.flatten(state))
         loader.restore(extra["loader"])
-    start = int(state.step)
+    start, stopped = int(state.step), False
     if start > total_steps:
         raise ValueError(f"{resume} is at step {start}, the run would end at {total_steps}: raise --steps or --epochs")
-    peak = backend.peak_flops(device, getattr(torch, options.dtype))
-    top_k = getattr(model.config, "top_k", 0)
+    peak = backend.peak_flops(device, getattr(torch, options.dtype), shard.world)
 
-    def counts(batch: Batch, stop: bool) -> torch.Tensor:
-        lengths = flops.lengths(batch["segment_ids"])
-        cost = flops.train_flops(model.specs, lengths, top_k, model.config.windows)
-        row = [float(lengths.sum()), float((batch["weights"] != 0).sum()), cost, float(stop)]
-        return shard.total(torch.tensor(row, dtype=torch.float64, device=device))
+    def due(done: int, every: int) -> bool:
+        return done == total_steps or bool(every) and done % every == 0
 
-    def save(done: int) -> None:
-        checkpoint.save(options.out, done, tree.flatten(state), {"loader": loader.state(), "step": done}, options.keep)
-
-    with Metrics(options.out, total_steps=total_steps, start_step=start, main=main) as metrics, stoppable() as asked:
+    rows = Metrics(options.out, total_steps=total_steps, start_step=start, main=shard.rank == 0)
+    with rows as metrics, stoppable() as asked:
         if resume is not None:
-            left = "nothing is left to train" if start == total_steps else f"{total_steps - start} are left"
-            metrics.print(f"resumed from {resume} at step {start} of {total_steps}; {left}")
-        stopped, saved, clock = False, start if resume else None, time.perf_counter()
+            metrics.print(f"resumed from {resume} at step {start} of {total_steps}; {total_steps - start} are left")
+        clock = time.perf_counter()
         for done in range(start + 1, total_steps + 1):
             begun = time.perf_counter()
             batch = next(loader)
             placed = shard.put_batch({k: v.to(device, non_blocking=True) for k, v in batch.items()})
-            sums = counts(batch, asked())
-            data_at = time.perf_counter()
+            sums = _counts(model, batch, asked(), shard, device)
+            fed = time.perf_counter()
             state, values = step(state, placed)
-            tokens, trained, cost, stop = sums.tolist()  # waits for the device
-            row = {k: v.tolist() for k, v in values.items()}
-            step_at = time.perf_counter()
-            row |= {"tokens": int(tokens), "trained_tokens": int(trained), "tokens_per_s": tokens / (step_at - clock)}
-            row["mfu"] = flops.mfu(cost, step_at - clock, peak and peak * shard.world)
-            row["memory_bytes"] = backend.peak_memory(device)
-            row["time"] = {"data": data_at - begun, "step": step_at - data_at, "other": begun - clock}
-            clock = step_at
-            if eval_loader and (done == total_steps or options.eval_every and done % options.eval_every == 0):
+            row = {k: v.tolist() for k, v in values.items()}  # waits for the device
+            tokens, trained, cost, stop = sums.tolist()
+            now = time.perf_counter()
+            row |= {"tokens": int(tokens), "trained_tokens": int(trained), "tokens_per_s": tokens / (now - clock)}
+            row |= {"mfu": flops.mfu(cost, now - clock, peak), "memory_bytes": backend.peak_memory(device)}
+            row |= {"time": {"data": fed - begun, "step": now - fed, "other": begun - clock}}
+            clock, stopped = now, stop > 0
+            if eval_loader and due(done, options.eval_every):
                 row["eval_loss"] = eval_loss(model, loss, state.params, eval_loader, state.buffers, shard, device)
             metrics.log(done, row)
-            stopped = stop > 0
-            if row["skipped"] > 0:
-                metrics.print(
-                    f"step {done}: the gradient is not finite, nothing was changed ({row['skipped']} in a row)"
-                )
-            if row["skipped"] >= options.max_skipped:
-                last = checkpoint.latest(options.out)
-                raise RuntimeError(
-                    f"the gradients of {row['skipped']} steps in a row, up to {done}, are not finite; the run stops. "
-                    f"Lower --optim.lr or look at the data there; the last checkpoint is {last}"
-                )
-            if stopped or options.save_every and done % options.save_every == 0:
-                save(done)
-                saved = done
+            _check_finite(done, row["skipped"], options, metrics)
+            if stopped or due(done, options.save_every):
+                extra = {"loader": loader.state(), "step": done}
+                checkpoint.save(options.out, done, tree.flatten(state), extra, options.keep)
             if stopped:
                 metrics.print(f"stopped after step {done} of {total_steps}; the same command continues from there")
                 break
-        else:
-            if saved != total_steps:
-                save(total_steps)
     return state, not stopped
+
+
+def _counts(model: Any, batch: Batch, stop: bool, shard, device) -> torch.Tensor:
+    """Sum over ranks: tokens, trained tokens, FLOPs of the step, and whether to stop."""
+    lengths = flops.lengths(batch["segment_ids"])
+    cost = flops.train_flops(model.specs, lengths, getattr(model.config, "top_k", 0), model.config.windows)
+    row = [float(lengths.sum()), float((batch["weights"] != 0).sum()), cost, float(stop)]
+    return shard.total(torch.tensor(row, dtype=torch.float64, device=device))
+
+
+def _check_finite(done: int, skipped: int, options: Any, metrics: Metrics) -> None:
+    """Say that a step was skipped; RuntimeError when too many were."""
+    if skipped > 0:
+        metrics.print(f"step {done}: the gradient is not finite, nothing was changed ({skipped} in a row)")
+    if skipped >= options.max_skipped:
+        raise RuntimeError(
+            f"the gradients of {skipped} steps in a row, up to {done}, are not finite; the run stops. Lower --optim.lr "
+            f"or look at the data there; the last checkpoint is {checkpoint.latest(options.out)}"
+        )

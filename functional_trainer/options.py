@@ -26,6 +26,8 @@ class DataOptions:
     """How documents are put into rows; none is one document a row."""
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What happens to documents longer than a row; the log counts them."""
+    answer_tokens: int = 32
+    """Most tokens of a greedy answer to a held-out question."""
 
     def __post_init__(self):
         if self.eval and not self.train:
@@ -103,6 +105,12 @@ class RunOptions:
             if getattr(self, name) < bound:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {getattr(self, name)}; it must be at least {bound}")
+
+    def form(self, layers: int) -> Literal["step", "layer", "off"]:
+        """Return the form of compilation that `auto` means for this depth."""
+        if self.compile != "auto":
+            return self.compile
+        return "layer" if layers > 8 else "step"
 
     def micro_batches(self, world: int) -> int:
         """Return the passes of a step on each of `world` devices; ValueError if they cannot be equal."""

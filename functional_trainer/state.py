@@ -51,6 +51,7 @@ def apply_gradient(
     norm = shard.norm(grads, tree.leaves(state.params))
     finite = torch.isfinite(norm)
     scale = clip / norm.clamp_min(clip) if clip else torch.ones_like(norm)
+    scale = torch.where(finite, scale, 0)  # a NaN scalar would make Dynamo compile every leaf's update again
     groups = {path: optimizer.group(path) for path in state.moments}
     scalars = {group: optimizer.scalars(state.step, group) for group in dict.fromkeys(groups.values())}
     for (path, p), g in zip(tree.flatten(state.params).items(), grads, strict=True):

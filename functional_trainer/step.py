@@ -66,17 +66,10 @@ def gradient(objective: Callable, shard, params: tree.Tree, batch: Batch, weight
 
 
 def make_train_step(
-    model: Any,
-    loss: Loss,
-    optimizer: Optimizer,
-    *,
-    shard=ONE_DEVICE,
-    micro_batches: int = 1,
-    clip: float = 1.0,
-    compile: Literal["step", "layer", "off"] = "off",
-    remat: Literal["layer", "none"] = "none",
+    model: Any, loss: Loss, optimizer: Optimizer, *, shard=ONE_DEVICE, micro_batches: int = 1, clip: float = 1.0,
+    compile: Literal["step", "layer", "off"] = "off", remat: Literal["layer", "none"] = "none",
     backend: str = "inductor",
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Build `step(state, batch) -> (state, metrics)`. The state is donated: the result lives in its storage.
 
     Columns of `batch` are (B, S), split along B into `micro_batches`. Metrics are 0-d tensors (loss, each term, lr,
@@ -112,7 +105,8 @@ def make_train_step(
     run = jit(step, one_graph)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        flags = {"capture_scalar_outputs": True}  # the splits of an all-to-all are read back to the host
+        flags: dict[str, Any] = {"capture_scalar_outputs": True}  # an all-to-all's splits are read back to the host
+        flags |= {"recompile_limit": 64}  # kinds of layers, and ranks and strides of leaves; the default is 8
         flags |= {"trace_autograd_ops": True} if one_graph else {}
         with torch._dynamo.config.patch(flags):
             return state, run(state, batch)

@@ -30,6 +30,7 @@ SENTINEL = 0xF0000  # first of a private plane of 65534 characters
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "additional_chat_templates"),
+    "generation_config.json",
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -222,7 +222,7 @@ def test_a_finished_run_is_not_trained_again(place):
     run(place, *BASE, "--out", "finished")
     before = (place / "finished" / "metrics.jsonl").read_bytes()
     printed = run(place, *BASE, "--out", "finished")
-    assert "resumed from finished/checkpoints/step-6 at step 6 of 6; nothing is left to train" in printed
+    assert "resumed from finished/checkpoints/step-6 at step 6 of 6; 0 are left" in printed
     assert "hf/ are in finished" in printed
     assert (place / "finished" / "metrics.jsonl").read_bytes() == before
     same_state(place / "finished", place / "first")

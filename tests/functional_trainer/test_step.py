@@ -127,9 +127,9 @@ def test_accumulation_refuses_what_does_not_add_up():
 FORMS = [
     ({"compile": "step"}, 1),
     ({"compile": "step", "micro_batches": 2}, 2),
-    ({"compile": "step", "remat": "layer"}, 2),
+    pytest.param({"compile": "step", "remat": "layer"}, 2, marks=pytest.mark.slow),
     ({"compile": "layer"}, None),
-    ({"compile": "layer", "remat": "layer"}, None),
+    pytest.param({"compile": "layer", "remat": "layer"}, None, marks=pytest.mark.slow),
     ({"compile": "off", "remat": "layer"}, 0),
 ]
 
@@ -150,6 +150,7 @@ def test_every_form_equals_the_uncompiled_step_and_compiles_once(form, graphs):
     assert len({float(metrics["lr"]) for metrics in result[1]}) == 3  # the peak comes twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["step", "layer"])
 def test_inductor_equals_the_uncompiled_step(form):
     """In float32, where Inductor's own order of additions is all that differs; the state stays where it was."""
@@ -159,6 +160,7 @@ def test_inductor_equals_the_uncompiled_step(form):
     assert_same(run(2, compile=form, backend="inductor", **options), run(2, **options), 2e-5)
 
 
+@pytest.mark.slow
 def test_the_graphs_of_layers_do_not_depend_on_depth():
     few = run(1, model=tiny(mlp_only_layers=[]), compile="layer")[2]
     torch._dynamo.reset()

@@ -64,7 +64,7 @@ def everything(table, gate_up, down, weights, tokens, expert, segments, position
     return logp.sum() + entropy.sum()
 
 
-@pytest.mark.parametrize("mode", ["eager", "inductor"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_same_bits_in_every_run(mode):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
