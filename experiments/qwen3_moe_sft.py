@@ -82,7 +82,7 @@ def main(o: Options) -> None:
     lr = optimizers.schedule(a.schedule, a.lr, steps, round(a.warmup * steps), a.floor, a.decay)
     adamw = optimizers.adamw(lr, a.betas, a.eps, a.weight_decay, a.no_decay)
     loss = losses.sft(o.balance, hf.get("router_aux_loss_coef", 1e-3) if coefficient is None else coefficient)
-    form, parts = o.form(len(model.config.windows)), o.micro_batches(world)
+    form, parts = "layer" if o.compile == "auto" else o.compile, o.micro_batches(world)
     how: dict[str, Any] = {"shard": shard, "micro_batches": parts, "clip": a.max_grad_norm, "compile": form}
     step = make_train_step(model, loss, adamw, remat=o.remat, **how)
     graphs = {"step": ": one graph" if parts == 1 and o.remat == "none" else ": two graphs, gradient and update"}

@@ -25,12 +25,13 @@ NO_DECAY = (r".*norm", r".*bias")
 class Optimizer(NamedTuple):
     """Pure functions of one leaf: `init(p) -> moments`; `update(p, g, moments, scalars) -> p, moments`.
 
-    `group(path)` names the leaves that share scalars, `scalars(step, group)` are theirs (with the learning rate `lr`).
+    `group(path)` names the leaves that share scalars; `scalars(step, updates, group)` are theirs, with `lr` among them.
+    `step` counts tries and drives the schedule, `updates` the finite ones among them.
     """
 
     init: Callable[[torch.Tensor], Leaf]
     group: Callable[[str], Hashable]
-    scalars: Callable[[torch.Tensor, Any], Leaf]
+    scalars: Callable[[torch.Tensor, torch.Tensor, Any], Leaf]
     update: Callable[[torch.Tensor, torch.Tensor, Leaf, Leaf], tuple[torch.Tensor, Leaf]]
 
 
@@ -90,8 +91,8 @@ def adamw(
     def group(path: str) -> float:
         return 0.0 if any(pattern.fullmatch(path) for pattern in exempt) else weight_decay
 
-    def scalars(step: torch.Tensor, decay: float) -> Leaf:
-        rate, t = lr(step), step.to(torch.float64) + 1
+    def scalars(step: torch.Tensor, updates: torch.Tensor, decay: float) -> Leaf:
+        rate, t = lr(step), updates.to(torch.float64) + 1
         return {"lr": rate, "keep": 1 - rate * decay, "rate": rate / (1 - b1**t), "unbias": (1 - b2**t).rsqrt()}
 
     def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf) -> tuple[torch.Tensor, Leaf]:

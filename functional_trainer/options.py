@@ -89,7 +89,7 @@ class RunOptions:
     max_skipped: int = 5
     """Non-finite gradients in a row after which the run stops."""
     compile: Literal["auto", "step", "layer", "off"] = "auto"
-    """Compile the whole step, one layer, or nothing (auto: step up to 8 layers, layer above)."""
+    """Compile the whole step, one layer, or nothing (auto: layer, see docs/benchmarks.md)."""
     remat: Literal["none", "layer"] = "none"
     """Recompute layers in backward to save memory."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -105,12 +105,6 @@ class RunOptions:
             if getattr(self, name) < bound:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {getattr(self, name)}; it must be at least {bound}")
-
-    def form(self, layers: int) -> Literal["step", "layer", "off"]:
-        """Return the form of compilation that `auto` means for this depth."""
-        if self.compile != "auto":
-            return self.compile
-        return "layer" if layers > 8 else "step"
 
     def micro_batches(self, world: int) -> int:
         """Return the passes of a step on each of `world` devices; ValueError if they cannot be equal."""

@@ -15,9 +15,10 @@ Metrics = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes: `step` counts updates tried, `skipped` the non-finite ones since a good one."""
+    """What a step changes; `step` counts tries, `updates` finite ones, `skipped` others since the last of those."""
 
     step: torch.Tensor
+    updates: torch.Tensor
     params: tree.Tree
     moments: dict[str, dict[str, torch.Tensor]]
     buffers: tree.Tree
@@ -32,7 +33,7 @@ def init_state(params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | Non
     device = tree.leaves(params)[0].device
     zero = torch.zeros((), dtype=torch.int64, device=device)
     moments = {path: optimizer.init(p) for path, p in tree.flatten(params).items()}
-    return TrainState(zero, params, moments, buffers or {}, zero.clone())
+    return TrainState(zero, zero.clone(), params, moments, buffers or {}, zero.clone())
 
 
 def update_leaf(update: Callable, p, g, moments, scalars, scale, finite) -> None:
@@ -53,7 +54,7 @@ def apply_gradient(
     scale = clip / norm.clamp_min(clip) if clip else torch.ones_like(norm)
     scale = torch.where(finite, scale, 0)  # a NaN scalar would make Dynamo compile every leaf's update again
     groups = {path: optimizer.group(path) for path in state.moments}
-    scalars = {group: optimizer.scalars(state.step, group) for group in dict.fromkeys(groups.values())}
+    scalars = {group: optimizer.scalars(state.step, state.updates, group) for group in dict.fromkeys(groups.values())}
     for (path, p), g in zip(tree.flatten(state.params).items(), grads, strict=True):
         moments = {k: shard.storage(v) for k, v in state.moments[path].items()}
         leaf(shard.storage(p), g, moments, scalars[groups[path]], scale, finite)
@@ -61,5 +62,6 @@ def apply_gradient(
     tree.map(lambda old, new: old.copy_(torch.where(finite, new, old)), state.buffers, buffers)
     state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))
     state.step.add_(1)
+    state.updates.add_(finite.to(torch.int64))
     lr = next(iter(scalars.values()))["lr"]
     return {**means, "grad_norm": norm, "lr": lr, "skipped": state.skipped.clone(), **reported}

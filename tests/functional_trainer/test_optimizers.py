@@ -47,7 +47,7 @@ def test_adamw_equals_torch(peak, b1, b2, eps, decay, seed):
             v.grad = grads[k]
         reference.step()
         for k in flat:
-            scalars = ours.scalars(torch.tensor(step), ours.group(k))
+            scalars = ours.scalars(torch.tensor(step), torch.tensor(step), ours.group(k))
             assert float(scalars["lr"]) == at(schedule, step)
             flat[k], moments[k] = ours.update(flat[k], grads[k], moments[k], scalars)
     for k in flat:
@@ -58,7 +58,7 @@ def test_moments_and_parameters_keep_their_dtype():
     for dtype in (torch.float32, torch.bfloat16, F64):
         p = torch.ones(2, 3, dtype=dtype)
         adam = optimizers.adamw(optimizers.schedule("constant", 1e-2, 10))
-        new, moments = adam.update(p, p / 3, adam.init(p), adam.scalars(torch.tensor(0), 0.1))
+        new, moments = adam.update(p, p / 3, adam.init(p), adam.scalars(torch.tensor(0), torch.tensor(0), 0.1))
         assert {new.dtype, *(m.dtype for m in moments.values())} == {dtype}
 
 

@@ -72,7 +72,7 @@ def assert_same(a, b, tolerance):
 def test_one_step_of_descent_by_hand():
     """With plain descent for an optimizer, what changes is the clipped gradient of the mean."""
     descent = optimizers.Optimizer(
-        init=lambda p: {}, group=lambda path: None, scalars=lambda step, group: {"lr": torch.ones((), dtype=F64)},
+        init=lambda p: {}, group=lambda path: None, scalars=lambda *at: {"lr": torch.ones((), dtype=F64)},
         update=lambda p, g, moments, at: (p - g, {}),
     )  # fmt: skip
     model, batch = tiny(), small.batch(UNEVEN)
