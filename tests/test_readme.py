@@ -29,7 +29,8 @@ def test_linked_files_exist():
 
 
 def test_commands_are_accepted_by_the_recipe():
-    commands = re.findall(r"experiments/qwen3_moe_sft\.py ((?:.|\\\n)*?)\n(?!\s)", TEXT)
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)) + "\n"
+    commands = re.findall(r"experiments/qwen3_moe_sft\.py ((?:.|\\\n)*?)\n(?!\s)", blocks)
     parsed = [c for c in commands if "--help" not in c]
     assert len(parsed) >= 2
     for command in parsed:
