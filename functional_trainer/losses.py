@@ -52,7 +52,7 @@ def pooled_balance(aux: Sums) -> torch.Tensor:
     """Return transformers' router loss: E sum_e f_e P_e, means over all tokens of all layers (arxiv 2101.03961)."""
     load_E, prob_E = aux["load"].sum(0), aux["prob"].sum(0)
     tokens = aux["prob"].detach().sum()  # router probabilities of one token in one layer sum to one
-    return load_E.shape[0] * (load_E * prob_E).sum() / tokens.square()
+    return load_E.shape[0] * (load_E * prob_E).sum() / tokens.square().clamp_min(1)
 
 
 def sft(balance: Literal["per_sequence", "hf", "none"] = "per_sequence", balance_coefficient: float = 1e-3) -> Loss:

@@ -10,6 +10,8 @@ device; `torch` is `F.grouped_mm`, whose offsets stay on the device.
 R rows, E experts, I input width, O output width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -30,11 +32,27 @@ def _spans(counts: torch.Tensor) -> list[tuple[int, int, int]]:
     return [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if b > a]
 
 
+TILE = 32
+"""Rows to which 16-bit products are rounded up: oneDNN compiles and keeps a kernel for every shape it meets, and the
+number of an expert's rows is a new one every step."""
+
+
+def _stop(x: torch.Tensor, start: int, end: int) -> int:
+    """Return where a product over rows [start, end) may end, beyond them what the next expert writes over."""
+    return end if x.itemsize > 2 else min(start + math.ceil((end - start) / TILE) * TILE, x.shape[0])
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """Return 16-bit rows with rows of zeros up to a multiple of the tile."""
+    return x if x.itemsize > 2 else F.pad(x, (0, 0, 0, -x.shape[0] % TILE))
+
+
 @torch.library.custom_op("functional_trainer::grouped_matmul", mutates_args=())
 def _blas(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     out, end = x.new_empty(x.shape[0], w.shape[1]), 0
     for e, start, end in _spans(counts):
-        torch.mm(x[start:end], w[e].T, out=out[start:end])
+        stop = _stop(x, start, end)  # what is too much, the next expert writes over
+        torch.mm(x[start:stop], w[e].T, out=out[start:stop])
     out[end:] = 0
     return out
 
@@ -52,8 +70,10 @@ def _blas_grad(
     for e in (counts == 0).nonzero()[:, 0].tolist():
         dw[e].zero_()
     for e, start, end in _spans(counts):
-        torch.mm(grad[start:end], w[e], out=dx[start:end])
-        torch.mm(grad[start:end].T, x[start:end], out=dw[e])
+        stop = _stop(x, start, end)
+        torch.mm(grad[start:stop], w[e], out=dx[start:stop])
+        some_grad, some_x = (_padded(t[start:end]) for t in (grad, x))
+        torch.mm(some_grad.T, some_x, out=dw[e])
     dx[end:] = 0
     return dx, dw
 

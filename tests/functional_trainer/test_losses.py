@@ -106,8 +106,6 @@ def test_a_batch_without_trained_tokens_gives_a_finite_zero(balance, empty):
     batch = small.batch([[5, 4], [9, 2]] if empty == "weights" else [[], []])
     batch["weights"].zero_()
     loss = losses.sft(balance, 0.0 if empty == "weights" else 0.3)
-    if empty == "rows" and balance == "hf":
-        pytest.skip("transformers' own form is 0 / 0 without tokens")
     assert float(value(loss, batch)[0]) == 0.0
     assert all(not g.any() for g in gradient(loss, batch))
 
