@@ -57,8 +57,8 @@ def setup(name: str = "auto", deterministic: bool | None = None) -> torch.device
 def keep_host_memory() -> None:
     """Let freed host memory stay with the process and use huge pages: a step allocates the same buffers every time.
 
-    Measured by `experiments/benchmarks/sft_cpu.py` (docs/benchmarks.md). Only glibc knows these switches; elsewhere
-    nothing happens. The second works if torch has not allocated anything large yet.
+    Only glibc knows these switches; elsewhere nothing happens. The second works if torch has not
+    allocated anything large yet.
     """
     if platform.system() != "Linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return

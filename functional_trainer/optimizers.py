@@ -11,8 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from functional_trainer import tree
-
 Schedule = Callable[[torch.Tensor], torch.Tensor]
 """Steps done so far (0-d integer tensor) to learning rate (0-d float64 tensor)."""
 
@@ -102,9 +100,3 @@ def adamw(
         return p, {"mu": mu, "nu": nu}
 
     return Optimizer(init, group, scalars, update)
-
-
-def unused_patterns(patterns: tuple[str, ...], params: tree.Tree) -> list[str]:
-    """Return the patterns that match no path of `params`."""
-    paths = list(tree.flatten(params))
-    return [pattern for pattern in patterns if not any(re.fullmatch(pattern, path) for path in paths)]

@@ -72,11 +72,6 @@ def test_groups_are_chosen_by_full_match():
     assert [own.group(p) for p in paths] == [0.0, 0.3, 0.3, 0.3, 0.3, 0.0]
 
 
-def test_patterns_without_a_path_are_named():
-    params = {"norm": 1, "layers": [{"attn": {"q": 2}}]}
-    assert optimizers.unused_patterns((".*norm", "layers", r".*bias"), params) == ["layers", ".*bias"]
-
-
 # schedules -----------------------------------------------------------------------------------------------------------
 
 KINDS = ("constant", "linear", "cosine", "wsd")
