@@ -6,6 +6,7 @@ nobody measured are never a default, except where they are the only one that sta
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,13 @@ def grouped_matmul(
     return pick("grouped_matmul", x_RI.device.type, backend).fn(x_RI, w_EOI, counts_E)
 
 
-def experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts: int, group=None) -> torch.Tensor:
-    """Apply a dropless mixture of SwiGLU experts; see `kernels.moe.experts`."""
-    return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, grouped_matmul, group)
+def experts(
+    x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts: int, group=None, backend: str | None = None
+) -> torch.Tensor:
+    """Apply a dropless mixture of SwiGLU experts with a backend of `grouped_matmul`; see `kernels.moe.experts`."""
+    chosen = pick("grouped_matmul", x_TD.device.type, backend)
+    if chosen.name == "blas":
+        ends = _grouped_matmul.gather_matmul, _grouped_matmul.matmul_combine
+    else:
+        ends = partial(_moe.gather_matmul, matmul=chosen.fn), partial(_moe.matmul_combine, matmul=chosen.fn)
+    return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, *ends, group)

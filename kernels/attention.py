@@ -49,16 +49,15 @@ def sdpa(q_BSNH, k_BTKH, v_BTKH, mask_BST, scale: float) -> torch.Tensor:
 # documents: an opaque op whose loop over documents runs on the host, so only for the host's own device ---------------
 
 
-def _runs(segments_BS: torch.Tensor) -> list[tuple[int, int]]:
-    """List (start, length) of every document in the flattened rows, padding left out."""
+def _runs(segments_BS: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Return the length of every run of equal segment ids in the flattened rows, and which runs are not padding."""
     flat = segments_BS.flatten()
     first = torch.ones_like(flat, dtype=torch.bool)
     first[1:] = flat[1:] != flat[:-1]
     first[:: segments_BS.shape[1]] = True
     start = first.nonzero()[:, 0]
-    length = torch.diff(start, append=start.new_tensor([flat.numel()]))
-    real = flat[start] != 0
-    return list(zip(start[real].tolist(), length[real].tolist(), strict=True))
+    lengths = torch.diff(start, append=start.new_tensor([flat.numel()])).tolist()
+    return lengths, flat[start].nonzero()[:, 0].tolist()
 
 
 def _band(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -83,16 +82,20 @@ def _documents(
     """Return the output, zeros at padding, in at least float32, and the logsumexp of the scores (B, S, N)."""
     q, k, v = promote(q), promote(k), promote(v)
     G = q.shape[2] // k.shape[2]
-    out, lse = q.new_zeros(q.shape), q.new_zeros(q.shape[:3])
-    q, k, v = _by_group(q, G, G), _by_group(k, 1, G), _by_group(v, 1, G)
-    out_GKTH, lse_GKT1 = _by_group(out, G, G), _by_group(lse[..., None], G, G)
-    for start, n in _runs(segments):
-        band = _band(n, window, lse.dtype)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+    lengths, real = _runs(segments)
+    operands = [_by_group(q, G, G), _by_group(k, 1, G), _by_group(v, 1, G)]
+    results = [_by_group(out, G, G), _by_group(lse[..., None], G, G)[..., 0]]
+    (qs, ks, vs), (outs, lses) = ([x.split(lengths, 2) for x in group] for group in (operands, results))
+    for i in real:
+        band = _band(lengths[i], window, lse.dtype)
         o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(t.narrow(2, start, n) for t in (q, k, v)), 0.0, band is None, attn_mask=band, scale=scale
+            qs[i], ks[i], vs[i], 0.0, band is None, attn_mask=band, scale=scale
         )
-        out_GKTH.narrow(2, start, n).copy_(o)
-        lse_GKT1.narrow(2, start, n).copy_(m[..., None])
+        outs[i].copy_(o)
+        lses[i].copy_(m)
+    for i in set(range(len(lengths))) - set(real):
+        outs[i].zero_(), lses[i].zero_()
     return out, lse
 
 
@@ -116,19 +119,23 @@ def _documents_grad(
     dtypes = q.dtype, k.dtype, v.dtype
     q, k, v = promote(q), promote(k), promote(v)
     G = q.shape[2] // k.shape[2]
-    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
-    operands = [_by_group(t, G, G) for t in (grad, q)] + [_by_group(t, 1, G) for t in (k, v)] + [_by_group(out, G, G)]
-    lse_GKT = _by_group(lse[..., None], G, G)[..., 0]
-    dq_GKTH, (dk_KTH, dv_KTH) = _by_group(dq, G, G), (_by_group(t, 1, 1)[0] for t in (dk, dv))
-    for start, n in _runs(segments):
-        band = _band(n, window, lse.dtype)
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    lengths, real = _runs(segments)
+    operands = [_by_group(grad, G, G), _by_group(q, G, G), _by_group(k, 1, G), _by_group(v, 1, G), _by_group(out, G, G)]
+    pieces = [x.split(lengths, 2) for x in (*operands, _by_group(lse[..., None], G, G)[..., 0])]
+    results = [_by_group(dq, G, G).split(lengths, 2)] + [_by_group(t, 1, 1)[0].split(lengths, 1) for t in (dk, dv)]
+    for i in real:
+        band = _band(lengths[i], window, lse.dtype)
+        *five, m = (piece[i] for piece in pieces)
         a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(t.narrow(2, start, n) for t in operands), lse_GKT.narrow(2, start, n).contiguous(), 0.0, band is None,
-            attn_mask=band, scale=scale,
-        )  # fmt: skip
-        dq_GKTH.narrow(2, start, n).copy_(a)
-        torch.sum(b, 0, out=dk_KTH.narrow(1, start, n))
-        torch.sum(c, 0, out=dv_KTH.narrow(1, start, n))
+            *five, m.contiguous(), 0.0, band is None, attn_mask=band, scale=scale
+        )
+        results[0][i].copy_(a)
+        torch.sum(b, 0, out=results[1][i])
+        torch.sum(c, 0, out=results[2][i])
+    for i in set(range(len(lengths))) - set(real):
+        for result in results:
+            result[i].zero_()
     dq, dk, dv = (t.to(dtype) for t, dtype in zip((dq, dk, dv), dtypes, strict=True))
     return dq, dk, dv
 

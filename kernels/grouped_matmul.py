@@ -5,9 +5,10 @@
 FLOPs: 2 R I O forward, 4 R I O backward. Rows beyond sum(counts) belong to no expert: their result and gradient are 0.
 
 Backends: `blas` calls the vendor's matmul once per expert and reads the counts on the host, so it serves the host's own
-device; `torch` is `F.grouped_mm`, whose offsets stay on the device.
+device; `torch` is `F.grouped_mm`, whose offsets stay on the device. On the host, `gather_matmul` takes its rows from
+tokens and `matmul_combine` sums each token's rows, an expert at a time, so that the rows stay in the cores' caches.
 
-R rows, E experts, I input width, O output width.
+R rows, E experts, I input width, O output width, T tokens with K rows each.
 """
 
 import math
@@ -26,77 +27,133 @@ def reference(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -
     return torch.where(used_R1, out_RO, 0)
 
 
-def _spans(counts: torch.Tensor) -> list[tuple[int, int, int]]:
-    """List (expert, start, end) of every expert that has rows."""
+def tile(rows: int, itemsize: int) -> int:
+    """Return how many rows a host product over `rows` rows computes.
+
+    oneDNN, which multiplies 16-bit matrices on CPUs, compiles a kernel for every shape it meets (0.5 to 2 ms, and
+    memory), and an expert's number of rows is a new one every step. So 16-bit products are rounded up to one of a few.
+    """
+    if itemsize > 2:
+        return rows
+    step = max(32, 2 ** ((rows - 1).bit_length() - 3))
+    return math.ceil(rows / step) * step
+
+
+def spans(counts: torch.Tensor, itemsize: int) -> list[tuple[int, int, int, int]]:
+    """List (expert, start, end, rows to compute) of every expert that has rows."""
     ends = counts.cumsum(0).tolist()
-    return [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if b > a]
+    starts = [0, *ends[:-1]]
+    return [(e, a, b, tile(b - a, itemsize)) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
 
 
-TILE = 32
-"""Rows to which 16-bit products are rounded up: oneDNN compiles and keeps a kernel for every shape it meets, and the
-number of an expert's rows is a new one every step."""
-
-
-def _stop(x: torch.Tensor, start: int, end: int) -> int:
-    """Return where a product over rows [start, end) may end, beyond them what the next expert writes over."""
-    return end if x.itemsize > 2 else min(start + math.ceil((end - start) / TILE) * TILE, x.shape[0])
-
-
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """Return 16-bit rows with rows of zeros up to a multiple of the tile."""
-    return x if x.itemsize > 2 else F.pad(x, (0, 0, 0, -x.shape[0] % TILE))
+def _rows(x: torch.Tensor, take: torch.Tensor | None, start: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+    """Return the rows [start, end) of x, or of x[take], and zeros up to the length of the buffer."""
+    n = end - start
+    if take is None and n == buffer.shape[0]:
+        return x[start:end]
+    if take is None:
+        buffer[:n] = x[start:end]
+    else:
+        torch.index_select(x, 0, take[start:end], out=buffer[:n])
+    if n < buffer.shape[0]:
+        buffer[n:] = 0
+    return buffer
 
 
 @torch.library.custom_op("functional_trainer::grouped_matmul", mutates_args=())
-def _blas(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    out, end = x.new_empty(x.shape[0], w.shape[1]), 0
-    for e, start, end in _spans(counts):
-        stop = _stop(x, start, end)  # what is too much, the next expert writes over
-        torch.mm(x[start:stop], w[e].T, out=out[start:stop])
-    out[end:] = 0
+def _multiply(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    counts: torch.Tensor,
+    order: torch.Tensor | None,
+    inverse: torch.Tensor | None,
+    slots: int,
+    gather: bool,
+    combine: bool,
+    transpose: bool,
+) -> torch.Tensor:
+    """Multiply by W, or W^T. Its adjoint is itself with `gather` and `combine` swapped and the other of the two.
+
+    Slot order[r] // slots of x is row r's, if `gather`; rows are summed over the slots of each token, if `combine`.
+    """
+    todo, end = spans(counts, x.itemsize), 0
+    take = order // slots if gather else None
+    R = x.shape[0] if order is None else order.shape[0]
+    longest = max((m for *_, m in todo), default=0)
+    buffer = x.new_empty(longest, x.shape[1])
+    y = x.new_empty(R + (longest if x.itemsize < 4 else 0), w.shape[2 if transpose else 1])
+    w_EIO = w if transpose else w.mT
+    for e, start, end, m in todo:  # what is computed beyond the expert's rows, the next one writes over
+        torch.mm(_rows(x, take, start, end, buffer[:m]), w_EIO[e], out=y[start : start + m])
+    y[end:] = 0
+    return F.embedding_bag(inverse.view(-1, slots), y, mode="sum") if combine else y[:R]
+
+
+@_multiply.register_fake
+def _(x, w, counts, order, inverse, slots, gather, combine, transpose):
+    rows = x.shape[0] * slots if gather else x.shape[0]
+    return x.new_empty(rows // slots if combine else rows, w.shape[2 if transpose else 1])
+
+
+@torch.library.custom_op("functional_trainer::grouped_outer", mutates_args=())
+def _outer(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    counts: torch.Tensor,
+    order: torch.Tensor | None,
+    slots: int,
+    gather_a: bool,
+    gather_b: bool,
+) -> torch.Tensor:
+    """Return the sum over each expert's rows of a b^T, (E, A, B)."""
+    todo = spans(counts, a.itemsize)
+    take_a, take_b = (order // slots if gather else None for gather in (gather_a, gather_b))
+    longest = max((m for *_, m in todo), default=0)
+    buffer_a, buffer_b = a.new_empty(longest, a.shape[1]), b.new_empty(longest, b.shape[1])
+    out = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
+    for e in (counts == 0).nonzero()[:, 0].tolist():
+        out[e] = 0
+    for e, start, end, m in todo:
+        a_e, b_e = _rows(a, take_a, start, end, buffer_a[:m]), _rows(b, take_b, start, end, buffer_b[:m])
+        torch.mm(a_e.T, b_e, out=out[e])
     return out
 
 
-@_blas.register_fake
-def _(x, w, counts):
-    return x.new_empty(x.shape[0], w.shape[1])
-
-
-@torch.library.custom_op("functional_trainer::grouped_matmul_grad", mutates_args=())
-def _blas_grad(
-    grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, dw, end = torch.empty_like(x), torch.empty_like(w), 0
-    for e in (counts == 0).nonzero()[:, 0].tolist():
-        dw[e].zero_()
-    for e, start, end in _spans(counts):
-        stop = _stop(x, start, end)
-        torch.mm(grad[start:stop], w[e], out=dx[start:stop])
-        some_grad, some_x = (_padded(t[start:end]) for t in (grad, x))
-        torch.mm(some_grad.T, some_x, out=dw[e])
-    dx[end:] = 0
-    return dx, dw
-
-
-@_blas_grad.register_fake
-def _(grad, x, w, counts):
-    return torch.empty_like(x), torch.empty_like(w)
+@_outer.register_fake
+def _(a, b, counts, order, slots, gather_a, gather_b):
+    return a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    x, w, counts, order, inverse, ctx.slots, ctx.gather, ctx.combine, _ = inputs
+    ctx.save_for_backward(x, w, counts, order, inverse)
 
 
 def _backward(ctx, grad):
-    return *_blas_grad(grad.contiguous(), *ctx.saved_tensors), None
+    (x, w, counts, order, inverse), grad = ctx.saved_tensors, grad.contiguous()
+    dx = _multiply(grad, w, counts, order, inverse, ctx.slots, ctx.combine, ctx.gather, True)
+    dw = _outer(grad, x, counts, order, ctx.slots, ctx.combine, ctx.gather)
+    return dx, dw, None, None, None, None, None, None, None
 
 
-_blas.register_autograd(_backward, setup_context=_setup)
+_multiply.register_autograd(_backward, setup_context=_setup)
 
 
 def blas(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
     """Call the vendor's matmul once per expert."""
-    return _blas(x_RI.contiguous(), w_EOI.contiguous(), counts_E)
+    return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, None, None, 1, False, False, False)
+
+
+def gather_matmul(x_TI, w_EOI, counts_E, order_R, inverse_R) -> torch.Tensor:
+    """Multiply the token of every row, order[r] // K, by the row's expert; return (R, O)."""
+    slots = order_R.shape[0] // x_TI.shape[0]
+    return _multiply(x_TI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, True, False, False)
+
+
+def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, tokens: int) -> torch.Tensor:
+    """Multiply every row by its expert and sum the K rows of each token; return (T, O)."""
+    slots = order_R.shape[0] // tokens
+    return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, False, True, False)
 
 
 def grouped_mm(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:

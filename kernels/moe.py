@@ -1,8 +1,9 @@
 """Dropless mixture of experts: sort tokens by expert, grouped matmuls, and the weighted sum back.
 
-Every token fills exactly K slots, and the slots are permuted, never merged. So both gathers have gradients that are
-gathers too: dispatch's is the sum of a token's K slots, combine's is a copy to K slots. No additions into shared
-memory, no atomics, the same bits every run.
+Every token fills exactly K slots, and the slots are permuted, never merged. So copying tokens to slots and summing slots
+to tokens are gathers, and each is the other's gradient. No additions into shared memory, no atomics, the same bits
+every run. A slot's weight multiplies its hidden units, which are fewer than its outputs and already at hand when the
+weight's gradient is computed.
 
 Padding tokens carry expert id E: their slots sort last, no expert sees them, their result is zero.
 
@@ -13,13 +14,12 @@ T tokens, K slots per token, R = T K rows, D model width, E experts, F expert wi
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed._functional_collectives as collectives
 
 from kernels.elementwise import swiglu
-
-GroupedMatmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def sort_by_expert(expert_TK: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,20 +29,6 @@ def sort_by_expert(expert_TK: torch.Tensor, n_experts: int) -> tuple[torch.Tenso
     inverse_R = torch.zeros_like(order_R).scatter(0, order_R, index_R)
     borders = torch.searchsorted(sorted_R, torch.arange(n_experts + 1, device=order_R.device))
     return order_R, inverse_R, borders.diff()
-
-
-class Permute(torch.autograd.Function):
-    """`x[order]` for a permutation, with `grad[inverse]` as its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse], None, None
 
 
 class Dispatch(torch.autograd.Function):
@@ -61,25 +47,35 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """Sum each token's K sorted slots (R, D) with weights (T, K) to (T, D)."""
+    """Sum each token's K sorted slots (R, D) to (T, D); the adjoint of `Dispatch`."""
 
     @staticmethod
-    def forward(ctx, y_RD, weights_TK, order_R, inverse_R):
-        ctx.save_for_backward(y_RD, weights_TK, order_R, inverse_R)
-        return (y_RD[inverse_R].unflatten(0, weights_TK.shape) * weights_TK[..., None]).sum(1)
+    def forward(ctx, y_RD, order_R, inverse_R, tokens):
+        ctx.save_for_backward(order_R)
+        ctx.slots = order_R.shape[0] // tokens
+        return y_RD[inverse_R].unflatten(0, (tokens, -1)).sum(1)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        y_RD, weights_TK, order_R, inverse_R = ctx.saved_tensors
-        token_R = order_R // weights_TK.shape[1]
-        grad_y_RD = grad_TD[token_R] * weights_TK.flatten()[order_R][:, None]
-        grad_w_TK = (y_RD[inverse_R].unflatten(0, weights_TK.shape) * grad_TD[:, None]).sum(-1)
-        return grad_y_RD, grad_w_TK, None, None
+        (order_R,) = ctx.saved_tensors
+        return grad_TD[order_R // ctx.slots], None, None, None
 
 
-def mlp(x_RD, counts_E, gate_up_E2FD, down_EDF, matmul: GroupedMatmul) -> torch.Tensor:
-    """Apply each expert's SwiGLU MLP to its rows."""
-    return matmul(swiglu(matmul(x_RD, gate_up_E2FD.flatten(1, 2), counts_E)), down_EDF, counts_E)
+def gather_matmul(x_TI, w_EOI, counts_E, order_R, inverse_R, matmul) -> torch.Tensor:
+    """Compose `kernels.grouped_matmul.gather_matmul` from any grouped matmul."""
+    return matmul(Dispatch.apply(x_TI, order_R, inverse_R), w_EOI, counts_E)
+
+
+def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, tokens: int, matmul) -> torch.Tensor:
+    """Compose `kernels.grouped_matmul.matmul_combine` from any grouped matmul."""
+    return Combine.apply(matmul(x_RI, w_EOI, counts_E), order_R, inverse_R, tokens)
+
+
+def layer(x_TD, weights_R, order_R, inverse_R, counts_E, gate_up_E2FD, down_EDF, expand, reduce) -> torch.Tensor:
+    """Apply each expert's SwiGLU MLP to its rows, the hidden units weighted by `weights_R` if given; return (T, D)."""
+    hidden_RF = swiglu(expand(x_TD, gate_up_E2FD.flatten(1, 2), counts_E, order_R, inverse_R))
+    hidden_RF = hidden_RF if weights_R is None else hidden_RF * weights_R[:, None]
+    return reduce(hidden_RF, down_EDF, counts_E, order_R, inverse_R, x_TD.shape[0])
 
 
 def experts(
@@ -89,25 +85,26 @@ def experts(
     gate_up_E2FD: torch.Tensor,
     down_EDF: torch.Tensor,
     n_experts: int,
-    matmul: GroupedMatmul,
+    expand: Callable[..., torch.Tensor],
+    reduce: Callable[..., torch.Tensor],
     group=None,
 ) -> torch.Tensor:
     """Return the weighted sum of each token's K experts, (T, D).
 
-    `expert_TK` holds ids in [0, E], E meaning padding; the weight tensors hold this rank's experts.
+    `expert_TK` holds ids in [0, E], E meaning padding; the weight tensors hold this rank's experts. `expand` multiplies
+    tokens into rows and `reduce` rows into tokens, as `gather_matmul` and `matmul_combine` do.
     """
     order_R, inverse_R, counts_E = sort_by_expert(expert_TK, n_experts)
-    x_RD = Dispatch.apply(x_TD, order_R, inverse_R)
+    weights_R = Dispatch.apply(weights_TK.reshape(-1, 1), order_R, inverse_R)[:, 0]
+    mlp = partial(layer, gate_up_E2FD=gate_up_E2FD, down_EDF=down_EDF, expand=expand, reduce=reduce)
     if group is None:
-        y_RD = mlp(x_RD, counts_E, gate_up_E2FD, down_EDF, matmul)
-    else:
-        y_RD = _exchange(x_RD, counts_E, gate_up_E2FD, down_EDF, matmul, group)
-    return Combine.apply(y_RD, weights_TK, order_R, inverse_R)
+        return mlp(x_TD, weights_R, order_R, inverse_R, counts_E)
+    y_RD = _exchange(Dispatch.apply(x_TD, order_R, inverse_R), counts_E, gate_up_E2FD.shape[0], mlp, group)
+    return Combine.apply(y_RD * weights_R[:, None], order_R, inverse_R, x_TD.shape[0])
 
 
-def _exchange(x_RD, counts_E, gate_up, down, matmul, group) -> torch.Tensor:
+def _exchange(x_RD, counts_E, local: int, mlp: Callable, group) -> torch.Tensor:
     """Send rows to the ranks that hold their experts, apply them there, and bring the results back."""
-    local = gate_up.shape[0]
     ways = counts_E.shape[0] // local
     recv_counts = collectives.wait_tensor(collectives.all_to_all_single(counts_E, None, None, group))
     send = counts_E.view(ways, local).sum(1).tolist()
@@ -115,10 +112,8 @@ def _exchange(x_RD, counts_E, gate_up, down, matmul, group) -> torch.Tensor:
     for n in (*send, *recv):
         torch._check(n >= 0)
     rows = collectives.all_to_all_single_autograd(x_RD[: sum(send)], recv, send, group)
-    # Rows arrive sorted by (source rank, expert); the matmul wants them sorted by expert.
+    # Rows arrive sorted by (source rank, expert); here each is a token with one slot.
     expert = torch.arange(local, device=rows.device).repeat(ways).repeat_interleave(recv_counts, output_size=sum(recv))
-    order = expert.argsort(stable=True)
-    inverse = torch.zeros_like(order).scatter(0, order, torch.arange(sum(recv), device=rows.device))
-    y = mlp(Permute.apply(rows, order, inverse), recv_counts.view(ways, local).sum(0), gate_up, down, matmul)
-    back = collectives.all_to_all_single_autograd(Permute.apply(y, inverse, order), send, recv, group)
+    y = mlp(rows, None, *sort_by_expert(expert[:, None], local))
+    back = collectives.all_to_all_single_autograd(y, send, recv, group)
     return torch.cat([back, x_RD.new_zeros(x_RD.shape[0] - sum(send), back.shape[1])])

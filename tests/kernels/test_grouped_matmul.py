@@ -114,27 +114,31 @@ def results(fn, leaves, grad):
     return out, *torch.autograd.grad(out, leaves, grad)
 
 
-@given(routed())
+@pytest.mark.parametrize("backend", ["blas", "reference"])
+@given(case=routed())
 @settings(max_examples=60)
-def test_experts_equal_a_dense_loop(case):
+def test_experts_equal_a_dense_loop(backend, case):
     expert, leaves, grad = case
     n = leaves[2].shape[0]
 
     def ours(x, weights, gate_up, down):
-        return kernels.experts(x, weights, expert, gate_up, down, n)
+        return kernels.experts(x, weights, expert, gate_up, down, n, backend=backend)
 
     for a, b in zip(results(ours, leaves, grad), results(lambda *p: dense(*p, expert), leaves, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@given(routed())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["blas", "reference"])
+@given(case=routed())
 @settings(max_examples=20)
-def test_padding_tokens_give_and_take_nothing(case):
-    expert, (x, weights, gate_up, down), grad = case
+def test_padding_tokens_give_and_take_nothing(backend, dtype, case):
+    expert, leaves, grad = case
+    (x, weights, gate_up, down), grad = (t.to(dtype) for t in leaves), grad.to(dtype)
     n, padding = gate_up.shape[0], expert[:, 0] == gate_up.shape[0]
 
     def ours(x, weights, gate_up, down):
-        return kernels.experts(x, weights, expert, gate_up, down, n)
+        return kernels.experts(x, weights, expert, gate_up, down, n, backend=backend)
 
     clean = results(ours, (x, weights, gate_up, down), grad)
     dirty_x = torch.where(padding[:, None], torch.nan, x)

@@ -22,6 +22,9 @@ def samples():
     counts = torch.tensor([3, 0, 2])
     x, grad, experts = leaf(7, 4), torch.ones(7, 6), leaf(3, 6, 4, seed=2)
     dlogp = torch.ones(7)
+    order, inverse = torch.tensor([5, 0, 1, 2, 3, 4]), torch.tensor([1, 2, 3, 4, 5, 0])
+    routed = (experts, counts, order, inverse, 2)
+    tokens, rows = leaf(3, 4), leaf(6, 4)
     return {
         "attention_documents": [(q, k, leaf(2, 6, 2, 8, seed=2), SEGMENTS, w, 0.3) for w in (None, 2)],
         "attention_documents_grad": [
@@ -29,8 +32,14 @@ def samples():
         ],
         "embedding": [(leaf(9, 4), SEGMENTS)],
         "embedding_grad": [(torch.ones(2, 6, 4), SEGMENTS, 9)],
-        "grouped_matmul": [(x, experts, counts)],
-        "grouped_matmul_grad": [(grad, x.detach(), experts.detach(), counts)],
+        "grouped_matmul": [
+            (x, experts, counts, None, None, 1, False, False, False),
+            (tokens, *routed, True, False, False), (rows, *routed, False, True, False),
+        ],
+        "grouped_outer": [
+            (grad, x.detach(), counts, None, 1, False, False),
+            (grad[:6], tokens.detach(), counts, order, 2, False, True),
+        ],
         "linear_logprob": [
             (h, w, targets, None, 0.0, 1.0, True), (h, w, targets, leaf(9, seed=3), 2.0, 0.7, True),
             (leaf(7, 5, dtype=torch.bfloat16), leaf(9, 5, dtype=torch.bfloat16), targets, None, 0.0, 1.0, False),
