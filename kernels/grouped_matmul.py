@@ -46,18 +46,24 @@ def spans(counts: torch.Tensor, itemsize: int) -> list[tuple[int, int, int, int]
     return [(e, a, b, tile(b - a, itemsize)) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
 
 
-def _rows(x: torch.Tensor, take: torch.Tensor | None, start: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
-    """Return the rows [start, end) of x, or of x[take], and zeros up to the length of the buffer."""
-    n = end - start
-    if take is None and n == buffer.shape[0]:
-        return x[start:end]
+def _rows(x, take, start: int, end: int, buffer, clean: bool) -> torch.Tensor:
+    """Return as many rows from `start` on as the buffer has, of x or of x[take]; zeros beyond `end` if `clean`."""
+    m, n = buffer.shape[0], end - start
+    if take is None and (m == n or not clean and start + m <= x.shape[0]):
+        return x[start : start + m]
     if take is None:
         buffer[:n] = x[start:end]
     else:
         torch.index_select(x, 0, take[start:end], out=buffer[:n])
-    if n < buffer.shape[0]:
-        buffer[n:] = 0
+    if n < m:
+        buffer[n:].zero_()
     return buffer
+
+
+def _slots(y_RO: torch.Tensor, end: int, inverse_R: torch.Tensor | None, slots: int, combine: bool) -> torch.Tensor:
+    """Clear the rows of no expert; return rows, or each token's sum over its slots if `combine`."""
+    y_RO[end:] = 0
+    return F.embedding_bag(inverse_R.view(-1, slots), y_RO, mode="sum") if combine else y_RO
 
 
 @torch.library.custom_op("functional_trainer::grouped_matmul", mutates_args=())
@@ -70,70 +76,65 @@ def _multiply(
     slots: int,
     gather: bool,
     combine: bool,
-    transpose: bool,
 ) -> torch.Tensor:
-    """Multiply by W, or W^T. Its adjoint is itself with `gather` and `combine` swapped and the other of the two.
-
-    Slot order[r] // slots of x is row r's, if `gather`; rows are summed over the slots of each token, if `combine`.
-    """
+    """Row r is slot order[r] of a token: x has tokens instead of rows if `gather`, the result if `combine`."""
     todo, end = spans(counts, x.itemsize), 0
     take = order // slots if gather else None
     R = x.shape[0] if order is None else order.shape[0]
-    longest = max((m for *_, m in todo), default=0)
-    buffer = x.new_empty(longest, x.shape[1])
-    y = x.new_empty(R + (longest if x.itemsize < 4 else 0), w.shape[2 if transpose else 1])
-    w_EIO = w if transpose else w.mT
+    buffer = x.new_empty(max((m for *_, m in todo), default=0), x.shape[1])
+    y = x.new_empty(R + (x.itemsize < 4) * buffer.shape[0], w.shape[1])
     for e, start, end, m in todo:  # what is computed beyond the expert's rows, the next one writes over
-        torch.mm(_rows(x, take, start, end, buffer[:m]), w_EIO[e], out=y[start : start + m])
-    y[end:] = 0
-    return F.embedding_bag(inverse.view(-1, slots), y, mode="sum") if combine else y[:R]
+        torch.mm(_rows(x, take, start, end, buffer[:m], False), w[e].T, out=y[start : start + m])
+    return _slots(y[:R], end, inverse, slots, combine)
 
 
 @_multiply.register_fake
-def _(x, w, counts, order, inverse, slots, gather, combine, transpose):
+def _(x, w, counts, order, inverse, slots, gather, combine):
     rows = x.shape[0] * slots if gather else x.shape[0]
-    return x.new_empty(rows // slots if combine else rows, w.shape[2 if transpose else 1])
+    return x.new_empty(rows // slots if combine else rows, w.shape[1])
 
 
-@torch.library.custom_op("functional_trainer::grouped_outer", mutates_args=())
-def _outer(
-    a: torch.Tensor,
-    b: torch.Tensor,
+@torch.library.custom_op("functional_trainer::grouped_matmul_grad", mutates_args=())
+def _multiply_grad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
     counts: torch.Tensor,
     order: torch.Tensor | None,
+    inverse: torch.Tensor | None,
     slots: int,
-    gather_a: bool,
-    gather_b: bool,
-) -> torch.Tensor:
-    """Return the sum over each expert's rows of a b^T, (E, A, B)."""
-    todo = spans(counts, a.itemsize)
-    take_a, take_b = (order // slots if gather else None for gather in (gather_a, gather_b))
+    gather: bool,
+    combine: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of x and w; where x gathers, its gradient combines, and the other way round."""
+    todo, end, dw = spans(counts, x.itemsize), 0, torch.empty_like(w)
+    take_x, take_g = (order // slots if some else None for some in (gather, combine))
+    R = x.shape[0] if order is None else order.shape[0]
     longest = max((m for *_, m in todo), default=0)
-    buffer_a, buffer_b = a.new_empty(longest, a.shape[1]), b.new_empty(longest, b.shape[1])
-    out = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
+    rows_x, rows_g = x.new_empty(longest, x.shape[1]), x.new_empty(longest, grad.shape[1])
+    dx = x.new_empty(R + (x.itemsize < 4) * longest, x.shape[1])
     for e in (counts == 0).nonzero()[:, 0].tolist():
-        out[e] = 0
-    for e, start, end, m in todo:
-        a_e, b_e = _rows(a, take_a, start, end, buffer_a[:m]), _rows(b, take_b, start, end, buffer_b[:m])
-        torch.mm(a_e.T, b_e, out=out[e])
-    return out
+        dw[e] = 0
+    for e, start, end, m in todo:  # of the two, one is zero beyond the expert's rows
+        x_e = _rows(x, take_x, start, end, rows_x[:m], clean=not combine)
+        g_e = _rows(grad, take_g, start, end, rows_g[:m], clean=False)
+        torch.mm(g_e.T, x_e, out=dw[e])
+        torch.mm(g_e, w[e], out=dx[start : start + m])
+    return _slots(dx[:R], end, inverse, slots, gather), dw
 
 
-@_outer.register_fake
-def _(a, b, counts, order, slots, gather_a, gather_b):
-    return a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
+@_multiply_grad.register_fake
+def _(grad, x, w, counts, order, inverse, slots, gather, combine):
+    return torch.empty_like(x), torch.empty_like(w)
 
 
 def _setup(ctx, inputs, output):
-    x, w, counts, order, inverse, ctx.slots, ctx.gather, ctx.combine, _ = inputs
+    x, w, counts, order, inverse, *ctx.layout = inputs
     ctx.save_for_backward(x, w, counts, order, inverse)
 
 
 def _backward(ctx, grad):
-    (x, w, counts, order, inverse), grad = ctx.saved_tensors, grad.contiguous()
-    dx = _multiply(grad, w, counts, order, inverse, ctx.slots, ctx.combine, ctx.gather, True)
-    dw = _outer(grad, x, counts, order, ctx.slots, ctx.combine, ctx.gather)
-    return dx, dw, None, None, None, None, None, None, None
+    return *_multiply_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.layout), *(None,) * 6
 
 
 _multiply.register_autograd(_backward, setup_context=_setup)
@@ -141,19 +142,19 @@ _multiply.register_autograd(_backward, setup_context=_setup)
 
 def blas(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
     """Call the vendor's matmul once per expert."""
-    return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, None, None, 1, False, False, False)
+    return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, None, None, 1, False, False)
 
 
 def gather_matmul(x_TI, w_EOI, counts_E, order_R, inverse_R) -> torch.Tensor:
     """Multiply the token of every row, order[r] // K, by the row's expert; return (R, O)."""
     slots = order_R.shape[0] // x_TI.shape[0]
-    return _multiply(x_TI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, True, False, False)
+    return _multiply(x_TI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, True, False)
 
 
 def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, tokens: int) -> torch.Tensor:
     """Multiply every row by its expert and sum the K rows of each token; return (T, O)."""
     slots = order_R.shape[0] // tokens
-    return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, False, True, False)
+    return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, False, True)
 
 
 def grouped_mm(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:

@@ -33,12 +33,12 @@ def samples():
         "embedding": [(leaf(9, 4), SEGMENTS)],
         "embedding_grad": [(torch.ones(2, 6, 4), SEGMENTS, 9)],
         "grouped_matmul": [
-            (x, experts, counts, None, None, 1, False, False, False),
-            (tokens, *routed, True, False, False), (rows, *routed, False, True, False),
+            (x, experts, counts, None, None, 1, False, False),
+            (tokens, *routed, True, False), (rows, *routed, False, True),
         ],
-        "grouped_outer": [
-            (grad, x.detach(), counts, None, 1, False, False),
-            (grad[:6], tokens.detach(), counts, order, 2, False, True),
+        "grouped_matmul_grad": [
+            (grad, x.detach(), experts.detach(), counts, None, None, 1, False, False),
+            (grad[:6], tokens.detach(), *(t if isinstance(t, int) else t.detach() for t in routed), True, False),
         ],
         "linear_logprob": [
             (h, w, targets, None, 0.0, 1.0, True), (h, w, targets, leaf(9, seed=3), 2.0, 0.7, True),
