@@ -79,10 +79,9 @@ def _by_group(x_BSNH: torch.Tensor, groups: int, shared: int) -> torch.Tensor:
 def _documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, window: int | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output, zeros at padding, in at least float32, and the logsumexp of the scores (B, S, N)."""
-    q, k, v = promote(q), promote(k), promote(v)
+    """Return the output, zeros at padding, and the logsumexp of the scores (B, S, N)."""
     G = q.shape[2] // k.shape[2]
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3])
     lengths, real = _runs(segments)
     operands = [_by_group(q, G, G), _by_group(k, 1, G), _by_group(v, 1, G)]
     results = [_by_group(out, G, G), _by_group(lse[..., None], G, G)[..., 0]]
@@ -101,7 +100,7 @@ def _documents(
 
 @_documents.register_fake
 def _(q, k, v, segments, window, scale):
-    return promote(q.new_empty(q.shape)), promote(q.new_empty(q.shape[:3]))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3])
 
 
 @torch.library.custom_op("functional_trainer::attention_documents_grad", mutates_args=())
@@ -116,10 +115,8 @@ def _documents_grad(
     window: int | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtypes = q.dtype, k.dtype, v.dtype
-    q, k, v = promote(q), promote(k), promote(v)
     G = q.shape[2] // k.shape[2]
-    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     lengths, real = _runs(segments)
     operands = [_by_group(grad, G, G), _by_group(q, G, G), _by_group(k, 1, G), _by_group(v, 1, G), _by_group(out, G, G)]
     pieces = [x.split(lengths, 2) for x in (*operands, _by_group(lse[..., None], G, G)[..., 0])]
@@ -136,7 +133,6 @@ def _documents_grad(
     for i in set(range(len(lengths))) - set(real):
         for result in results:
             result[i].zero_()
-    dq, dk, dv = (t.to(dtype) for t, dtype in zip((dq, dk, dv), dtypes, strict=True))
     return dq, dk, dv
 
 
@@ -161,7 +157,8 @@ _documents.register_autograd(_backward, setup_context=_setup)
 
 def documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: float) -> torch.Tensor:
     """Attend document by document: segments contiguous in a row, positions rising by one within each."""
-    return _documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window, scale)[0].to(q_BSNH.dtype)
+    qkv = (promote(x) for x in (q_BSNH, k_BSKH, v_BSKH))  # cast here, where a compiler fuses it
+    return _documents(*qkv, segments_BS, window, scale)[0].to(q_BSNH.dtype)
 
 
 # accelerators --------------------------------------------------------------------------------------------------------

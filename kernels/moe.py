@@ -31,6 +31,11 @@ def sort_by_expert(expert_TK: torch.Tensor, n_experts: int) -> tuple[torch.Tenso
     return order_R, inverse_R, borders.diff()
 
 
+def _token(order_R: torch.Tensor, slots: int) -> torch.Tensor:
+    """Return the token of each row."""
+    return order_R if slots == 1 else order_R // slots  # a division by one would stay in Inductor's innermost loops
+
+
 class Dispatch(torch.autograd.Function):
     """Copy tokens (T, D) to their sorted slots (R, D)."""
 
@@ -38,7 +43,7 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx, x_TD, order_R, inverse_R):
         ctx.save_for_backward(inverse_R)
         ctx.tokens = x_TD.shape[0]
-        return x_TD[order_R // (order_R.shape[0] // x_TD.shape[0])]
+        return x_TD[_token(order_R, order_R.shape[0] // x_TD.shape[0])]
 
     @staticmethod
     def backward(ctx, grad_RD):
@@ -58,7 +63,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TD):
         (order_R,) = ctx.saved_tensors
-        return grad_TD[order_R // ctx.slots], None, None, None
+        return grad_TD[_token(order_R, ctx.slots)], None, None, None
 
 
 def gather_matmul(x_TI, w_EOI, counts_E, order_R, inverse_R, matmul) -> torch.Tensor:

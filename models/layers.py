@@ -101,17 +101,14 @@ def attention_specs(dim: int, heads: int, kv_heads: int, head_dim: int, bias: bo
     return specs
 
 
-def _project_heads(x_BSD, w_NHD, bias_NH=None) -> torch.Tensor:
-    bias = None if bias_NH is None else bias_NH.flatten()
-    return F.linear(x_BSD, w_NHD.flatten(0, 1), bias).unflatten(-1, w_NHD.shape[:2])
-
-
 def _qkv(x_BSD, cos_BSh, sin_BSh, q, k, v, q_norm, k_norm, *biases, eps: float):
-    """Project to normalised, rotated queries and keys, and values."""
-    bq, bk, bv = biases or (None, None, None)
-    q_BSNH = kernels.rope(kernels.rms_norm(_project_heads(x_BSD, q, bq), q_norm, eps), cos_BSh, sin_BSh)
-    k_BSKH = kernels.rope(kernels.rms_norm(_project_heads(x_BSD, k, bk), k_norm, eps), cos_BSh, sin_BSh)
-    return q_BSNH, k_BSKH, _project_heads(x_BSD, v, bv)
+    """Project to normalised, rotated queries and keys, and values: one product, whose weight is joined as it is cast."""
+    weight, bias = torch.cat([q, k, v]).flatten(0, 1), torch.cat(biases).flatten() if biases else None
+    heads = F.linear(x_BSD, weight, bias).unflatten(-1, (-1, q.shape[1]))
+    q_BSNH, k_BSKH, v_BSKH = heads.split([q.shape[0], k.shape[0], v.shape[0]], 2)
+    q_BSNH = kernels.rope(kernels.rms_norm(q_BSNH, q_norm, eps), cos_BSh, sin_BSh)
+    k_BSKH = kernels.rope(kernels.rms_norm(k_BSKH, k_norm, eps), cos_BSh, sin_BSh)
+    return q_BSNH, k_BSKH, v_BSKH
 
 
 def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard, cache: dict | None) -> torch.Tensor:
