@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from functional_trainer import tree
 from functional_trainer.losses import Loss
 from functional_trainer.optimizers import Optimizer
@@ -108,7 +109,8 @@ def make_train_step(
         flags: dict[str, Any] = {"capture_scalar_outputs": True}  # an all-to-all's splits are read back to the host
         flags |= {"recompile_limit": 64}  # kinds of layers, and ranks and strides of leaves; the default is 8
         flags |= {"trace_autograd_ops": True} if one_graph else {}
-        with torch._dynamo.config.patch(flags):
+        tag = torch.compiler.config.patch(cache_key_tag=kernels.SOURCE)  # type: ignore[attr-defined]
+        with torch._dynamo.config.patch(flags), tag:
             return state, run(state, batch)
 
     return train_step

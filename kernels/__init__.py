@@ -5,8 +5,10 @@ each serves (the first that serves the tensor's device is the default) and wheth
 nobody measured are never a default, except where they are the only one that stays on the device.
 """
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,10 @@ __all__ = [
     "BACKENDS", "attention", "embedding", "experts", "grouped_matmul", "linear_logprob", "promote", "rms_norm", "rope",
     "swiglu",
 ]  # fmt: skip
+
+
+SOURCE = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+"""Fingerprint of the ops. Compilers' caches on disk know their names only, and would call a new one as the old was."""
 
 
 class Backend(NamedTuple):

@@ -60,10 +60,10 @@ def _rows(x, take, start: int, end: int, buffer, clean: bool) -> torch.Tensor:
     return buffer
 
 
-def _slots(y_RO: torch.Tensor, end: int, inverse_R: torch.Tensor | None, slots: int, combine: bool) -> torch.Tensor:
-    """Clear the rows of no expert; return rows, or each token's sum over its slots if `combine`."""
+def _slots(y_RO: torch.Tensor, end: int, inverse_R: torch.Tensor | None, slots: int) -> torch.Tensor:
+    """Clear the rows of no expert; return rows, or each token's sum over its slots if these are given."""
     y_RO[end:] = 0
-    return F.embedding_bag(inverse_R.view(-1, slots), y_RO, mode="sum") if combine else y_RO
+    return y_RO if inverse_R is None else F.embedding_bag(inverse_R.view(-1, slots), y_RO, mode="sum")
 
 
 @torch.library.custom_op("functional_trainer::grouped_matmul", mutates_args=())
@@ -79,13 +79,13 @@ def _multiply(
 ) -> torch.Tensor:
     """Row r is slot order[r] of a token: x has tokens instead of rows if `gather`, the result if `combine`."""
     todo, end = spans(counts, x.itemsize), 0
-    take = order // slots if gather else None
+    take = order // slots if gather and order is not None else None
     R = x.shape[0] if order is None else order.shape[0]
     buffer = x.new_empty(max((m for *_, m in todo), default=0), x.shape[1])
     y = x.new_empty(R + (x.itemsize < 4) * buffer.shape[0], w.shape[1])
     for e, start, end, m in todo:  # what is computed beyond the expert's rows, the next one writes over
         torch.mm(_rows(x, take, start, end, buffer[:m], False), w[e].T, out=y[start : start + m])
-    return _slots(y[:R], end, inverse, slots, combine)
+    return _slots(y[:R], end, inverse if combine else None, slots)
 
 
 @_multiply.register_fake
@@ -108,7 +108,7 @@ def _multiply_grad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of x and w; where x gathers, its gradient combines, and the other way round."""
     todo, end, dw = spans(counts, x.itemsize), 0, torch.empty_like(w)
-    take_x, take_g = (order // slots if some else None for some in (gather, combine))
+    take_x, take_g = (order // slots if some and order is not None else None for some in (gather, combine))
     R = x.shape[0] if order is None else order.shape[0]
     longest = max((m for *_, m in todo), default=0)
     rows_x, rows_g = x.new_empty(longest, x.shape[1]), x.new_empty(longest, grad.shape[1])
@@ -120,7 +120,7 @@ def _multiply_grad(
         g_e = _rows(grad, take_g, start, end, rows_g[:m], clean=False)
         torch.mm(g_e.T, x_e, out=dw[e])
         torch.mm(g_e, w[e], out=dx[start : start + m])
-    return _slots(dx[:R], end, inverse, slots, gather), dw
+    return _slots(dx[:R], end, inverse if gather else None, slots), dw
 
 
 @_multiply_grad.register_fake
@@ -145,15 +145,13 @@ def blas(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> tor
     return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, None, None, 1, False, False)
 
 
-def gather_matmul(x_TI, w_EOI, counts_E, order_R, inverse_R) -> torch.Tensor:
+def gather_matmul(x_TI, w_EOI, counts_E, order_R, inverse_R, slots: int) -> torch.Tensor:
     """Multiply the token of every row, order[r] // K, by the row's expert; return (R, O)."""
-    slots = order_R.shape[0] // x_TI.shape[0]
     return _multiply(x_TI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, True, False)
 
 
-def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, tokens: int) -> torch.Tensor:
+def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, slots: int) -> torch.Tensor:
     """Multiply every row by its expert and sum the K rows of each token; return (T, O)."""
-    slots = order_R.shape[0] // tokens
     return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, False, True)
 
 

@@ -1,9 +1,8 @@
 """Dropless mixture of experts: sort tokens by expert, grouped matmuls, and the weighted sum back.
 
-Every token fills exactly K slots, and the slots are permuted, never merged. So copying tokens to slots and summing slots
-to tokens are gathers, and each is the other's gradient. No additions into shared memory, no atomics, the same bits
-every run. A slot's weight multiplies its hidden units, which are fewer than its outputs and already at hand when the
-weight's gradient is computed.
+Every token fills exactly K slots, and the slots are permuted, never merged. So copying tokens to slots and summing
+slots to tokens are gathers, and each is the other's gradient. No additions into shared memory, no atomics, the same
+bits every run. A slot's weight multiplies its hidden units, which are at hand when the weight's gradient is computed.
 
 Padding tokens carry expert id E: their slots sort last, no expert sees them, their result is zero.
 
@@ -37,28 +36,28 @@ def _token(order_R: torch.Tensor, slots: int) -> torch.Tensor:
 
 
 class Dispatch(torch.autograd.Function):
-    """Copy tokens (T, D) to their sorted slots (R, D)."""
+    """Copy tokens (T, D) to their sorted slots (R, D), K of them each."""
 
     @staticmethod
-    def forward(ctx, x_TD, order_R, inverse_R):
+    def forward(ctx, x_TD, order_R, inverse_R, slots):
         ctx.save_for_backward(inverse_R)
-        ctx.tokens = x_TD.shape[0]
-        return x_TD[_token(order_R, order_R.shape[0] // x_TD.shape[0])]
+        ctx.slots = slots
+        return x_TD[_token(order_R, slots)]
 
     @staticmethod
     def backward(ctx, grad_RD):
         (inverse_R,) = ctx.saved_tensors
-        return grad_RD[inverse_R].unflatten(0, (ctx.tokens, -1)).sum(1), None, None
+        return grad_RD[inverse_R].unflatten(0, (-1, ctx.slots)).sum(1), None, None, None
 
 
 class Combine(torch.autograd.Function):
     """Sum each token's K sorted slots (R, D) to (T, D); the adjoint of `Dispatch`."""
 
     @staticmethod
-    def forward(ctx, y_RD, order_R, inverse_R, tokens):
+    def forward(ctx, y_RD, order_R, inverse_R, slots):
         ctx.save_for_backward(order_R)
-        ctx.slots = order_R.shape[0] // tokens
-        return y_RD[inverse_R].unflatten(0, (tokens, -1)).sum(1)
+        ctx.slots = slots
+        return y_RD[inverse_R].unflatten(0, (-1, slots)).sum(1)
 
     @staticmethod
     def backward(ctx, grad_TD):
@@ -66,21 +65,22 @@ class Combine(torch.autograd.Function):
         return grad_TD[_token(order_R, ctx.slots)], None, None, None
 
 
-def gather_matmul(x_TI, w_EOI, counts_E, order_R, inverse_R, matmul) -> torch.Tensor:
+def gather_matmul(x_TI, w_EOI, counts_E, order_R, inverse_R, slots: int, matmul) -> torch.Tensor:
     """Compose `kernels.grouped_matmul.gather_matmul` from any grouped matmul."""
-    return matmul(Dispatch.apply(x_TI, order_R, inverse_R), w_EOI, counts_E)
+    return matmul(Dispatch.apply(x_TI, order_R, inverse_R, slots), w_EOI, counts_E)
 
 
-def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, tokens: int, matmul) -> torch.Tensor:
+def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, slots: int, matmul) -> torch.Tensor:
     """Compose `kernels.grouped_matmul.matmul_combine` from any grouped matmul."""
-    return Combine.apply(matmul(x_RI, w_EOI, counts_E), order_R, inverse_R, tokens)
+    return Combine.apply(matmul(x_RI, w_EOI, counts_E), order_R, inverse_R, slots)
 
 
-def layer(x_TD, weights_R, order_R, inverse_R, counts_E, gate_up_E2FD, down_EDF, expand, reduce) -> torch.Tensor:
+def layer(x_TD, weights_R, routing, slots: int, gate_up_E2FD, down_EDF, expand, reduce) -> torch.Tensor:
     """Apply each expert's SwiGLU MLP to its rows, the hidden units weighted by `weights_R` if given; return (T, D)."""
-    hidden_RF = swiglu(expand(x_TD, gate_up_E2FD.flatten(1, 2), counts_E, order_R, inverse_R))
+    order_R, inverse_R, counts_E = routing
+    hidden_RF = swiglu(expand(x_TD, gate_up_E2FD.flatten(1, 2), counts_E, order_R, inverse_R, slots))
     hidden_RF = hidden_RF if weights_R is None else hidden_RF * weights_R[:, None]
-    return reduce(hidden_RF, down_EDF, counts_E, order_R, inverse_R, x_TD.shape[0])
+    return reduce(hidden_RF, down_EDF, counts_E, order_R, inverse_R, slots)
 
 
 def experts(
@@ -99,13 +99,15 @@ def experts(
     `expert_TK` holds ids in [0, E], E meaning padding; the weight tensors hold this rank's experts. `expand` multiplies
     tokens into rows and `reduce` rows into tokens, as `gather_matmul` and `matmul_combine` do.
     """
-    order_R, inverse_R, counts_E = sort_by_expert(expert_TK, n_experts)
-    weights_R = Dispatch.apply(weights_TK.reshape(-1, 1), order_R, inverse_R)[:, 0]
+    order_R, inverse_R, counts_E = routing = sort_by_expert(expert_TK, n_experts)
+    slots = expert_TK.shape[1]
+    weights_R = Dispatch.apply(weights_TK.reshape(-1, 1), order_R, inverse_R, 1)[:, 0]
     mlp = partial(layer, gate_up_E2FD=gate_up_E2FD, down_EDF=down_EDF, expand=expand, reduce=reduce)
     if group is None:
-        return mlp(x_TD, weights_R, order_R, inverse_R, counts_E)
-    y_RD = _exchange(Dispatch.apply(x_TD, order_R, inverse_R), counts_E, gate_up_E2FD.shape[0], mlp, group)
-    return Combine.apply(y_RD * weights_R[:, None], order_R, inverse_R, x_TD.shape[0])
+        return mlp(x_TD, weights_R, routing, slots)
+    x_RD = Dispatch.apply(x_TD, order_R, inverse_R, slots)
+    y_RD = _exchange(x_RD, counts_E, gate_up_E2FD.shape[0], mlp, group)
+    return Combine.apply(y_RD * weights_R[:, None], order_R, inverse_R, slots)
 
 
 def _exchange(x_RD, counts_E, local: int, mlp: Callable, group) -> torch.Tensor:
@@ -119,6 +121,6 @@ def _exchange(x_RD, counts_E, local: int, mlp: Callable, group) -> torch.Tensor:
     rows = collectives.all_to_all_single_autograd(x_RD[: sum(send)], recv, send, group)
     # Rows arrive sorted by (source rank, expert); here each is a token with one slot.
     expert = torch.arange(local, device=rows.device).repeat(ways).repeat_interleave(recv_counts, output_size=sum(recv))
-    y = mlp(rows, None, *sort_by_expert(expert[:, None], local))
+    y = mlp(rows, None, sort_by_expert(expert[:, None], local), 1)
     back = collectives.all_to_all_single_autograd(y, send, recv, group)
     return torch.cat([back, x_RD.new_zeros(x_RD.shape[0] - sum(send), back.shape[1])])

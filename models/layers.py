@@ -102,7 +102,7 @@ def attention_specs(dim: int, heads: int, kv_heads: int, head_dim: int, bias: bo
 
 
 def _qkv(x_BSD, cos_BSh, sin_BSh, q, k, v, q_norm, k_norm, *biases, eps: float):
-    """Project to normalised, rotated queries and keys, and values: one product, whose weight is joined as it is cast."""
+    """Project to normalised, rotated queries and keys, and values, all in one product."""
     weight, bias = torch.cat([q, k, v]).flatten(0, 1), torch.cat(biases).flatten() if biases else None
     heads = F.linear(x_BSD, weight, bias).unflatten(-1, (-1, q.shape[1]))
     q_BSNH, k_BSKH, v_BSKH = heads.split([q.shape[0], k.shape[0], v.shape[0]], 2)

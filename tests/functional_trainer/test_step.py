@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
+import kernels
 from functional_trainer import init_state, losses, make_train_step, optimizers, tree
 from functional_trainer.types import ONE_DEVICE
 from tests.models import small
@@ -181,6 +182,19 @@ def test_layers_compile_when_all_sizes_are_equal():
         state, metrics = step(init_state(model.init(0, dtype=F64), optimizer), batches[0])
         results.append((state, [metrics]))
     assert_same(*results, 1e-11)
+
+
+def test_graphs_cached_on_disk_carry_the_fingerprint_of_the_ops():
+    """A cache knows an op by its name: without the fingerprint a new version is called as the old one was."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(torch.compiler.config.cache_key_tag)
+        return graph
+
+    run(1, compile="layer", backend=backend)
+    assert set(seen) == {kernels.SOURCE}
+    assert torch.compiler.config.cache_key_tag == ""
 
 
 # state ---------------------------------------------------------------------------------------------------------------
