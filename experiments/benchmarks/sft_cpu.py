@@ -59,8 +59,8 @@ class Options:
     """Names as in the table, with wildcards ("hf-grouped*"); none means all. The floor always runs."""
     rounds: int = 15
     """Timed steps of each contestant."""
-    warmup: int = 3
-    """Untimed steps before; the first is reported as compile time."""
+    warmup: int = 8
+    """Untimed steps before: the first is reported as compile time, and oneDNN compiles bfloat16 kernels in the others."""
     threads: int = os.cpu_count() or 1
     """Threads of each contestant."""
     layers: int = 4
