@@ -60,7 +60,7 @@ class Options:
     rounds: int = 15
     """Timed steps of each contestant."""
     warmup: int = 8
-    """Untimed steps before: the first is reported as compile time, and oneDNN compiles bfloat16 kernels in the others."""
+    """Untimed steps before; the first is reported as compile time, in the others oneDNN compiles kernels."""
     threads: int = os.cpu_count() or 1
     """Threads of each contestant."""
     layers: int = 4
