@@ -19,3 +19,11 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out, and report as deselected, what only root can run."""
+    if os.geteuid() != 0:
+        ours = [item for item in items if not item.get_closest_marker("root")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+        items[:] = ours

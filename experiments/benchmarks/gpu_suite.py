@@ -4,49 +4,32 @@
     python experiments/benchmarks/gpu_suite.py --what check --only 'attention *'
     python experiments/benchmarks/gpu_suite.py --device cpu               # every case at small sizes: it still runs
 
-Checks. Kernels, forward and gradients, against float64 references on the same (rounded) inputs; models against
-transformers in float32 with the same weights, logits and gradients of the loss, transformers made to route as we did
-(near-ties flip experts in 16 bit; the note counts the choices that would have differed); the train step compiled by
-layer, as one graph, and recomputed in two micro-batches, against the plain one. An error is the larger of the relative
-2-norm and the relative maximum norm. Cases run in a process of their own; after a fault of the device, in a new one.
-
-Speed. Qwen3-30B-A3B at its real widths (128 experts, top-8), as deep as AdamW leaves room for, random weights, packed
-documents. Contestants are processes that hold no device memory while another runs; a round builds, warms up and times
-each of them. `ours` keeps float32 masters and moments, `-bf16` and transformers keep bfloat16 ones.
+Checks are `gpu_checks.py`; they run in a process of their own, after a fault of the device in a new one. Speed is
+`gpu_speed.py`; its contestants are processes that hold no device memory while another runs, and a round builds, warms
+up and times each of them.
 
 Exit status 1 if a check failed or a contestant broke.
 """
 
 import contextlib
-import dataclasses
-import gc
-import importlib.util
 import json
-import math
 import multiprocessing
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from unittest import mock
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clone without installing
 
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import sft_cpu
+from experiments.benchmarks import gpu_checks, gpu_speed
 from functional_trainer import config
 
 CASE_SECONDS = 400
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
-TOKENS = {"bos_token_id": None, "eos_token_id": None}  # theirs are beyond a small vocabulary
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -67,515 +50,6 @@ class Options:
     """Timed steps a round, after two untimed ones."""
     json: Path | None = None
     """Also write the results here."""
-
-
-class Check(NamedTuple):
-    """One comparison; it passes if the error is at most the tolerance."""
-
-    what: str
-    error: float
-    tolerance: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class At:
-    """Where and how a case runs."""
-
-    device: Any
-    dtype: str
-    small: bool
-
-    def pick(self, small: Any, real: Any) -> Any:
-        return small if self.small else real
-
-    @property
-    def compiler(self) -> str:
-        return self.pick("eager", "inductor")
-
-
-class Skip(Exception):
-    """A case that cannot run here, and why."""
-
-
-# comparing -----------------------------------------------------------------------------------------------------------
-
-
-def error(ours: Any, theirs: Any) -> float:
-    """Return the larger of the relative 2-norm and the relative maximum norm of the difference."""
-    import torch
-
-    a, b = ours.detach().to(torch.float64), theirs.detach().to(torch.float64)
-    tiny = 1e-300
-    two, most = (a - b).norm() / b.norm().clamp_min(tiny), (a - b).abs().max() / b.abs().max().clamp_min(tiny)
-    return max(two.item(), most.item())
-
-
-def compare(at: At, fn: Callable, reference: Callable, leaves: list[Any], grads: bool = True) -> list[Check]:
-    """Compare `fn` in `at.dtype` with `reference` in float64: results, and gradients of a random projection."""
-    import torch
-
-    dtype = getattr(torch, at.dtype)
-    ours = [x.to(dtype).detach().requires_grad_(grads) for x in leaves]
-    wide = [x.detach().to(torch.float64).requires_grad_(grads) for x in ours]
-    outs, wants = (r if isinstance(r, tuple) else (r,) for r in (fn(*ours), reference(*wide)))
-    pairs = {f"out {i}": pair for i, pair in enumerate(zip(outs, wants, strict=True))}
-    if grads:
-        along = [torch.randn_like(o) for o in outs]
-        got = torch.autograd.grad(outs, ours, along)
-        want = torch.autograd.grad(wants, wide, [d.to(torch.float64) for d in along])
-        pairs |= {f"grad {i}": pair for i, pair in enumerate(zip(got, want, strict=True))}
-    return [Check(what, error(a, b), TOLERANCE[at.dtype]) for what, (a, b) in pairs.items()]
-
-
-def randn(at: At, *shape: int) -> Any:
-    """Draw on the device."""
-    import torch
-
-    return torch.randn(shape, device=at.device)
-
-
-# kernels -------------------------------------------------------------------------------------------------------------
-
-
-def attention(at: At, name: str, window: int | None, compiled: bool = False) -> list[Check]:
-    """Check one attention backend on packed rows that end in padding."""
-    import torch
-
-    import kernels
-    from kernels.attention import mask, reference
-
-    backend = next(b for b in kernels.BACKENDS["attention"] if b.name == name)
-    here = at.device.type in backend.serves or "*" in backend.serves
-    if name == "flash_attn" and (importlib.util.find_spec(name) is None or at.dtype == "float32" or not here):
-        raise Skip("needs the flash-attn package, a GPU and 16 bit")
-    if not here and name != "flex":
-        raise Skip(f"serves {', '.join(backend.serves)}")
-    B, S, N, K, H = at.pick((2, 40, 6, 2, 16), (2, 1024, 32, 4, 128))
-    batch = sft_cpu.packed_batch(B, S, 99, seed=1, shortest=at.pick(3, 100))
-    segments, positions = (batch[k].to(at.device) for k in ("segment_ids", "positions"))
-    segments[-1, -S // 4 :], positions[-1, -S // 4 :] = 0, 0
-    real = (segments != 0)[..., None, None]
-    seen, scale = mask(segments, positions, segments, positions, window), H**-0.5
-
-    def ours(q, k, v):
-        if name == "flex":  # the table refuses it on the CPU, where it has no backward
-            out = backend.fn(q, k, v, segments, positions, segments, positions, window, scale)
-        else:
-            out = kernels.attention(q, k, v, segments, positions, window=window, backend=name)
-        return out * real
-
-    leaves = [randn(at, B, S, heads, H) for heads in (N, K, K)]
-    run = torch.compile(ours, backend=at.compiler) if compiled else ours
-    return compare(at, run, lambda q, k, v: reference(q, k, v, seen, scale) * real, leaves, grads=here)
-
-
-def grouped_matmul(at: At, name: str) -> list[Check]:
-    """Check one grouped matmul backend, with an expert without rows and rows without an expert."""
-    import torch
-
-    import kernels
-    from kernels.grouped_matmul import reference
-
-    backend = next(b for b in kernels.BACKENDS["grouped_matmul"] if b.name == name)
-    if at.device.type not in backend.serves and "*" not in backend.serves:
-        raise Skip(f"serves {', '.join(backend.serves)}")
-    E, inner, outer = at.pick((5, 24, 40), (16, 2048, 1536))
-    counts = torch.arange(E, device=at.device) * at.pick(3, 37)
-    leaves = [randn(at, int(counts.sum()) + 7, inner), randn(at, E, outer, inner)]
-    ours = lambda x, w: kernels.grouped_matmul(x, w, counts, backend=name)  # noqa: E731
-    return compare(at, ours, lambda x, w: reference(x, w, counts), leaves)
-
-
-def experts(at: At) -> list[Check]:
-    """Check the routed experts against a loop over all of them, padding tokens among the tokens."""
-    import torch
-    import torch.nn.functional as F
-
-    import kernels
-
-    T, D, E, K, hidden = at.pick((30, 24, 5, 2, 16), (512, 2048, 128, 8, 768))
-    ids = torch.rand(T, E, device=at.device).topk(K).indices
-    ids[-3:] = E
-
-    def reference(x, w, gate_up, down):
-        y = torch.zeros_like(x)
-        for e in range(E):
-            gate, up = (x @ part.T for part in gate_up[e])
-            y = y + ((ids == e) * w).sum(1)[:, None] * ((F.silu(gate) * up) @ down[e].T)
-        return y
-
-    leaves = [randn(at, *shape) * shape[-1] ** -0.5 for shape in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden))]
-    return compare(at, lambda x, w, g, d: kernels.experts(x, w, ids, g, d, E), reference, leaves)
-
-
-def linear_logprob(at: At, plain: bool) -> list[Check]:
-    """Check log-probability and entropy, plain or with bias, soft cap and temperature."""
-    import torch
-
-    import kernels
-    from kernels.linear_logprob import reference
-
-    T, D, V = at.pick((30, 24, 97), (1024, 2048, 151936))
-    targets = torch.randint(0, V, (T,), device=at.device)
-    leaves = [randn(at, T, D), randn(at, V, D) * D**-0.5]
-    options: dict[str, Any] = {} if plain else {"softcap": 5.0, "temperature": 0.7}
-    leaves += [] if plain else [randn(at, V)]
-
-    def ours(h, w, *bias):
-        return kernels.linear_logprob(h, w, targets, *bias, **options)
-
-    return compare(at, ours, lambda h, w, *bias: reference(h, w, targets, *bias, **options), leaves)
-
-
-def elementwise(at: At, compiled: bool) -> list[Check]:
-    """Check embedding, RMSNorm, rotary embedding and SwiGLU against other ways to compute them."""
-    import torch
-
-    import kernels
-
-    B, S, N, H = at.pick((2, 9, 3, 16), (2, 512, 32, 128))
-    tokens = torch.randint(0, 7, (B, S), device=at.device)
-    angle = torch.rand(B, S, H // 2, device=at.device, dtype=torch.float64)
-    turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]
-
-    def turned(x):  # pairs (i, i + h) as complex numbers
-        z = torch.complex(*x.chunk(2, -1)) * turn
-        return torch.cat([z.real, z.imag], -1)
-
-    def rotate(x):
-        angle_in = angle.to(torch.promote_types(x.dtype, torch.float32))
-        return kernels.rope(x, angle_in.cos(), angle_in.sin())
-
-    def normed(x, scale):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
-
-    def gated(x):
-        gate, up = x.tensor_split(2, -1)
-        return gate * torch.sigmoid(gate) * up
-
-    pairs: dict[str, tuple[Callable, Callable, list[Any]]] = {
-        "embedding": (lambda w: kernels.embedding(w, tokens), lambda w: w[tokens], [randn(at, 7, H)]),
-        "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-6), normed, [randn(at, B, S, H), randn(at, H)]),
-        "rope": (rotate, turned, [randn(at, B, S, N, H)]),
-        "swiglu": (kernels.swiglu, gated, [randn(at, B, S, 2 * H)]),
-    }
-    return [
-        c._replace(what=f"{name} {c.what}")
-        for name, (ours, reference, leaves) in pairs.items()
-        for c in compare(at, torch.compile(ours, backend=at.compiler) if compiled else ours, reference, leaves)
-    ]
-
-
-# models --------------------------------------------------------------------------------------------------------------
-
-
-def hf_config(at: At, family: str) -> dict[str, Any]:
-    """Return a config of a few layers, as a Hugging Face dict."""
-    import models
-
-    name = {"qwen3": "dense-0.6b", "qwen3_moe": "30b-a3b"}[family]
-    sizes = at.pick(
-        {"hidden_size": 40, "head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 56,
-         "moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "vocab_size": 97},
-        {"hidden_size": 1024, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 4096},
-    )  # fmt: skip
-    keys = set(models.PRESETS[name])
-    return models.PRESETS[name] | {k: v for k, v in sizes.items() if k in keys} | {"num_hidden_layers": 2, **TOKENS}
-
-
-def prepared(at: At, family: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Return a model that computes in `at.dtype`, float32 parameters rounded to it, and a batch."""
-    import torch
-
-    import models
-    from functional_trainer import tree
-
-    model, dtype = models.from_config(hf_config(at, family)), getattr(torch, at.dtype)
-    params = tree.map(lambda w: w.to(dtype).to(torch.float32), model.init(0, device=at.device))
-    batch = sft_cpu.packed_batch(2, at.pick(40, 512), model.config.vocab, seed=2, shortest=4)
-    model = dataclasses.replace(model, dtype=None if at.dtype == "float32" else dtype)
-    return model, params, {k: v.to(at.device) for k, v in batch.items()}
-
-
-def our_side(model: Any, params: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:
-    """Return logits (B, S, V), gradients of the loss by path, and the expert ids of each routed layer."""
-    import torch
-
-    import kernels
-    from functional_trainer import losses, tree
-    from functional_trainer.types import ONE_DEVICE
-
-    ids: list[Any] = []
-    experts = kernels.experts
-
-    def record(x, weights, expert_TK, *rest):
-        ids.append(expert_TK)
-        return experts(x, weights, expert_TK, *rest)
-
-    params = tree.map(lambda w: w.detach().requires_grad_(), params)
-    with mock.patch.object(kernels, "experts", record):
-        output, unembed = model.apply(params, batch), model.unembed(params)
-    sums, _ = losses.sft("none").terms(output, unembed, batch, ONE_DEVICE)
-    leaves = tree.flatten(params)
-    grads = torch.autograd.grad(sums["nll"] / batch["weights"].sum(), list(leaves.values()))
-    return output.hidden @ unembed.weight.T, dict(zip(leaves, grads, strict=True)), ids
-
-
-@contextlib.contextmanager
-def routed(module: Any, ids: list[Any], force: bool, flips: list[int]) -> Iterator[None]:
-    """Count the tokens that transformers' routers send elsewhere than `ids`; with `force` send them there."""
-    import torch
-
-    gates = [m for m in module.modules() if type(m).__name__.endswith("TopKRouter")]
-
-    def hook(gate, _, out, at):
-        logits, scores, chosen = out
-        flips.append(int((chosen.sort(-1).values != at.sort(-1).values).any(-1).sum()))
-        if not force:
-            return out
-        top = logits.softmax(-1, dtype=torch.float32).gather(-1, at)
-        top = top / top.sum(-1, keepdim=True) if gate.norm_topk_prob else top
-        return logits, top.to(scores.dtype), at
-
-    handles = [g.register_forward_hook(partial(hook, at=i)) for g, i in zip(gates, ids, strict=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def parity(at: At, family: str) -> list[Check]:
-    """Check logits and gradients of a model against transformers in float32, routed alike."""
-    import torch
-
-    from functional_trainer import hf
-
-    model, params, batch = prepared(at, family)
-    logits, grads, ids = our_side(model, params, batch)
-    module = sft_cpu.hf_module(model, torch.float32, at.device, params, attn_implementation="sdpa")
-    if ids:
-        module.set_experts_implementation("eager")
-    inputs = sft_cpu.hf_inputs(batch)
-    flips: list[int] = []
-    with torch.no_grad(), routed(module, ids, False, flips):
-        module(**inputs)
-    with routed(module, ids, True, []):
-        out = module(**inputs)
-    out.loss.backward()
-    slots = hf.expand(model.specs, model.names[-1])
-    pairs = {k: (grads[s.path][s.index].view(s.shape), module.get_parameter(k).grad) for k, s in slots.items()}
-    ours, theirs = (torch.cat([pair[i].flatten() for pair in pairs.values()]) for i in (0, 1))
-    each = {k: error(a, b) for k, (a, b) in pairs.items()}
-    worst = max(each, key=lambda k: each[k])
-    tolerance = {"float32": 1e-5, "bfloat16": 3e-2}[at.dtype]
-    note = f"{sum(flips)} of {len(ids) * batch['tokens'].numel()} choices would differ" if ids else ""
-    return [
-        Check("logits", error(logits, out.logits), tolerance, note),
-        Check("gradient", ((ours - theirs).norm() / theirs.norm()).item(), 2 * tolerance),
-        Check("worst leaf", each[worst], 5 * tolerance, worst),
-    ]
-
-
-def step_forms(at: At, form: str) -> list[Check]:
-    """Check three train steps in one form against the plain form: losses and gradient norms."""
-    import torch
-
-    from functional_trainer import init_state, losses, make_train_step, optimizers
-
-    if at.small and at.dtype != "float32":
-        raise Skip("one dtype is enough at small sizes")
-    forms: dict[str, dict[str, Any]] = {
-        "off": {},
-        "layer": {"compile": "layer", "backend": at.compiler},
-        "step": {"compile": "step", "backend": at.compiler},
-        "remat": {"remat": "layer", "micro_batches": 2},
-    }
-    adamw = optimizers.adamw(optimizers.schedule("constant", 1e-4, 1))
-    seen = {}
-    for name in ("off", form):
-        model, params, batch = prepared(at, "qwen3_moe")
-        step = make_train_step(model, losses.sft(), adamw, **forms[name])
-        state = init_state(params, adamw)
-        metrics = [step(state, batch)[1] for _ in range(3)]
-        seen[name] = {k: torch.stack([m[k].detach() for m in metrics]) for k in ("loss", "grad_norm")}
-    tolerance = {"float32": 2e-5, "bfloat16": 1e-2}[at.dtype]
-    wide = {"loss": tolerance, "grad_norm": 5 * tolerance}  # near-ties may flip experts between forms
-    return [Check(k, error(seen[form][k], seen["off"][k]), wide[k]) for k in wide]
-
-
-CASES: dict[str, Callable[[At], list[Check]]] = {
-    **{
-        f"attention {name}{' window' * bool(window)}": partial(attention, name=name, window=window)
-        for name in ("reference", "sdpa", "documents", "flex", "flash_attn")
-        for window in (None, 7)
-    },
-    "attention flex compiled": partial(attention, name="flex", window=None, compiled=True),
-    **{f"grouped_matmul {name}": partial(grouped_matmul, name=name) for name in ("reference", "blas", "torch")},
-    "experts": experts,
-    "linear_logprob": partial(linear_logprob, plain=True),
-    "linear_logprob bias softcap temperature": partial(linear_logprob, plain=False),
-    "elementwise": partial(elementwise, compiled=False),
-    "elementwise compiled": partial(elementwise, compiled=True),
-    **{f"model {family}": partial(parity, family=family) for family in ("qwen3", "qwen3_moe")},
-    **{f"step {form}": partial(step_forms, form=form) for form in ("layer", "step", "remat")},
-}
-
-
-# speed ---------------------------------------------------------------------------------------------------------------
-
-
-def timed_config(layers: int, small: bool) -> dict[str, Any]:
-    """Return Qwen3-30B-A3B at some depth, or at the CPU small in every way."""
-    import models
-
-    return models.PRESETS["tiny" if small else "30b-a3b"] | {"num_hidden_layers": layers, **TOKENS}
-
-
-def layers_that_fit(device: Any, tokens: int) -> int:
-    """Return the depth that free memory has room for: 18 bytes a parameter, activations, logits, a leaf's update."""
-    import torch
-
-    import models
-
-    one, two = (models.from_config(timed_config(n, False)) for n in (1, 2))
-    layer = models.count(two) - models.count(one)
-    fixed = models.count(one) - layer
-    c = one.config
-    # bfloat16 kept for backward: routed rows (in, gate, up, product, out) and about 20 copies of the residual.
-    kept = 2 * tokens * (c.top_k * (2 * c.dim + 3 * c.expert_hidden) + 20 * c.dim)
-    free = 0.92 * torch.get_device_module(device).mem_get_info()[0]
-    logits, update = 14 * tokens * c.vocab, 12e9
-    return max(1, min(48, math.floor((free - 18 * fixed - logits - update) / (18 * layer + kept))))
-
-
-def prefer(name: str) -> None:
-    """Make an attention backend this process's default."""
-    import kernels
-
-    table = kernels.BACKENDS["attention"]
-    kernels.BACKENDS["attention"] = (*(b._replace(default_on=("*",)) for b in table if b.name == name), *table)
-
-
-def our_step(at: At, model: Any, batch: Any, form: str, attention: str | None, masters: str) -> Callable[[], Callable]:
-    """Return what builds a fresh state and its step; the compiled step itself is made once."""
-    import torch
-
-    from functional_trainer import init_state, losses, make_train_step, optimizers
-
-    if attention:
-        prefer(attention)
-    adamw = optimizers.adamw(optimizers.schedule("constant", sft_cpu.LR, 1), sft_cpu.BETAS, weight_decay=sft_cpu.DECAY)
-    model = dataclasses.replace(model, dtype=torch.bfloat16)
-    step = make_train_step(model, losses.sft(), adamw, compile=form, backend=at.compiler)  # type: ignore[arg-type]
-
-    def build() -> Callable:
-        state = init_state(model.init(0, dtype=getattr(torch, masters), device=at.device), adamw)
-
-        return lambda: step(state, batch)[1]["loss"]
-
-    return build
-
-
-def hf_step(at: At, model: Any, batch: Any, attention: str, compiled: bool, liger: bool) -> Callable[[], Callable]:
-    """Return what builds transformers' model, all in bfloat16, and its step."""
-    import torch
-
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
-
-        apply_liger_kernel_to_qwen3_moe()
-    inputs = sft_cpu.hf_inputs(batch) | {"output_router_logits": True}
-    how = {"attn_implementation": attention, "experts_implementation": "grouped_mm"}
-
-    def build() -> Callable:
-        module = sft_cpu.hf_module(model, torch.bfloat16, at.device, **how)
-        adamw = sft_cpu.hf_adamw(module)
-        forward = torch.compile(module, backend=at.compiler) if compiled else module
-
-        def run() -> Any:
-            loss = forward(**inputs).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), sft_cpu.CLIP)
-            adamw.step()
-            adamw.zero_grad(set_to_none=True)
-            return loss.detach()
-
-        return run
-
-    return build
-
-
-def contestants(small: bool) -> dict[str, Callable]:
-    """Return what makes each contestant that can run here, by name."""
-    have = [name for name in ("flash_attn", "liger_kernel") if importlib.util.find_spec(name)]
-    ours = partial(our_step, attention=None, masters="float32")
-    theirs = partial(hf_step, attention="sdpa", compiled=False, liger=False)
-    found: dict[str, Callable] = {"ours-layer": partial(ours, form="layer"), "hf-sdpa": theirs}
-    if small:
-        return found
-    found["ours-layer-bf16"] = partial(ours, form="layer", masters="bfloat16")
-    found["ours-layer-flex"] = partial(ours, form="layer", attention="flex")
-    found["ours-step"] = partial(ours, form="step")
-    found["ours-off"] = partial(ours, form="off")
-    found["hf-sdpa-compiled"] = partial(theirs, compiled=True)
-    if "flash_attn" in have:
-        found["ours-layer-flash"] = partial(ours, form="layer", attention="flash_attn")
-        found["hf-flash"] = partial(theirs, attention="flash_attention_2")
-    if "liger_kernel" in have:
-        found["hf-liger"] = partial(theirs, liger=True)
-    return found
-
-
-class Timer:
-    """One contestant in its own process."""
-
-    def __init__(self, at: At, name: str, layers: int, rows: int):
-        import models
-
-        self.at, small = at, at.small
-        self.model = models.from_config(timed_config(layers, small))
-        length = at.pick(64, 4096)
-        batch = sft_cpu.packed_batch(rows, length, self.model.config.vocab, seed=3, shortest=length // 8)
-        self.batch = {k: v.to(at.device) for k, v in batch.items()}
-        self.build = contestants(small)[name](at, self.model, self.batch)
-
-    def round(self, steps: int) -> dict[str, float]:
-        """Build, warm up and time; give the memory back. Return seconds a step, the first step's, peak GiB, loss."""
-        import torch
-
-        from functional_trainer import backend
-
-        device = torch.get_device_module(self.at.device)
-        if not self.at.small:
-            device.reset_peak_memory_stats()
-        step, seconds = self.build(), []
-        for _ in range(2 + steps):
-            backend.synchronize(self.at.device)
-            begin = time.perf_counter()
-            loss = step().detach().clone()
-            backend.synchronize(self.at.device)
-            seconds.append(time.perf_counter() - begin)
-        peak = backend.peak_memory(self.at.device) / GIB
-        del step
-        gc.collect()
-        if not self.at.small:
-            device.empty_cache()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()}")
-        return {"step_s": statistics.median(seconds[2:]), "first_s": seconds[0], "peak_gib": peak, "loss": loss.item()}
-
-    def useful(self, seconds: float) -> tuple[float, float | None]:
-        """Return tokens a second and MFU."""
-        import torch
-
-        from functional_trainer import backend, flops
-
-        c, lengths = self.model.config, flops.lengths(self.batch["segment_ids"])
-        work = flops.train_flops(self.model.specs, lengths, c.top_k, c.windows)
-        rate = self.batch["tokens"].numel() / seconds
-        return rate, flops.mfu(work, seconds, backend.peak_flops(self.at.device, torch.bfloat16))
 
 
 # processes -----------------------------------------------------------------------------------------------------------
@@ -603,16 +77,16 @@ def serve(pipe: Any, device_name: str) -> None:
     def about() -> dict[str, str]:
         return {"device": backend.describe(device), "torch": torch.__version__, "small": "yes" if small else ""}
 
-    def check(name: str, dtype: str) -> list[Check]:
+    def check(name: str, dtype: str) -> list[gpu_checks.Check]:
         torch.manual_seed(0)
-        return CASES[name](At(device, dtype, small))
+        return gpu_checks.CASES[name](gpu_checks.At(device, dtype, small))
 
     def fit(rows: int) -> int:
-        return 2 if small else layers_that_fit(device, rows * 4096)
+        return 2 if small else gpu_speed.layers_that_fit(device, rows * 4096)
 
     def measure(name: str, layers: int, rows: int, steps: int) -> dict[str, float]:
         if "timer" not in kept:
-            kept["timer"] = Timer(At(device, "bfloat16", small), name, layers, rows)
+            kept["timer"] = gpu_speed.Timer(gpu_checks.At(device, "bfloat16", small), name, layers, rows)
         return kept["timer"].round(steps)
 
     def useful(seconds: float) -> tuple[float, float | None]:
@@ -622,7 +96,7 @@ def serve(pipe: Any, device_name: str) -> None:
     while (request := pipe.recv()) is not None:
         try:
             answer: Any = ("ok", offered[request[0]](*request[1:]))
-        except Skip as why:
+        except gpu_checks.Skip as why:
             answer = ("skip", str(why))
         except Exception as problem:  # one case's failure hides no other
             said = [line for line in str(problem).splitlines() if line.strip()] or [""]
@@ -675,8 +149,8 @@ def wanted(o: Options, names: Any) -> list[str]:
 def run_checks(o: Options, worker: Worker, console: Console) -> list[dict[str, Any]]:
     """Run every case in both dtypes, print a line for each comparison, and return them."""
     results = []
-    for name in wanted(o, CASES):
-        for dtype in TOLERANCE:
+    for name in wanted(o, gpu_checks.CASES):
+        for dtype in gpu_checks.TOLERANCE:
             status, answer = worker.ask("check", name, dtype)
             if status != "ok":
                 console.print(f"{status.upper():6} {name:42} {dtype:9} {answer}", markup=False, soft_wrap=True)
@@ -692,7 +166,7 @@ def run_checks(o: Options, worker: Worker, console: Console) -> list[dict[str, A
 
 def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[str, Any]]:
     """Time the contestants in turn, print the table, and return its rows."""
-    names, small = wanted(o, contestants(bool(about["small"]))), bool(about["small"])
+    names, small = wanted(o, gpu_speed.contestants(bool(about["small"]))), bool(about["small"])
     first = Worker(o.device)
     layers, rows = o.layers or first.ask("fit", o.rows)[1], 1 if small else o.rows
     first.stop()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +26,6 @@ def test_qwen3_30b_a3b_at_4096():
 @pytest.mark.parametrize("tied", [False, True])
 def test_equals_what_pytorch_counts_in_transformers(tied):
     """Its eager attention computes all S*S pairs: those beyond the causal half are put right."""
-    transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3MoeConfig(
         vocab_size=41, hidden_size=24, intermediate_size=36, moe_intermediate_size=20, num_hidden_layers=3,
         num_attention_heads=6, num_key_value_heads=2, head_dim=10, num_experts=5, num_experts_per_tok=2,

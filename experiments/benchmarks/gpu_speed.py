@@ -1,0 +1,172 @@
+"""The contestants of gpu_suite.py: training steps of Qwen3-30B-A3B at its real widths (128 experts, top-8).
+
+As deep as AdamW leaves room for, random weights, packed documents of 512 to 2048 tokens in rows of 4096. `ours` keeps
+float32 masters and moments, `-bf16` and transformers keep bfloat16 ones.
+"""
+
+import dataclasses
+import gc
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from experiments.benchmarks import sft_cpu
+from experiments.benchmarks.gpu_checks import TOKENS, At
+
+GIB = 2**30
+
+
+def timed_config(layers: int, small: bool) -> dict[str, Any]:
+    """Return Qwen3-30B-A3B at some depth, or at the CPU small in every way."""
+    import models
+
+    return models.PRESETS["tiny" if small else "30b-a3b"] | {"num_hidden_layers": layers, **TOKENS}
+
+
+def layers_that_fit(device: Any, tokens: int) -> int:
+    """Return the depth that free memory has room for: 18 bytes a parameter, activations, logits, a leaf's update."""
+    import torch
+
+    import models
+
+    one, two = (models.from_config(timed_config(n, False)) for n in (1, 2))
+    layer = models.count(two) - models.count(one)
+    fixed = models.count(one) - layer
+    c = one.config
+    # bfloat16 kept for backward: routed rows (in, gate, up, product, out) and about 20 copies of the residual.
+    kept = 2 * tokens * (c.top_k * (2 * c.dim + 3 * c.expert_hidden) + 20 * c.dim)
+    free = 0.92 * torch.get_device_module(device).mem_get_info()[0]
+    logits, update = 14 * tokens * c.vocab, 12e9
+    return max(1, min(48, math.floor((free - 18 * fixed - logits - update) / (18 * layer + kept))))
+
+
+def prefer(name: str) -> None:
+    """Make an attention backend this process's default."""
+    import kernels
+
+    table = kernels.BACKENDS["attention"]
+    kernels.BACKENDS["attention"] = (*(b._replace(default_on=("*",)) for b in table if b.name == name), *table)
+
+
+def our_step(at: At, model: Any, batch: Any, form: str, attention: str | None, masters: str) -> Callable[[], Callable]:
+    """Return what builds a fresh state and its step; the compiled step itself is made once."""
+    import torch
+
+    from functional_trainer import init_state, losses, make_train_step, optimizers
+
+    if attention:
+        prefer(attention)
+    adamw = optimizers.adamw(optimizers.schedule("constant", sft_cpu.LR, 1), sft_cpu.BETAS, weight_decay=sft_cpu.DECAY)
+    model = dataclasses.replace(model, dtype=torch.bfloat16)
+    step = make_train_step(model, losses.sft(), adamw, compile=form, backend=at.compiler)  # type: ignore[arg-type]
+
+    def build() -> Callable:
+        state = init_state(model.init(0, dtype=getattr(torch, masters), device=at.device), adamw)
+
+        return lambda: step(state, batch)[1]["loss"]
+
+    return build
+
+
+def hf_step(at: At, model: Any, batch: Any, attention: str, compiled: bool, liger: bool) -> Callable[[], Callable]:
+    """Return what builds transformers' model, all in bfloat16, and its step."""
+    import torch
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+        apply_liger_kernel_to_qwen3_moe()
+    inputs = sft_cpu.hf_inputs(batch) | {"output_router_logits": True}
+    how = {"attn_implementation": attention, "experts_implementation": "grouped_mm"}
+
+    def build() -> Callable:
+        module = sft_cpu.hf_module(model, torch.bfloat16, at.device, **how)
+        adamw = sft_cpu.hf_adamw(module)
+        forward = torch.compile(module, backend=at.compiler) if compiled else module
+
+        def run() -> Any:
+            loss = forward(**inputs).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), sft_cpu.CLIP)
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        return run
+
+    return build
+
+
+def contestants(small: bool) -> dict[str, Callable]:
+    """Return what makes each contestant that can run here, by name."""
+    have = [name for name in ("flash_attn", "liger_kernel") if importlib.util.find_spec(name)]
+    ours = partial(our_step, attention=None, masters="float32")
+    theirs = partial(hf_step, attention="sdpa", compiled=False, liger=False)
+    found: dict[str, Callable] = {"ours-layer": partial(ours, form="layer"), "hf-sdpa": theirs}
+    if small:
+        return found
+    found["ours-layer-bf16"] = partial(ours, form="layer", masters="bfloat16")
+    found["ours-layer-flex"] = partial(ours, form="layer", attention="flex")
+    found["ours-step"] = partial(ours, form="step")
+    found["ours-off"] = partial(ours, form="off")
+    found["hf-sdpa-compiled"] = partial(theirs, compiled=True)
+    if "flash_attn" in have:
+        found["ours-layer-flash"] = partial(ours, form="layer", attention="flash_attn")
+        found["hf-flash"] = partial(theirs, attention="flash_attention_2")
+    if "liger_kernel" in have:
+        found["hf-liger"] = partial(theirs, liger=True)
+    return found
+
+
+class Timer:
+    """One contestant in its own process."""
+
+    def __init__(self, at: At, name: str, layers: int, rows: int):
+        import models
+
+        self.at, small = at, at.small
+        self.model = models.from_config(timed_config(layers, small))
+        length = at.pick(64, 4096)
+        batch = sft_cpu.packed_batch(rows, length, self.model.config.vocab, seed=3, shortest=length // 8)
+        self.batch = {k: v.to(at.device) for k, v in batch.items()}
+        self.build = contestants(small)[name](at, self.model, self.batch)
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Build, warm up and time; give the memory back. Return seconds a step, the first step's, peak GiB, loss."""
+        import torch
+
+        from functional_trainer import backend
+
+        device = torch.get_device_module(self.at.device)
+        if not self.at.small:
+            device.reset_peak_memory_stats()
+        step, seconds = self.build(), []
+        for _ in range(2 + steps):
+            backend.synchronize(self.at.device)
+            begin = time.perf_counter()
+            loss = step().detach().clone()
+            backend.synchronize(self.at.device)
+            seconds.append(time.perf_counter() - begin)
+        peak = backend.peak_memory(self.at.device) / GIB
+        del step
+        gc.collect()
+        if not self.at.small:
+            device.empty_cache()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()}")
+        return {"step_s": statistics.median(seconds[2:]), "first_s": seconds[0], "peak_gib": peak, "loss": loss.item()}
+
+    def useful(self, seconds: float) -> tuple[float, float | None]:
+        """Return tokens a second and MFU."""
+        import torch
+
+        from functional_trainer import backend, flops
+
+        c, lengths = self.model.config, flops.lengths(self.batch["segment_ids"])
+        work = flops.train_flops(self.model.specs, lengths, c.top_k, c.windows)
+        rate = self.batch["tokens"].numel() / seconds
+        return rate, flops.mfu(work, seconds, backend.peak_flops(self.at.device, torch.bfloat16))
