@@ -35,6 +35,7 @@ def samples():
         "grouped_matmul": [
             (x, experts, counts, None, None, 1, False, False),
             (tokens, *routed, True, False), (rows, *routed, False, True),
+            (*(leaf(*n, dtype=torch.bfloat16) for n in ((7, 4), (3, 6, 4))), counts, None, None, 1, False, False),
         ],
         "grouped_matmul_grad": [
             (grad, x.detach(), experts.detach(), counts, None, None, 1, False, False),
