@@ -1,7 +1,7 @@
 """Optimizers and schedules as pure functions.
 
-An optimizer updates one leaf at a time, so the same function is inlined in a whole-step graph, or compiled once and
-called per leaf. Scalars that change are 0-d float64 tensors: they are data, never a reason to recompile.
+An optimizer updates one leaf at a time, so the same function is inlined in a whole-step graph, or in one for a block's
+leaves. Scalars that change are 0-d float64 tensors: they are data, never a reason to recompile.
 """
 
 import math

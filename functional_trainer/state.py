@@ -1,5 +1,6 @@
 """The train state, and what one gradient does to it. Everything here works in place on donated storage."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,28 +37,37 @@ def init_state(params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | Non
     return TrainState(zero, zero.clone(), params, moments, buffers or {}, zero.clone())
 
 
-def update_leaf(update: Callable, p, g, moments, scalars, scale, finite) -> None:
-    """Update one leaf and its moments in place, or leave them as they are if the gradient is not finite."""
-    new_p, new_moments = update(p, g * scale, moments, scalars)
-    p.copy_(torch.where(finite, new_p, p))
-    for k, old in moments.items():
-        old.copy_(torch.where(finite, new_moments[k], old))
+def update_block(update: Callable, leaves: list[tuple], scale, finite) -> None:
+    """Update each (p, g, moments, scalars) in place, or leave p and moments as they are if not `finite`."""
+    for p, g, moments, scalars in leaves:
+        new_p, new_moments = update(p, g * scale, moments, scalars)
+        p.copy_(torch.where(finite, new_p, p))
+        for k, old in moments.items():
+            old.copy_(torch.where(finite, new_moments[k], old))
+
+
+def block(path: str) -> str:
+    """Name the block that a leaf belongs to: its path up to the first index, as in layers/3, or nothing."""
+    return match[0] if (match := re.match(r"(.*?/)?\d+(?=/)", path)) else ""
 
 
 def apply_gradient(
-    optimizer: Optimizer, leaf: Callable, loss: Loss, clip: float, shard,
+    optimizer: Optimizer, update: Callable, loss: Loss, clip: float, shard,
     state: TrainState, grads: list[torch.Tensor], means: Metrics, reported: Metrics,
 ) -> Metrics:  # fmt: skip
-    """Clip, update every leaf and the buffers in place, and return the step's metrics."""
+    """Clip, update every leaf (block by block, with `update_block`) and the buffers in place; return the metrics."""
     norm = shard.norm(grads, tree.leaves(state.params))
     finite = torch.isfinite(norm)
     scale = clip / norm.clamp_min(clip) if clip else torch.ones_like(norm)
     scale = torch.where(finite, scale, 0)  # a NaN scalar would make Dynamo compile every leaf's update again
     groups = {path: optimizer.group(path) for path in state.moments}
     scalars = {group: optimizer.scalars(state.step, state.updates, group) for group in dict.fromkeys(groups.values())}
+    blocks: dict[str, list[tuple]] = {}
     for (path, p), g in zip(tree.flatten(state.params).items(), grads, strict=True):
         moments = {k: shard.storage(v) for k, v in state.moments[path].items()}
-        leaf(shard.storage(p), g, moments, scalars[groups[path]], scale, finite)
+        blocks.setdefault(block(path), []).append((shard.storage(p), g, moments, scalars[groups[path]]))
+    for leaves in blocks.values():
+        update(leaves, scale, finite)
     buffers = loss.update(state.buffers, reported)
     tree.map(lambda old, new: old.copy_(torch.where(finite, new, old)), state.buffers, buffers)
     state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))

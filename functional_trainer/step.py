@@ -5,7 +5,7 @@
     state   = optimizer(state, clipped grads)           or the old state, bit for bit, if the norm is not finite
 
 `compile="step"` makes this one graph, backward and update included. With several micro-batches or recomputation it is
-two, gradient and update. "layer" compiles one block and one leaf's update, so its cost does not grow with depth.
+two, gradient and update. "layer" compiles one block and its update, so its cost does not grow with depth.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ import kernels
 from functional_trainer import tree
 from functional_trainer.losses import Loss
 from functional_trainer.optimizers import Optimizer
-from functional_trainer.state import Metrics, TrainState, apply_gradient, update_leaf
+from functional_trainer.state import Metrics, TrainState, apply_gradient, update_block
 from functional_trainer.types import ONE_DEVICE, Batch
 
 
@@ -81,17 +81,17 @@ def make_train_step(
     one_graph = compile == "step" and micro_batches == 1 and remat == "none"
     model = wrap_layer(model, compile=compile == "layer", remat=remat == "layer", backend=backend)
 
-    def jit(fn: Callable, when: bool, dynamic: bool = False) -> Callable:
-        return torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=backend) if when else fn
+    def jit(fn: Callable, when: bool) -> Callable:
+        return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend) if when else fn
 
     def objective(params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
         sums, reported = evaluate(model, loss, params, batch, buffers, shard)
         means = {k: v / weights[k] for k, v in sums.items()}
         return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
 
-    leaf = jit(partial(update_leaf, optimizer.update), compile == "layer", dynamic=True)
+    update = jit(partial(update_block, optimizer.update), compile == "layer")
     grad = partial(gradient, jit(objective, compile == "step" and not one_graph), shard)
-    finish = jit(partial(apply_gradient, optimizer, leaf, loss, clip, shard), compile == "step" and not one_graph)
+    finish = jit(partial(apply_gradient, optimizer, update, loss, clip, shard), compile == "step" and not one_graph)
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         weights = total_weights(loss, batch, shard)
@@ -107,7 +107,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         flags: dict[str, Any] = {"capture_scalar_outputs": True}  # an all-to-all's splits are read back to the host
-        flags |= {"recompile_limit": 64}  # kinds of layers, and ranks and strides of leaves; the default is 8
+        flags |= {"recompile_limit": 64}  # kinds of layers; the default is 8
         flags |= {"trace_autograd_ops": True} if one_graph else {}
         tag = torch.compiler.config.patch(cache_key_tag=kernels.SOURCE)  # type: ignore[attr-defined]
         with torch._dynamo.config.patch(flags), tag:

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import kernels
 from functional_trainer import init_state, losses, make_train_step, optimizers, tree
+from functional_trainer.state import block
 from functional_trainer.types import ONE_DEVICE
 from tests.models import small
 
@@ -271,3 +272,9 @@ def test_small_updates_are_not_lost_to_bfloat16():
     state, *_ = run(1, model=model, dtype=torch.float32, optimizer=optimizer)
     moved = [(v != before[k]).float().mean() for k, v in tree.flatten(state.params).items() if "norm" in k]
     assert min(moved) > 0.9  # norm scales are near 1, where bfloat16's steps are 0.004
+
+
+def test_a_block_is_a_path_up_to_its_first_index():
+    paths = {"layers/0/attn/q": "layers/0", "vision/layers/11/mlp/down": "vision/layers/11", "3/w": "3", "embed": ""}
+    assert {path: block(path) for path in paths} == paths
+    assert block("layers/1/moe/2/w") == "layers/1" and block("layers2/w") == ""
