@@ -57,10 +57,8 @@ def setup(name: str = "auto", deterministic: bool | None = None) -> torch.device
 def keep_host_memory() -> None:
     """Let freed host memory stay with the process and use huge pages: a step allocates the same buffers every time.
 
-    All threads allocate from one arena, so that what the forward pass freed serves autograd's thread, and back.
-
-    Only glibc knows these switches; elsewhere nothing happens. The second works if torch has not
-    allocated anything large yet.
+    All threads allocate from one arena, so that what one has freed serves the others. Only glibc knows these switches;
+    elsewhere nothing happens. Huge pages work if torch has not allocated anything large yet.
     """
     if platform.system() != "Linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return

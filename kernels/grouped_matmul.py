@@ -30,8 +30,8 @@ def reference(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -
 def tile(rows: int, itemsize: int) -> int:
     """Return how many rows a host product over `rows` rows computes.
 
-    oneDNN, which multiplies 16-bit matrices on CPUs, compiles a kernel for every shape it meets (0.5 to 2 ms, and
-    memory), and an expert's number of rows is a new one every step. So 16-bit products are rounded up to one of a few.
+    oneDNN, which multiplies 16-bit matrices on CPUs, compiles and keeps a kernel for every shape it meets, and an
+    expert's number of rows is a new one every step. So 16-bit products are rounded up to one of a few.
     """
     if itemsize > 2:
         return rows

@@ -24,6 +24,5 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 def pytest_collection_modifyitems(config, items):
     """Leave out, and report as deselected, what only root can run."""
     if os.geteuid() != 0:
-        ours = [item for item in items if not item.get_closest_marker("root")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in ours])
-        items[:] = ours
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("root")])
+        items[:] = [item for item in items if not item.get_closest_marker("root")]
