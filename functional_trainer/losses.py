@@ -7,7 +7,6 @@ no result depends on how tokens were packed, split or sharded. Losses see per-to
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -36,16 +35,22 @@ class Loss:
 
 
 def logprobs(
-    output: Output, unembed: Unembed, batch: Batch, shard, temperature: float = 1.0, entropy: bool = False
+    output: Output, unembed: Unembed, batch: Batch, shard, temperature: float = 1.0, entropy: bool = False, mask=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probability of each target and entropy (zeros unless asked for), both (B, S)."""
-    run = partial(
-        kernels.linear_logprob, bias_V=unembed.bias, softcap=unembed.softcap, temperature=temperature, entropy=entropy
-    )
+    """Return log-probability of each target and entropy (zeros unless asked for), both (B, S).
+
+    With a boolean `mask` (B, S) both are zeros where it is false, and the others' work is spared where that is free.
+    """
+
+    def run(hidden, weight, targets, *masks):
+        return kernels.linear_logprob(
+            hidden, weight, targets, unembed.bias, unembed.softcap, temperature, entropy, *masks
+        )
+
     columns = "batch/columns"
-    return shard.local(run, ("act/block_in", "params/unembed", columns), (columns, columns))(
-        shard(output.hidden, "act/block_in"), unembed.weight, batch["targets"]
-    )
+    given = (shard(output.hidden, "act/block_in"), unembed.weight, batch["targets"], *(() if mask is None else (mask,)))
+    ins = ("act/block_in", "params/unembed", *(columns,) * (len(given) - 2))
+    return shard.local(run, ins, (columns, columns))(*given)
 
 
 def pooled_balance(aux: Sums) -> torch.Tensor:
@@ -64,7 +69,7 @@ def sft(balance: Literal["per_sequence", "hf", "none"] = "per_sequence", balance
     """
 
     def terms(output: Output, unembed: Unembed, batch: Batch, shard) -> tuple[Sums, Sums]:
-        logp_BS, _ = logprobs(output, unembed, batch, shard)
+        logp_BS, _ = logprobs(output, unembed, batch, shard, mask=batch["weights"] != 0)
         sums = {"nll": -(logp_BS * batch["weights"]).sum()}
         aux = {k: shard.replicate(v) for k, v in output.aux.items()}
         if aux and balance == "per_sequence":

@@ -163,7 +163,7 @@ def experts(at: At) -> list[Check]:
 
 
 def linear_logprob(at: At, plain: bool) -> list[Check]:
-    """Check log-probability and entropy, plain or with bias, soft cap and temperature."""
+    """Check log-probability and entropy, plain or with bias, soft cap, temperature and a mask."""
     import torch
 
     import kernels
@@ -175,10 +175,16 @@ def linear_logprob(at: At, plain: bool) -> list[Check]:
     options: dict[str, Any] = {} if plain else {"softcap": 5.0, "temperature": 0.7}
     leaves += [] if plain else [randn(at, V)]
 
-    def ours(h, w, *bias):
-        return kernels.linear_logprob(h, w, targets, *bias, **options)
+    mask = None if plain else targets % 3 > 0
 
-    return compare(at, ours, lambda h, w, *bias: reference(h, w, targets, *bias, **options), leaves)
+    def ours(h, w, bias=None):
+        return kernels.linear_logprob(h, w, targets, bias, **options, mask=mask)
+
+    def wanted(h, w, *bias):
+        results = reference(h, w, targets, *bias, **options)
+        return results if mask is None else tuple(x * mask for x in results)
+
+    return compare(at, ours, wanted, leaves)
 
 
 def elementwise(at: At, compiled: bool) -> list[Check]:
@@ -368,7 +374,7 @@ CASES: dict[str, Callable[[At], list[Check]]] = {
     **{f"grouped_matmul {name}": partial(grouped_matmul, name=name) for name in ("reference", "blas", "torch")},
     "experts": experts,
     "linear_logprob": partial(linear_logprob, plain=True),
-    "linear_logprob bias softcap temperature": partial(linear_logprob, plain=False),
+    "linear_logprob bias softcap temperature mask": partial(linear_logprob, plain=False),
     "elementwise": partial(elementwise, compiled=False),
     "elementwise compiled": partial(elementwise, compiled=True),
     **{f"model {family}": partial(parity, family=family) for family in ("qwen3", "qwen3_moe")},

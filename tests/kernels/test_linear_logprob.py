@@ -75,6 +75,22 @@ def test_without_entropy_the_rest_is_the_same(case):
     assert_equal((logp, *grads), (wanted[0], *wanted[2:]), 1e-9)
 
 
+@given(cases(), st.integers(0, 2**31), st.sampled_from([0.0, 0.3, 1.0]))
+@settings(max_examples=40)
+def test_masked_tokens_give_and_take_nothing(case, seed, share):
+    """The others' results are those of a batch without them; what is masked may be anything."""
+    leaves, targets, grads, options = case
+    mask = torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < share
+    kept = [leaves[0][mask], *leaves[1:]], targets[mask], [g[mask] for g in grads]
+    logp, entropy, dhidden, *wanted = run(module.reference, *kept, **options)
+    dirty = [torch.where(mask[:, None], leaves[0], torch.nan), *leaves[1:]]
+    ours = run(kernels.linear_logprob, dirty, targets, [g.where(mask, torch.nan) for g in grads], mask=mask, **options)
+    for out, want in zip(ours[:3], (logp, entropy, dhidden), strict=True):
+        torch.testing.assert_close(out[mask], want, rtol=1e-9, atol=1e-9)
+        assert not out[~mask].any()
+    assert_equal(ours[3:], wanted, 1e-9)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @given(case=cases())
 @settings(max_examples=20)
