@@ -37,10 +37,15 @@ def init_state(params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | Non
     return TrainState(zero, zero.clone(), params, moments, buffers or {}, zero.clone())
 
 
+def sums_of_squares(grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the sum of squares of each gradient, in at least float32."""
+    return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).square() for g in grads]
+
+
 def update_block(update: Callable, leaves: list[tuple], scale, finite) -> None:
     """Update each (p, g, moments, scalars) in place, or leave p and moments as they are if not `finite`."""
     for p, g, moments, scalars in leaves:
-        new_p, new_moments = update(p, g * scale, moments, scalars)
+        new_p, new_moments = update(p, g.to(p.dtype) * scale, moments, scalars)
         p.copy_(torch.where(finite, new_p, p))
         for k, old in moments.items():
             old.copy_(torch.where(finite, new_moments[k], old))
@@ -52,22 +57,29 @@ def block(path: str) -> str:
 
 
 def apply_gradient(
-    optimizer: Optimizer, update: Callable, loss: Loss, clip: float, shard,
+    optimizer: Optimizer, squares: Callable, update: Callable, loss: Loss, clip: float, shard,
     state: TrainState, grads: list[torch.Tensor], means: Metrics, reported: Metrics,
 ) -> Metrics:  # fmt: skip
-    """Clip, update every leaf (block by block, with `update_block`) and the buffers in place; return the metrics."""
-    norm = shard.norm(grads, tree.leaves(state.params))
+    """Clip, update every leaf and the buffers in place; return the metrics.
+
+    `squares` and `update` are `sums_of_squares` and `update_block`, called for a block of leaves at a time.
+    """
+    blocks: dict[str, list[tuple]] = {}
+    for (path, p), g in zip(tree.flatten(state.params).items(), grads, strict=True):
+        blocks.setdefault(block(path), []).append((path, p, g))
+    norm = shard.norm(
+        [x for leaves in blocks.values() for x in squares([g for *_, g in leaves])],
+        [p for leaves in blocks.values() for _, p, _ in leaves],
+    )
     finite = torch.isfinite(norm)
     scale = clip / norm.clamp_min(clip) if clip else torch.ones_like(norm)
     scale = torch.where(finite, scale, 0)  # a NaN scalar would make Dynamo compile every leaf's update again
     groups = {path: optimizer.group(path) for path in state.moments}
     scalars = {group: optimizer.scalars(state.step, state.updates, group) for group in dict.fromkeys(groups.values())}
-    blocks: dict[str, list[tuple]] = {}
-    for (path, p), g in zip(tree.flatten(state.params).items(), grads, strict=True):
-        moments = {k: shard.storage(v) for k, v in state.moments[path].items()}
-        blocks.setdefault(block(path), []).append((shard.storage(p), g, moments, scalars[groups[path]]))
     for leaves in blocks.values():
-        update(leaves, scale, finite)
+        moments = [{k: shard.storage(v) for k, v in state.moments[path].items()} for path, *_ in leaves]
+        parts = zip(leaves, moments, strict=True)
+        update([(shard.storage(p), g, m, scalars[groups[path]]) for (path, p, g), m in parts], scale, finite)
     buffers = loss.update(state.buffers, reported)
     tree.map(lambda old, new: old.copy_(torch.where(finite, new, old)), state.buffers, buffers)
     state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))

@@ -1,6 +1,7 @@
 """The train step: the only place where gradients are taken and parameters change.
 
     weights = loss.weights(batch)                       of the whole batch, before the first backward
+    params  = masters cast to the compute dtype, once; so are their gradients, until they are summed or applied
     grads   = sum over micro-batches of d/dparams sum_term coefficient * sum / weight
     state   = optimizer(state, clipped grads)           or the old state, bit for bit, if the norm is not finite
 
@@ -21,7 +22,7 @@ import kernels
 from functional_trainer import tree
 from functional_trainer.losses import Loss
 from functional_trainer.optimizers import Optimizer
-from functional_trainer.state import Metrics, TrainState, apply_gradient, update_block
+from functional_trainer.state import Metrics, TrainState, apply_gradient, sums_of_squares, update_block
 from functional_trainer.types import ONE_DEVICE, Batch
 
 
@@ -89,16 +90,21 @@ def make_train_step(
         means = {k: v / weights[k] for k, v in sums.items()}
         return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
 
+    squares = jit(sums_of_squares, compile == "layer")
     update = jit(partial(update_block, optimizer.update), compile == "layer")
+    apply = partial(apply_gradient, optimizer, squares, update, loss, clip, shard)
     grad = partial(gradient, jit(objective, compile == "step" and not one_graph), shard)
-    finish = jit(partial(apply_gradient, optimizer, update, loss, clip, shard), compile == "step" and not one_graph)
+    finish = jit(apply, compile == "step" and not one_graph)
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         weights = total_weights(loss, batch, shard)
-        parts = shard.micro(batch, micro_batches)
-        grads, means, reported = grad(state.params, parts[0], weights, state.buffers)
-        for micro in parts[1:]:
-            more, *rest = grad(state.params, micro, weights, state.buffers)
+        params = state.params if model.dtype is None else tree.map(lambda p: p.to(model.dtype), state.params)
+        first, *others = shard.micro(batch, micro_batches)
+        grads, means, reported = grad(params, first, weights, state.buffers)
+        if others:  # masters' precision for the sum
+            grads = [g.to(p.dtype) for g, p in zip(grads, tree.leaves(state.params), strict=True)]
+        for micro in others:
+            more, *rest = grad(params, micro, weights, state.buffers)
             torch._foreach_add_(grads, more)
             means, reported = tree.map(torch.add, (means, reported), tuple(rest))
         return finish(state, grads, means, reported)

@@ -71,9 +71,9 @@ class OneDevice:
         """Return this rank's part of a tensor, sharing its storage."""
         return x
 
-    def norm(self, grads: list[torch.Tensor], params: list[torch.Tensor]) -> torch.Tensor:
-        """Return the global 2-norm of gradients given as this rank's parts, each placed as its parameter."""
-        return torch.stack([torch.linalg.vector_norm(g) for g in grads]).square().sum().sqrt()
+    def norm(self, squares: list[torch.Tensor], params: list[torch.Tensor]) -> torch.Tensor:
+        """Return the global 2-norm of gradients, given the sum of squares of this rank's part of each."""
+        return torch.stack(squares).sum().sqrt()
 
     def put_leaf(self, path: str, x: torch.Tensor) -> torch.Tensor:
         """Place one host tensor where the rule of `path` says."""

@@ -219,12 +219,12 @@ class Sharder:
     def storage(self, x: DTensor) -> torch.Tensor:
         return x.to_local()
 
-    def norm(self, grads: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.promote_types(grads[0].dtype, torch.float32), device=grads[0].device)
-        for g, p in zip(grads, params, strict=True):
+    def norm(self, squares: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
+        shares = []
+        for x, p in zip(squares, params, strict=True):
             copies = math.prod([self.mesh.size(i) for i, q in enumerate(p.placements) if q.is_replicate()])
-            total = total + torch.linalg.vector_norm(g, dtype=total.dtype).square() / copies
-        return self.total(total).sqrt()
+            shares.append(x / copies)
+        return self.total(torch.stack(shares).sum()).sqrt()
 
     def put_leaf(self, path: str, x: torch.Tensor) -> DTensor:
         placed = self.where(f"params/{path}", use=False, shape=tuple(x.shape))
