@@ -7,8 +7,8 @@ Backends (`kernels.BACKENDS` says which serves which device and which were measu
 
     reference    softmax(Q K^T) V with a mask, any device, any dtype
     sdpa         F.scaled_dot_product_attention with the same mask
-    documents    one causal flash call per document. With documents of length L in rows of length S the work is S L
-                 instead of S^2. The CPU kernel is called in float32 at least: 16-bit gains nothing there
+    documents    batched products for documents of similar length, one causal flash call for each long one. With
+                 documents of length L in rows of length S the work is S L instead of S^2. In float32 at least
     flex         FlexAttention with a block mask built from the segments
     flash_attn   flash-attn's varlen call over document borders
 
@@ -16,6 +16,8 @@ B rows, S queries, T keys, N query heads, K key heads, H head dim.
 """
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,27 +48,105 @@ def sdpa(q_BSNH, k_BTKH, v_BTKH, mask_BST, scale: float) -> torch.Tensor:
     ).transpose(1, 2)
 
 
-# documents: an opaque op whose loop over documents runs on the host, so only for the host's own device ---------------
+# documents: an opaque op that loops on the host, so only for the host's own device ------------------------------------
+
+DENSE = 256
+"""Longest document whose scores are computed whole (in a tile with others of about its length), not by flash calls."""
+TILE = 2**18
+"""Scores held at a time: as many as stay in the cores' caches."""
 
 
-def _runs(segments_BS: torch.Tensor) -> tuple[list[int], list[int]]:
-    """Return the length of every run of equal segment ids in the flattened rows, and which runs are not padding."""
-    flat = segments_BS.flatten()
-    first = torch.ones_like(flat, dtype=torch.bool)
-    first[1:] = flat[1:] != flat[:-1]
-    first[:: segments_BS.shape[1]] = True
-    start = first.nonzero()[:, 0]
-    lengths = torch.diff(start, append=start.new_tensor([flat.numel()])).tolist()
-    return lengths, flat[start].nonzero()[:, 0].tolist()
+class Tile(NamedTuple):
+    """Documents computed together, padded to one length; causality hides the padding from every real query."""
+
+    documents: int
+    length: int
+    queries: torch.Tensor  # rows of (T N, H), in the order document, query head, position
+    keys: torch.Tensor  # rows of (T K, H), in the order document, key head, position
+    unused: torch.Tensor  # which of `queries` are padding
+    band: torch.Tensor  # additive mask (L, L)
 
 
-def _band(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the additive causal band for documents longer than the window."""
-    if window is None or length <= window:
-        return None
+class Plan(NamedTuple):
+    """Short documents in tiles, and for each row of queries and of keys its place in all tiles' results.
+
+    Rows without one (padding, long documents) have the place after the last.
+    """
+
+    tiles: list[Tile]
+    query_places: torch.Tensor
+    key_places: torch.Tensor
+    long: list[tuple[int, int]]  # (first token, length)
+
+
+def _band(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return the additive causal mask (L, L), banded if there is a window."""
     at = torch.arange(length)
     distance = at[:, None] - at[None, :]
-    return torch.zeros(length, length, dtype=dtype).masked_fill_((distance < 0) | (distance >= window), -math.inf)
+    hidden = (distance < 0) | (distance >= (window or length))
+    return torch.zeros(length, length, dtype=dtype).masked_fill_(hidden, -math.inf)
+
+
+@lru_cache(maxsize=2)  # layers, forward and backward, ask for the same one; two kinds of layers for two
+def _plan(segments: bytes, S: int, kv_heads: int, groups: int, window: int | None, dtype: torch.dtype) -> Plan:
+    """Sort the runs of equal segment ids in rows of S, given as int64, into a plan; 0 is padding."""
+    flat = torch.frombuffer(bytearray(segments), dtype=torch.int64)
+    first = torch.ones_like(flat, dtype=torch.bool)
+    first[1:] = flat[1:] != flat[:-1]
+    first[::S] = True
+    starts = first.nonzero()[:, 0]
+    lengths = torch.diff(starts, append=starts.new_tensor([flat.numel()]))
+    runs = list(zip(starts.tolist(), lengths.tolist(), (flat[starts] != 0).tolist(), strict=True))
+    heads = kv_heads * groups, kv_heads
+    batches: list[list[tuple[int, int]]] = []
+    for n, start in sorted(((n, start) for start, n, real in runs if real and n <= DENSE), reverse=True):
+        longest = batches[-1][0][0] if batches else 0
+        if n < 0.8 * longest - 8 or not batches or (len(batches[-1]) + 1) * longest**2 * heads[0] > TILE:
+            batches.append([])
+        batches[-1].append((n, start))
+    tiles, places, end = [], [torch.full((flat.numel() * h,), -1) for h in heads], 0
+    for batch in batches:
+        L, (length, start) = batch[0][0], torch.tensor(batch).T[:, :, None]
+        at = torch.arange(L)
+        token, real = start + torch.minimum(at, length - 1), (at < length)[:, None]
+        rows = [token[:, None] * h + torch.arange(h)[:, None] for h in heads]
+        used = [real.expand_as(row).flatten() for row in rows]
+        for place, row, mine, h in zip(places, rows, used, heads, strict=True):
+            place[row.flatten()[mine]] = end * h + mine.nonzero()[:, 0]
+        unused = (~used[0]).nonzero()[:, 0]
+        tiles.append(Tile(len(batch), L, rows[0].flatten(), rows[1].flatten(), unused, _band(L, window, dtype)))
+        end += len(batch) * L
+    for place, h in zip(places, heads, strict=True):
+        place[place < 0] = end * h  # the row after the last
+    return Plan(tiles, places[0], places[1], [(start, n) for start, n, real in runs if real and n > DENSE])
+
+
+def _plan_of(segments_BS: torch.Tensor, q_BSNH: torch.Tensor, kv_heads: int, window: int | None) -> Plan:
+    rows = segments_BS.to(torch.int64).contiguous().numpy().tobytes()
+    return _plan(rows, segments_BS.shape[1], kv_heads, q_BSNH.shape[2] // kv_heads, window, q_BSNH.dtype)
+
+
+def _buffers(plan: Plan, heads: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two buffers for a tile's scores; used again by every tile, they stay in the cores' caches."""
+    scores = max((t.documents * t.length**2 * heads for t in plan.tiles), default=0)
+    return like.new_empty(scores), like.new_empty(scores)
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, band: torch.Tensor, buffers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax weights (n K, G L, L) of a tile, and room for as many numbers.
+
+    The G query heads of a key head are rows of one product.
+    """
+    shape = *q.shape[:2], k.shape[1]
+    scores, p = (b[: math.prod(shape)].view(shape) for b in buffers)
+    torch.bmm(q, k.mT, out=scores).unflatten(1, (-1, shape[2])).add_(band)
+    return torch.softmax(scores, -1, out=p), scores
+
+
+def _place(results: torch.Tensor, places: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return tiles' results as (B, S, heads, H); their last row is for what no tile has a result for, zeros."""
+    results[-1] = 0
+    return results.index_select(0, places).view(shape)
 
 
 def _by_group(x_BSNH: torch.Tensor, groups: int, shared: int) -> torch.Tensor:
@@ -79,22 +159,31 @@ def _by_group(x_BSNH: torch.Tensor, groups: int, shared: int) -> torch.Tensor:
 def _documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, window: int | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output, zeros at padding, and the logsumexp of the scores (B, S, N)."""
-    G = q.shape[2] // k.shape[2]
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3])
-    lengths, real = _runs(segments)
-    operands = [_by_group(q, G, G), _by_group(k, 1, G), _by_group(v, 1, G)]
-    results = [_by_group(out, G, G), _by_group(lse[..., None], G, G)[..., 0]]
-    (qs, ks, vs), (outs, lses) = ([x.split(lengths, 2) for x in group] for group in (operands, results))
-    for i in real:
-        band = _band(lengths[i], window, lse.dtype)
-        o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            qs[i], ks[i], vs[i], 0.0, band is None, attn_mask=band, scale=scale
+    """Return the output, zeros at padding, and the logsumexp of the long documents' scores (B, S, N)."""
+    K, H, G = *k.shape[2:], q.shape[2] // k.shape[2]
+    plan, end = _plan_of(segments, q, K, window), 0
+    q_rows, k_rows, v_rows = (x.reshape(-1, H) for x in (q, k, v))
+    results = q.new_empty(sum(t.queries.shape[0] for t in plan.tiles) + 1, H)
+    buffers = _buffers(plan, K * G, q)
+    for tile in plan.tiles:
+        shape = tile.documents * K, -1, H
+        queries = q_rows.index_select(0, tile.queries).mul_(scale).view(shape)
+        keys, values = (x.index_select(0, tile.keys).view(shape) for x in (k_rows, v_rows))
+        p, _ = _weights(queries, keys, tile.band, buffers)
+        start, end = end, end + tile.queries.shape[0]
+        torch.bmm(p, values, out=results[start:end].view(shape))
+    out, lse = _place(results, plan.query_places, q.shape), q.new_zeros(q.shape[:3])
+    for start, n in plan.long:
+        qs, ks, vs, outs, lses = (
+            _by_group(x, groups, G)[:, :, start : start + n]
+            for x, groups in ((q, G), (k, 1), (v, 1), (out, G), (lse[..., None], G))
         )
-        outs[i].copy_(o)
-        lses[i].copy_(m)
-    for i in set(range(len(lengths))) - set(real):
-        outs[i].zero_(), lses[i].zero_()
+        band = None if window is None or n <= window else _band(n, window, q.dtype)
+        o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            qs, ks, vs, 0.0, band is None, attn_mask=band, scale=scale
+        )
+        outs.copy_(o)
+        lses[..., 0].copy_(m)
     return out, lse
 
 
@@ -115,24 +204,38 @@ def _documents_grad(
     window: int | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    G = q.shape[2] // k.shape[2]
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    lengths, real = _runs(segments)
-    operands = [_by_group(grad, G, G), _by_group(q, G, G), _by_group(k, 1, G), _by_group(v, 1, G), _by_group(out, G, G)]
-    pieces = [x.split(lengths, 2) for x in (*operands, _by_group(lse[..., None], G, G)[..., 0])]
-    results = [_by_group(dq, G, G).split(lengths, 2)] + [_by_group(t, 1, 1)[0].split(lengths, 1) for t in (dk, dv)]
-    for i in real:
-        band = _band(lengths[i], window, lse.dtype)
-        *five, m = (piece[i] for piece in pieces)
-        a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *five, m.contiguous(), 0.0, band is None, attn_mask=band, scale=scale
+    K, H, G = *k.shape[2:], q.shape[2] // k.shape[2]
+    plan, end = _plan_of(segments, q, K, window), 0
+    grad_rows, q_rows, k_rows, v_rows = (x.reshape(-1, H) for x in (grad, q, k, v))
+    slots = sum(t.keys.shape[0] for t in plan.tiles)
+    dq, dk, dv = (q.new_empty(rows + 1, H) for rows in (slots * G, slots, slots))
+    buffers = _buffers(plan, K * G, q)
+    for tile in plan.tiles:
+        shape = tile.documents * K, -1, H
+        g = grad_rows.index_select(0, tile.queries).index_fill_(0, tile.unused, 0).view(shape)
+        queries = q_rows.index_select(0, tile.queries).mul_(scale).view(shape)
+        keys, values = (x.index_select(0, tile.keys).view(shape) for x in (k_rows, v_rows))
+        p, room = _weights(queries, keys, tile.band, buffers)
+        start, end = end, end + tile.keys.shape[0]
+        here = slice(start, end)
+        torch.bmm(p.mT, g, out=dv[here].view(shape))
+        dp = torch.bmm(g, values.mT, out=room)
+        ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+        torch.bmm(ds, keys, out=dq[start * G : end * G].view(shape)).mul_(scale)
+        torch.bmm(ds.mT, queries, out=dk[here].view(shape))
+    dq, dk, dv = _place(dq, plan.query_places, q.shape), *(_place(x, plan.key_places, k.shape) for x in (dk, dv))
+    for start, n in plan.long:
+        *five, m, dqs = (
+            _by_group(x, groups, G)[:, :, start : start + n]
+            for x, groups in ((grad, G), (q, G), (k, 1), (v, 1), (out, G), (lse[..., None], G), (dq, G))
         )
-        results[0][i].copy_(a)
-        torch.sum(b, 0, out=results[1][i])
-        torch.sum(c, 0, out=results[2][i])
-    for i in set(range(len(lengths))) - set(real):
-        for result in results:
-            result[i].zero_()
+        band = None if window is None or n <= window else _band(n, window, q.dtype)
+        a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *five, m[..., 0].contiguous(), 0.0, band is None, attn_mask=band, scale=scale
+        )
+        dqs.copy_(a)
+        for whole, parts in ((dk, b), (dv, c)):
+            torch.sum(parts, 0, out=_by_group(whole, 1, 1)[0, :, start : start + n])
     return dq, dk, dv
 
 

@@ -1,5 +1,6 @@
 """kernels.attention: every backend of the CPU against the reference, and the reference against a loop over queries."""
 
+import importlib
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 import kernels
 
 FAST = ("documents", "sdpa")
+module = importlib.import_module("kernels.attention")  # the package's attribute of this name is the function
 
 
 @st.composite
@@ -74,6 +76,34 @@ def test_every_backend_equals_the_reference_in_float64(case):
     for backend in FAST:
         for name, ours, theirs in zip(("out", "dq", "dk", "dv"), run(backend, *case), wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda m, w=(backend, name): f"{w} {m}")
+
+
+@pytest.mark.parametrize("dense", [0, 3, 5])
+@given(case=cases(), tile=st.sampled_from([1, 60, 2**18]))
+@settings(max_examples=30)
+def test_documents_are_the_same_by_tiles_and_by_flash_calls(dense, case, tile):
+    """Documents of up to `dense` tokens share tiles, few of them if tiles are small; the others are flash calls."""
+    wanted = run("reference", *case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "DENSE", dense)
+        patch.setattr(module, "TILE", tile)
+        module._plan.cache_clear()
+        ours = run("documents", *case)
+    module._plan.cache_clear()
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_tiles_hold_documents_of_about_one_length():
+    """20 documents of 16 to 111 tokens are in few tiles, hardly padded; one of 300 and padding are not."""
+    lengths = [*range(16, 121, 5)[:20], 300, 30]
+    segments = torch.repeat_interleave(torch.tensor([*range(1, 22), 0]), torch.tensor(lengths))[None]
+    plan = module._plan_of(segments, torch.empty(1, segments.shape[1], 6, 2), 2, None)
+    assert plan.long == [(sum(lengths[:20]), 300)]
+    assert sum(t.documents for t in plan.tiles) == 20 and len(plan.tiles) <= 6
+    slots = sum(t.documents * t.length for t in plan.tiles)
+    assert sum(lengths[:20]) < slots < 1.2 * sum(lengths[:20]) + 8 * 20
+    assert all(t.documents * t.length**2 * 6 <= module.TILE for t in plan.tiles)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
