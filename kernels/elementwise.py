@@ -6,6 +6,8 @@ save what Inductor already saves. All three compute in at least float32 and retu
 B batch, S sequence, N heads, H head dim, h = H / 2, F hidden width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -15,10 +17,28 @@ def promote(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class Scale(torch.autograd.Function):
+    """Multiply (..., R, D) by `scale` (D,); its gradient is summed over up to 32 rows first, over those sums then.
+
+    Summed over all rows at once, as Inductor does on the host, a column at a time would run through all of memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        partial = promote(grad * x).unflatten(-2, (-1, math.gcd(x.shape[-2], 32))).sum(-2)
+        return grad * scale, partial.sum(tuple(range(partial.ndim - 1))).to(scale.dtype)
+
+
 def rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """Divide (..., D) by its root mean square over D and multiply by `scale` (D,) (https://arxiv.org/abs/1910.07467)."""
     wide = promote(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * scale
+    return Scale.apply((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype), scale)
 
 
 def rope(x_BSNH: torch.Tensor, cos_BSh: torch.Tensor, sin_BSh: torch.Tensor) -> torch.Tensor:
