@@ -9,9 +9,12 @@ weights. Every contestant is a process of its own; they take turns, one step eac
 first losses must agree, or the contestant is reported as failed and the exit status is 1.
 
     floor            the matrix products that a step cannot avoid (qkv, o, router, the experts with their actual numbers
-                     of rows, head: each once forward, twice backward) and the attention kernel forward and backward for
-                     each document; nothing else, on buffers made before. bfloat16 attention runs in float32, as
-                     `kernels.attention` explains
+                     of rows, head for the trained tokens: each once forward, twice backward) and PyTorch's attention
+                     kernel forward and backward for each document; nothing else, on buffers made before. bfloat16
+                     attention runs in float32, as `kernels.attention` explains
+    floor-memory     the floor, and one copy for every pass over memory that remains when each norm, rotation, SwiGLU,
+                     sum, cast and AdamW is one fused kernel between the products: as many bytes read and written,
+                     nothing computed. No step whose products are library calls can be faster
     ours-F           this engine with --compile F: float32 masters, compute in --dtype, deterministic algorithms
     hf-X             Qwen3MoeForCausalLM with experts implementation X, SDPA with a mask that it makes from positions
                      restarting at each document, fused AdamW; in bfloat16 the weights and moments are bfloat16
@@ -238,8 +241,39 @@ def attend(length: int, heads: int, head_dim: int) -> Callable[[], Any]:
     return run
 
 
-def floor(o: Options) -> Callable[[], float]:
-    """Build the calls that a step cannot avoid."""
+def stream(read: int, write: int) -> list[Callable[[], Any]]:
+    """Return calls that read and write so many bytes, as float32."""
+    import torch
+
+    source, target, both = torch.ones(read // 4), torch.ones(write // 4), min(read, write) // 4
+    calls: list[Callable[[], Any]] = [lambda: target[:both].copy_(source[:both])]
+    return calls + ([source[both:].sum] if read > write else []) + ([target[both:].zero_] if write > read else [])
+
+
+def memory(o: Options) -> list[Callable[[], Any]]:
+    """Return a call for each pass over memory between the products of a step."""
+    import torch
+
+    import models
+
+    model, _, _ = initial(o)
+    width = getattr(torch, o.dtype).itemsize
+    c, T, P = model.config, o.rows * o.seq_len * width, models.count(model)
+    x, heads, rows, hidden = (T * n for n in (
+        c.dim, (c.heads + 2 * c.kv_heads) * c.head_dim, c.top_k * c.dim, c.top_k * c.expert_hidden
+    ))  # fmt: skip
+    passes = [  # bytes read and written: norm, rotation, sum and norm, SwiGLU, combination, sum; then backward
+        (x, x), (heads, heads), (2 * x, 2 * x), (2 * hidden, hidden), (rows, x), (2 * x, x),
+        (3 * hidden, 3 * hidden), (rows, x), (4 * x, x), (2 * heads, heads), (4 * x, x),
+    ]  # fmt: skip
+    passes *= o.layers
+    passes += [(P * width, 0), (P * width + 12 * P, 12 * P)]  # the gradients' norm; AdamW over float32
+    passes += [(4 * P, P * width)] if width < 4 else []  # the weights' cast
+    return [call for sizes in passes for call in stream(*sizes)]
+
+
+def floor(o: Options, passes: bool) -> Callable[[], float]:
+    """Build the calls that a step cannot avoid, with or without the passes over memory between the products."""
     import torch
 
     from functional_trainer import flops
@@ -248,13 +282,15 @@ def floor(o: Options) -> Callable[[], float]:
     c, T, dtype = model.config, o.rows * o.seq_len, getattr(torch, o.dtype)
     with torch.no_grad():
         load_LE = model.apply(params, batch).aux["load"].to(torch.int64).tolist()
-    calls: list[Callable[[], Any]] = linear(T, c.dim, c.vocab, dtype)
+    calls: list[Callable[[], Any]] = linear(int((batch["weights"] != 0).sum()), c.dim, c.vocab, dtype)
     for load_E in load_LE:
         calls += linear(T, c.dim, (c.heads + 2 * c.kv_heads) * c.head_dim, dtype)
         calls += [attend(n, c.heads, c.head_dim) for n in flops.lengths(batch["segment_ids"]).tolist()]
         calls += linear(T, c.heads * c.head_dim, c.dim, dtype) + linear(T, c.dim, c.experts, dtype)
         for rows in filter(None, load_E):
             calls += linear(rows, c.dim, 2 * c.expert_hidden, dtype) + linear(rows, c.expert_hidden, c.dim, dtype)
+
+    calls += memory(o) if passes else []
 
     def step() -> float:
         for call in calls:
@@ -266,7 +302,9 @@ def floor(o: Options) -> Callable[[], float]:
 
 def contestants(o: Options) -> dict[str, Callable[[Options], Callable[[], float]]]:
     """Return what builds each contestant, by name, the floor first."""
-    found: dict[str, Callable[[Options], Callable[[], float]]] = {"floor": floor}
+    found: dict[str, Callable[[Options], Callable[[], float]]] = {
+        "floor": partial(floor, passes=False), "floor-memory": partial(floor, passes=True)
+    }  # fmt: skip
     for form in ("step", "layer", "off"):
         found[f"ours-{form}"] = partial(ours, form=form)
     for experts in EXPERTS:
@@ -361,7 +399,7 @@ class Contestant:
 
 def judge(rows: list[dict[str, Any]], tolerance: float) -> None:
     """Mark contestants whose first loss is not ours (without ours: the first's) within `tolerance`, relative."""
-    losses = {row["name"]: row["losses"][0] for row in rows if "losses" in row and row["name"] != "floor"}
+    losses = {row["name"]: row["losses"][0] for row in rows if "losses" in row and not row["name"].startswith("floor")}
     expected = next(iter(losses.values()), 0.0)
     for row in rows:
         loss = losses.get(row["name"], expected)
