@@ -90,31 +90,28 @@ def make_train_step(
         means = {k: v / weights[k] for k, v in sums.items()}
         return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
 
-    squares = jit(sums_of_squares, compile == "layer")
-    update = jit(partial(update_block, optimizer.update), compile == "layer")
-    apply = partial(apply_gradient, optimizer, squares, update, loss, clip, shard)
-    grad = partial(gradient, jit(objective, compile == "step" and not one_graph), shard)
-    finish = jit(apply, compile == "step" and not one_graph)
+    squares, update = (jit(f, compile == "layer") for f in (sums_of_squares, partial(update_block, optimizer.update)))
+    finish: Callable = partial(apply_gradient, optimizer, squares, update, loss, clip, shard)
+    objective, finish = (jit(f, compile == "step" and not one_graph) for f in (objective, finish))
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         weights = total_weights(loss, batch, shard)
         params = state.params if model.dtype is None else tree.map(lambda p: p.to(model.dtype), state.params)
         first, *others = shard.micro(batch, micro_batches)
-        grads, means, reported = grad(params, first, weights, state.buffers)
-        if others:  # masters' precision for the sum
+        grads, means, reported = gradient(objective, shard, params, first, weights, state.buffers)
+        for micro in others:  # summed in the masters' precision
             grads = [g.to(p.dtype) for g, p in zip(grads, tree.leaves(state.params), strict=True)]
-        for micro in others:
-            more, *rest = grad(params, micro, weights, state.buffers)
+            more, *rest = gradient(objective, shard, params, micro, weights, state.buffers)
             torch._foreach_add_(grads, more)
             means, reported = tree.map(torch.add, (means, reported), tuple(rest))
         return finish(state, grads, means, reported)
 
     run = jit(step, one_graph)
+    # An all-to-all's splits are read back to the host. There may be more kinds of layers than the default of 8.
+    flags: dict[str, Any] = {"capture_scalar_outputs": True, "recompile_limit": 64}
+    flags |= {"trace_autograd_ops": True} if one_graph else {}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        flags: dict[str, Any] = {"capture_scalar_outputs": True}  # an all-to-all's splits are read back to the host
-        flags |= {"recompile_limit": 64}  # kinds of layers; the default is 8
-        flags |= {"trace_autograd_ops": True} if one_graph else {}
         tag = torch.compiler.config.patch(cache_key_tag=kernels.SOURCE)  # type: ignore[attr-defined]
         with torch._dynamo.config.patch(flags), tag:
             return state, run(state, batch)

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 import kernels
 from functional_trainer import init_state, losses, make_train_step, optimizers, tree
 from functional_trainer.state import block
+from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE
 from tests.models import small
 
@@ -122,6 +123,29 @@ def test_accumulation_refuses_what_does_not_add_up():
         make_train_step(tiny(), losses.sft("hf"), adamw(), micro_batches=2)
     with pytest.raises(ValueError, match="4 rows per device cannot be split into 3 equal micro-batches"):
         run(1, micro_batches=3)
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    """And each is exactly what autograd gives for weights in bfloat16."""
+    descent = optimizers.Optimizer(
+        init=lambda p: {}, group=lambda path: None, scalars=lambda *at: {"lr": torch.ones(())},
+        update=lambda p, g, moments, at: (g, {}),
+    )  # fmt: skip
+    model = tiny(dtype=torch.bfloat16)
+    params, batch = model.init(0), small.batch(UNEVEN)
+    leaves = tree.map(lambda x: x.to(torch.bfloat16, copy=True).requires_grad_(), params)
+    wanted = [torch.zeros_like(p) for p in tree.leaves(params)]
+    for row in range(4):
+        one = {k: v[row : row + 1] for k, v in batch.items()}
+        sums, _ = evaluate(model, LOSS, leaves, one, {})
+        loss = sums["nll"] / batch["weights"].sum(dtype=F64) + 0.1 * sums["balance"] / 27
+        for total, g in zip(wanted, torch.autograd.grad(loss, tree.leaves(leaves)), strict=True):
+            assert g.dtype == torch.bfloat16
+            total += g
+    step = make_train_step(model, LOSS, descent, clip=0.0, micro_batches=4)
+    state, _ = step(init_state(params, descent), batch)
+    for ours, theirs in zip(tree.leaves(state.params), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 # forms of the step ---------------------------------------------------------------------------------------------------
