@@ -38,15 +38,18 @@ class Options(RunOptions):
     """Held-out questions to answer greedily before and after (default: 512 of the shipped tasks, 0 of your data)."""
 
 
-def hand_back(o: Options, model, params, tokenizer, questions, shard) -> None:
-    """Write hf/, in the format the model came in, and show answers to held-out questions."""
+def hand_back(o: Options, model, state, tokenizer, questions, shard) -> None:
+    """Write hf/ (and hf-ema/), in the format the model came in, and show answers to held-out questions."""
     import models
     from functional_trainer import exact_match, tree
+    from functional_trainer.state import ema
 
-    models.save_pretrained(model, params, f"{o.out}/hf", shard)
-    whole = tree.map(shard.full, params) if questions else None
+    for name, params in {"hf": state.params, **({"hf-ema": ema(state)} if o.optim.ema else {})}.items():
+        models.save_pretrained(model, params, f"{o.out}/{name}", shard)
+        if shard.rank == 0:
+            tokenizer.save(f"{o.out}/{name}")
+    whole = tree.map(shard.full, state.params) if questions else None
     if shard.rank == 0:
-        tokenizer.save(f"{o.out}/hf")
         exact_match.show(exact_match.answer(model, whole, tokenizer, questions, o.data.answer_tokens))
 
 
@@ -79,12 +82,11 @@ def main(o: Options) -> None:
     model, params = models.from_pretrained(o.model.path, **at) if o.model.path else (model, model.init(o.seed, **at))
     model = replace(model, dtype=compute)
     a, coefficient = o.optim, o.balance_coefficient
-    lr = optimizers.schedule(a.schedule, a.lr, steps, round(a.warmup * steps), a.floor, a.decay)
-    adamw = optimizers.adamw(lr, a.betas, a.eps, a.weight_decay, a.no_decay)
+    optimizer = optimizers.from_options(a, steps, model.specs)
     loss = losses.sft(o.balance, hf.get("router_aux_loss_coef", 1e-3) if coefficient is None else coefficient)
     form, parts = "layer" if o.compile == "auto" else o.compile, o.micro_batches(world)
     how: dict[str, Any] = {"shard": shard, "micro_batches": parts, "clip": a.max_grad_norm, "compile": form}
-    step = make_train_step(model, loss, adamw, remat=o.remat, **how)
+    step = make_train_step(model, loss, optimizer, remat=o.remat, **how)
     graphs = {"step": ": one graph" if parts == 1 and o.remat == "none" else ": two graphs, gradient and update"}
     say(f"{models.count(model):,} parameters on {world} x {backend.describe(device)}; data {loader.pieces.stats}")
     say(f"{steps} steps of {o.batch} rows, {parts} micro-batches; compile {form}{graphs.get(form, '')}")
@@ -95,9 +97,9 @@ def main(o: Options) -> None:
     # Train.
     run: dict[str, Any] = {"model": model, "loss": loss, "options": o, "total_steps": steps, "resume": resume}
     run |= {"eval_loader": eval_loader, "shard": shard, "device": device}
-    state, finished = train(step, init_state(params, adamw), loader, **run)
+    state, finished = train(step, init_state(params, optimizer), loader, **run)
     if finished:
-        hand_back(o, model, state.params, tokenizer, questions, shard)
+        hand_back(o, model, state, tokenizer, questions, shard)
         say(f"metrics.jsonl, loss.png, checkpoints/ and hf/ are in {o.out}")
     backend.leave()
 

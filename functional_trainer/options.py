@@ -1,7 +1,8 @@
 """Options that recipes share, as frozen dataclasses: a field's docstring is its help text. Imports no torch."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,66 @@ class DataOptions:
             raise ValueError("--data.eval is given without --data.train; give both (the shipped tasks have their own)")
 
 
+OptimName = Literal["adamw", "muon", "lion", "sgd", "adafactor"]
+
+
+@dataclass(frozen=True)
+class OptimGroup:
+    """An exception for the parameters whose whole path a regex matches; what is None is as for all others."""
+
+    pattern: str
+    name: OptimName | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    frozen: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "OptimGroup":
+        """Read `REGEX -> frozen` or `REGEX -> [NAME] [lr=X] [weight_decay=X]`; ValueError says what is wrong."""
+        pattern, arrow, words = (part.strip() for part in text.partition("->"))
+        wrong = f"--optim.groups {text!r}: expected 'REGEX -> frozen' or 'REGEX -> [NAME] [lr=X] [weight_decay=X]'"
+        given: dict[str, Any] = {}
+        for word in words.split():
+            key, _, value = word.partition("=")
+            try:
+                new: dict[str, Any] = (
+                    {key: float(value)} if key in ("lr", "weight_decay")
+                    else {"frozen": True} if word == "frozen" else {"name": word}
+                )  # fmt: skip
+            except ValueError:
+                raise ValueError(f"{wrong}; {value!r} is no number") from None
+            if new.keys() & given.keys() or new.get("name", "adamw") not in get_args(OptimName):
+                raise ValueError(f"{wrong}, each once, NAME one of {', '.join(get_args(OptimName))}; not {word!r}")
+            given |= new
+        if not pattern or not given or "frozen" in given and len(given) > 1:
+            raise ValueError(wrong)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"--optim.groups {text!r}: {pattern!r} is not a regular expression: {error}") from None
+        return cls(pattern, **given)
+
+
 @dataclass(frozen=True)
 class OptimOptions:
+    name: OptimName = "adamw"
+    """Optimizer; muon takes the matrices and leaves all else to adamw with the same learning rate."""
+    groups: tuple[str, ...] = ()
+    """Exceptions by parameter path, the first that matches: 'REGEX -> frozen', 'REGEX -> lion lr=1e-4'."""
     lr: float = 3e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
+    """Decay rates of the two moments of adamw; of lion's momentum, in its step and for the next."""
+    momentum: float = 0.95
+    """Momentum of muon (Nesterov's form) and sgd."""
+    muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Size of a muon step: adamw's usual one, so that its learning rate serves; or sqrt(max(1, rows / columns))."""
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """How moments are kept; float32 means the master weights' type. 8bit is for one device."""
+    ema: float = 0.0
+    """Decay of an average of the weights, in float32, written to hf-ema/ at the end (0: none)."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added by adamw to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay, per unit of learning rate."""
     no_decay: tuple[str, ...] = (r".*norm", r".*bias")
@@ -56,6 +109,12 @@ class OptimOptions:
     """Fraction of the steps in which wsd falls."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm (0: never)."""
+
+    def __post_init__(self):
+        for text in self.groups:
+            OptimGroup.parse(text)
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--optim.ema is {self.ema}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)

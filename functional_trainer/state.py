@@ -16,7 +16,10 @@ Metrics = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes; `step` counts tries, `updates` finite ones, `skipped` others since the last of those."""
+    """What a step changes; `step` counts tries, `updates` finite ones, `skipped` others since the last of those.
+
+    Parameters without an entry in `moments` are frozen.
+    """
 
     step: torch.Tensor
     updates: torch.Tensor
@@ -33,8 +36,21 @@ def init_state(params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | Non
     """Make the state before the first step; `params` are taken over, not copied."""
     device = tree.leaves(params)[0].device
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    moments = {path: optimizer.init(p) for path, p in tree.flatten(params).items()}
+    groups = {path: optimizer.group(path) for path in tree.flatten(params)}
+    if all(group is None for group in groups.values()):
+        raise ValueError("every parameter is frozen: nothing would be trained")
+    moments = {k: optimizer.init(p, groups[k]) for k, p in tree.flatten(params).items() if groups[k] is not None}
     return TrainState(zero, zero.clone(), params, moments, buffers or {}, zero.clone())
+
+
+def trained(state: TrainState) -> dict[str, torch.Tensor]:
+    """Return the parameters that are not frozen, by path."""
+    return {path: p for path, p in tree.flatten(state.params).items() if path in state.moments}
+
+
+def ema(state: TrainState) -> tree.Tree:
+    """Return the averaged parameters of a state whose optimizer is `optimizers.with_ema`; frozen ones as they are."""
+    return tree.map_with_path(lambda path, p: state.moments[path]["ema"] if path in state.moments else p, state.params)
 
 
 def sums_of_squares(grads: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -43,9 +59,9 @@ def sums_of_squares(grads: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def update_block(update: Callable, leaves: list[tuple], scale, finite) -> None:
-    """Update each (p, g, moments, scalars) in place, or leave p and moments as they are if not `finite`."""
-    for p, g, moments, scalars in leaves:
-        new_p, new_moments = update(p, g.to(p.dtype) * scale, moments, scalars)
+    """Update each (p, g, moments, scalars, group) in place, or leave p and moments as they are if not `finite`."""
+    for p, g, moments, scalars, group in leaves:
+        new_p, new_moments = update(p, g.to(p.dtype) * scale, moments, scalars, group)
         p.copy_(torch.where(finite, new_p, p))
         for k, old in moments.items():
             old.copy_(torch.where(finite, new_moments[k], old))
@@ -60,12 +76,12 @@ def apply_gradient(
     optimizer: Optimizer, squares: Callable, update: Callable, loss: Loss, clip: float, shard,
     state: TrainState, grads: list[torch.Tensor], means: Metrics, reported: Metrics,
 ) -> Metrics:  # fmt: skip
-    """Clip, update every leaf and the buffers in place; return the metrics.
+    """Clip, update every trained leaf and the buffers in place; return the metrics.
 
     `squares` and `update` are `sums_of_squares` and `update_block`, called for a block of leaves at a time.
     """
     blocks: dict[str, list[tuple]] = {}
-    for (path, p), g in zip(tree.flatten(state.params).items(), grads, strict=True):
+    for (path, p), g in zip(trained(state).items(), grads, strict=True):
         blocks.setdefault(block(path), []).append((path, p, g))
     norm = shard.norm(
         [x for leaves in blocks.values() for x in squares([g for *_, g in leaves])],
@@ -79,7 +95,9 @@ def apply_gradient(
     for leaves in blocks.values():
         moments = [{k: shard.storage(v) for k, v in state.moments[path].items()} for path, *_ in leaves]
         parts = zip(leaves, moments, strict=True)
-        update([(shard.storage(p), g, m, scalars[groups[path]]) for (path, p, g), m in parts], scale, finite)
+        update(
+            [(shard.storage(p), g, m, scalars[groups[path]], groups[path]) for (path, p, g), m in parts], scale, finite
+        )
     buffers = loss.update(state.buffers, reported)
     tree.map(lambda old, new: old.copy_(torch.where(finite, new, old)), state.buffers, buffers)
     state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))

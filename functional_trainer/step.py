@@ -15,14 +15,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 from functional_trainer import tree
 from functional_trainer.losses import Loss
 from functional_trainer.optimizers import Optimizer
-from functional_trainer.state import Metrics, TrainState, apply_gradient, sums_of_squares, update_block
+from functional_trainer.state import Metrics, TrainState, apply_gradient, sums_of_squares, trained, update_block
 from functional_trainer.types import ONE_DEVICE, Batch
 
 
@@ -57,13 +56,23 @@ def total_weights(loss: Loss, batch: Batch, shard=ONE_DEVICE) -> Metrics:
     return {k: torch.where(v == 0, 1, v) for k, v in weights.items()}
 
 
-def gradient(objective: Callable, shard, params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
-    """Return this rank's part of every gradient, in tree order, the means of the loss's terms and its reported sums."""
-    leaves, spec = pytree.tree_flatten(params)
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    value, means, reported = objective(pytree.tree_unflatten(leaves, spec), batch, weights, buffers)
-    grads = torch.autograd.grad(value, leaves)
-    parts = [shard.storage(shard.like(g, p)) for g, p in zip(grads, leaves, strict=True)]
+def objective(model: Any, loss: Loss, shard, params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
+    """Return the sum of coefficient * sum / weight, each sum / weight, and the loss's reported sums."""
+    sums, reported = evaluate(model, loss, params, batch, buffers, shard)
+    means = {k: v / weights[k] for k, v in sums.items()}
+    return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
+
+
+def gradient(
+    value_of: Callable, shard, params: tree.Tree, paths: dict, batch: Batch, weights: Metrics, buffers: tree.Tree
+):
+    """Return this rank's part of the gradient of each of `paths`, in their order, the means of the loss's terms and its
+    reported sums."""
+    leaves = {path: x.detach().requires_grad_(path in paths) for path, x in tree.flatten(params).items()}
+    value, means, reported = value_of(tree.unflatten(leaves, params), batch, weights, buffers)
+    wanted = [leaves[path] for path in paths]
+    grads = torch.autograd.grad(value, wanted)
+    parts = [shard.storage(shard.like(g, p)) for g, p in zip(grads, wanted, strict=True)]
     return parts, tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
 
 
@@ -79,29 +88,28 @@ def make_train_step(
     """
     if micro_batches > 1 and not loss.accumulates:
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
+    if optimizer.whole and shard.world > 1:
+        raise ValueError("this optimizer needs whole tensors: on several devices use adamw, lion or sgd, not in 8 bit")
     one_graph = compile == "step" and micro_batches == 1 and remat == "none"
     model = wrap_layer(model, compile=compile == "layer", remat=remat == "layer", backend=backend)
 
     def jit(fn: Callable, when: bool) -> Callable:
         return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend) if when else fn
 
-    def objective(params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
-        sums, reported = evaluate(model, loss, params, batch, buffers, shard)
-        means = {k: v / weights[k] for k, v in sums.items()}
-        return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
-
     squares, update = (jit(f, compile == "layer") for f in (sums_of_squares, partial(update_block, optimizer.update)))
-    finish: Callable = partial(apply_gradient, optimizer, squares, update, loss, clip, shard)
-    objective, finish = (jit(f, compile == "step" and not one_graph) for f in (objective, finish))
+    two_graphs = compile == "step" and not one_graph
+    value_of = jit(partial(objective, model, loss, shard), two_graphs)
+    finish = jit(partial(apply_gradient, optimizer, squares, update, loss, clip, shard), two_graphs)
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         weights = total_weights(loss, batch, shard)
         params = state.params if model.dtype is None else tree.map(lambda p: p.to(model.dtype), state.params)
         first, *others = shard.micro(batch, micro_batches)
-        grads, means, reported = gradient(objective, shard, params, first, weights, state.buffers)
+        grad = partial(gradient, value_of, shard, params, trained(state), weights=weights, buffers=state.buffers)
+        grads, means, reported = grad(batch=first)
         for micro in others:  # summed in the masters' precision
-            grads = [g.to(p.dtype) for g, p in zip(grads, tree.leaves(state.params), strict=True)]
-            more, *rest = gradient(objective, shard, params, micro, weights, state.buffers)
+            grads = [g.to(p.dtype) for g, p in zip(grads, trained(state).values(), strict=True)]
+            more, *rest = grad(batch=micro)
             torch._foreach_add_(grads, more)
             means, reported = tree.map(torch.add, (means, reported), tuple(rest))
         return finish(state, grads, means, reported)

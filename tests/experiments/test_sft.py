@@ -418,7 +418,41 @@ def test_a_full_disk_is_said_and_the_run_can_go_on(place):
     same_state(place / "full", place / "first")
 
 
+@pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
+def test_several_optimizers_frozen_parameters_and_an_average(place, moments):
+    """A run that is stopped and resumed ends as the whole one; hf/ and hf-ema/ are what transformers loads."""
+    groups = ("--optim.groups", "embed -> frozen", "layers/.*/router -> lion lr=1e-3")
+    flags = (*LONG, "--optim.name", "muon", *groups, "--optim.moments", moments, "--optim.ema", "0.5")
+    run(place, *flags, "--out", f"mixed-{moments}")
+    started = start(place, *flags, "--out", f"part-{moments}")
+    until(lambda: steps_done(place / f"part-{moments}") >= 2, started.process)
+    os.kill(started.process.pid, signal.SIGINT)
+    assert started.wait() == 0 and "the same command continues from there" in started.output
+    run(place, *flags, "--out", f"part-{moments}")
+    same_state(place / f"part-{moments}", place / f"mixed-{moments}")
+    tensors, _ = state(place / f"mixed-{moments}")
+    exported, average, first = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+        for path in (*(place / f"mixed-{moments}" / name for name in ("hf", "hf-ema")), place / "moe")
+    )
+    same = {k for k in first if torch.equal(exported[k], first[k])}
+    assert same == {"model.embed_tokens.weight"} == {k for k in first if torch.equal(average[k], exported[k])}
+    gate = "model.layers.0.mlp.gate.weight"
+    assert torch.equal(average[gate], tensors["moments/layers/0/moe/router/ema"])
+    kept = {path.split("/")[-1] for path in tensors if path.startswith("moments/layers/0/attn/q/")}
+    assert kept == ({"mu", "ema"} if moments == "bfloat16" else {"mu_code", "mu_most", "ema"})
+    assert not [path for path in tensors if path.startswith("moments/embed")]
+
+
+def test_wrong_optimizer_groups_are_said(place):
+    assert "no parameter has such a path" in refused(place, "--optim.groups", "embd -> frozen", "--out", "never")
+    assert "not 'adamm'" in refused(place, "--optim.groups", "embed -> adamm", "--out", "never", status=2)
+    assert not (place / "never" / "metrics.jsonl").exists()
+
+
 def nobody() -> None:
+    import torch._inductor  # noqa: F401 (this user may not read the interpreter's folder)
+
     if os.geteuid() == 0:
         os.seteuid(65534)
 

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 
 import kernels
 from functional_trainer import init_state, losses, make_train_step, optimizers, tree
-from functional_trainer.state import block
+from functional_trainer.moments import stored_in_8_bits
+from functional_trainer.state import block, ema
 from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE
 from tests.models import small
@@ -75,8 +76,8 @@ def assert_same(a, b, tolerance):
 def test_one_step_of_descent_by_hand():
     """With plain descent for an optimizer, what changes is the clipped gradient of the mean."""
     descent = optimizers.Optimizer(
-        init=lambda p: {}, group=lambda path: None, scalars=lambda *at: {"lr": torch.ones((), dtype=F64)},
-        update=lambda p, g, moments, at: (p - g, {}),
+        init=lambda p, group: {}, group=lambda path: 0, scalars=lambda *at: {"lr": torch.ones((), dtype=F64)},
+        update=lambda p, g, moments, at, group: (p - g, {}),
     )  # fmt: skip
     model, batch = tiny(), small.batch(UNEVEN)
     params = model.init(0, dtype=F64)
@@ -128,8 +129,8 @@ def test_accumulation_refuses_what_does_not_add_up():
 def test_bfloat16_gradients_are_summed_in_float32():
     """And each is exactly what autograd gives for weights in bfloat16."""
     descent = optimizers.Optimizer(
-        init=lambda p: {}, group=lambda path: None, scalars=lambda *at: {"lr": torch.ones(())},
-        update=lambda p, g, moments, at: (g, {}),
+        init=lambda p, group: {}, group=lambda path: 0, scalars=lambda *at: {"lr": torch.ones(())},
+        update=lambda p, g, moments, at, group: (g, {}),
     )  # fmt: skip
     model = tiny(dtype=torch.bfloat16)
     params, batch = model.init(0), small.batch(UNEVEN)
@@ -192,6 +193,52 @@ def test_the_graphs_of_layers_do_not_depend_on_depth():
     torch._dynamo.reset()
     counters.clear()
     assert run(1, model=tiny(num_hidden_layers=5, mlp_only_layers=[]), compile="layer")[2] == few
+
+
+def mixed(specs):
+    """Build an optimizer of four kinds, with frozen leaves and an average."""
+    rate = optimizers.schedule("cosine", 1e-2, 10, warmup=2)
+    return optimizers.with_ema(optimizers.by_path(
+        ("embed|.*/attn/o|layers/1/mlp_norm", None), (".*/attn/[kv]", optimizers.lion(rate)),
+        (".*/moe/(gate_up|down)|.*/attn/q", optimizers.muon(rate, specs, dtype=F64)),
+        (".*/mlp/.*", optimizers.adafactor(rate, specs)),
+        (".*", optimizers.adamw(rate, storage=stored_in_8_bits())),
+    ), 0.9)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [{"compile": "step"}, {"compile": "layer", "micro_batches": 2}, {"micro_batches": 4}])
+def test_every_form_is_the_same_with_several_optimizers_and_frozen_leaves(form):
+    model = tiny()
+    plain, wanted = run(3, model=model, optimizer=mixed(model.specs)), tree.flatten(model.init(0, dtype=F64))
+    result = run(3, model=model, optimizer=mixed(model.specs), **form)
+    assert len(set(result[2])) == 1  # compiled once
+    codes = [k for k in flat(plain[0]) if k.endswith("_code")]
+    a, b = flat(plain[0]), flat(result[0])
+    assert all((a.pop(k).int() - b.pop(k).int()).abs().max() <= 1 for k in codes)  # a number between two codes
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    frozen = {"embed", "layers/0/attn/o", "layers/1/attn/o", "layers/1/mlp_norm"}
+    moved = {k for k, p in tree.flatten(result[0].params).items() if not torch.equal(p, wanted[k])}
+    assert moved == wanted.keys() - frozen == result[0].moments.keys()
+    averaged = tree.flatten(ema(result[0]))
+    assert all(torch.equal(averaged[k], wanted[k]) for k in frozen)
+    assert all(not torch.equal(averaged[k], wanted[k]) for k in moved)
+
+
+def test_frozen_leaves_take_no_part_in_the_norm():
+    names, model = ("embed", "unembed"), tiny()
+    only = optimizers.by_path(("embed|unembed", adamw()), (".*", None))
+    norm = run(1, model=model, optimizer=only)[1][0]["grad_norm"]
+    leaves = tree.map(lambda x: x.clone().requires_grad_(), model.init(0, dtype=F64))
+    batch = small.batch(UNEVEN)
+    sums, _ = evaluate(model, LOSS, leaves, batch, {})
+    loss = sums["nll"] / batch["weights"].sum(dtype=F64) + 0.1 * sums["balance"] / 27
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [leaves[n] for n in names])]).norm()
+    torch.testing.assert_close(norm, wanted, rtol=1e-9, atol=0)
+
+
+def test_a_step_that_would_train_nothing_is_refused():
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        init_state(tiny().init(0), optimizers.by_path((".*", None)))
 
 
 def test_layers_compile_when_all_sizes_are_equal():

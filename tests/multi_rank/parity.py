@@ -7,7 +7,7 @@ import torch
 
 import models
 from functional_trainer import losses, optimizers, tree
-from functional_trainer.state import init_state
+from functional_trainer.state import ema, init_state
 from functional_trainer.step import make_train_step
 from functional_trainer.types import ONE_DEVICE
 from sharding_rules import Sharder, qwen3, qwen3_moe
@@ -42,6 +42,9 @@ class Case:
     collapsed: bool = False
     """The router scores all experts alike, so every token goes to the same one."""
 
+    mixed: bool = False
+    """Lion on some leaves, others frozen, and an average of the weights."""
+
     def uncompiled(self) -> "Case":
         return replace(self, options={})
 
@@ -60,6 +63,7 @@ CASES = {
     ),
     "moe, pooled balance, uneven": Case(MOE, "hf", uneven=True),
     "moe, one expert takes all": Case(MOE | ONE_EXPERT, collapsed=True),
+    "moe, several optimizers, 2 micro-batches": Case(MOE, options={"micro_batches": 2}, mixed=True),
 }
 COMPILED = {
     "moe, layer compiled": Case(MOE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
@@ -88,11 +92,14 @@ def batch(case: Case) -> dict[str, torch.Tensor]:
 def recording(optimizer: optimizers.Optimizer) -> optimizers.Optimizer:
     """Keep each leaf's last gradient beside its moments."""
 
-    def update(p, g, moments, scalars):
-        new_p, new = optimizer.update(p, g, {k: v for k, v in moments.items() if k != "grad"}, scalars)
+    def init(p, group):
+        return optimizer.init(p, group) | {"grad": torch.zeros_like(p)}
+
+    def update(p, g, moments, scalars, group):
+        new_p, new = optimizer.update(p, g, {k: v for k, v in moments.items() if k != "grad"}, scalars, group)
         return new_p, new | {"grad": g}
 
-    return optimizer._replace(init=lambda p: optimizer.init(p) | {"grad": torch.zeros_like(p)}, update=update)
+    return optimizer._replace(init=init, update=update)
 
 
 def sharder(config: dict[str, Any], mesh: str | None):
@@ -110,7 +117,12 @@ def start(case: Case, shard):
     if case.collapsed:
         for layer in params["layers"]:
             layer["moe"]["router"].zero_()
-    optimizer = recording(optimizers.adamw(optimizers.schedule("cosine", 1e-2, 10, 2)))
+    rate = optimizers.schedule("cosine", 1e-2, 10, 2)
+    optimizer = optimizers.adamw(rate)
+    if case.mixed:
+        rules = ("embed|.*/attn/[ko]", None), (".*/moe/.*|.*/q_norm", optimizers.lion(rate)), (".*", optimizer)
+        optimizer = optimizers.with_ema(optimizers.by_path(*rules), 0.9)
+    optimizer = recording(optimizer)
     torch._dynamo.reset()
     step = make_train_step(model, losses.sft(case.balance, 0.1), optimizer, shard=shard, **case.options)
     return model, step, init_state(params, optimizer)
@@ -127,7 +139,8 @@ def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
         seen |= {f"{i}/{k}": shard.replicate(v).clone() for k, v in metrics.items()}
         if i == 0:
             seen |= {f"grads/{path}": shard.full(m["grad"]).clone() for path, m in state.moments.items()}
-    return seen | {f"params/{path}": shard.full(p).clone() for path, p in tree.flatten(state.params).items()}
+    kept = {"params": state.params} | ({"ema": ema(state)} if case.mixed else {})
+    return seen | {path: shard.full(p).clone() for path, p in tree.flatten(kept).items()}
 
 
 def train_all(names: list[str], meshes: list[str]) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
