@@ -16,9 +16,13 @@ class ModelOptions:
 @dataclass(frozen=True)
 class DataOptions:
     train: tuple[str, ...] = ()
-    """JSONL files, folders or globs of OpenAI messages to train on (none: the tasks that ship with the project)."""
+    """Files, folders or globs of JSONL, JSON, CSV, Parquet, Arrow or text (none: tasks that ship with the project)."""
     eval: tuple[str, ...] = ()
     """The same for the held-out loss; only with --data.train."""
+    shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """What rows look like (docs/data.md); auto recognises it by the columns of a file's first row."""
+    columns: tuple[str, ...] = ()
+    """Names of columns, OURS=THEIRS: prompt=question completion=answer."""
     tokenizer: str | None = None
     """Folder of the tokenizer and chat template (default: the model's, else the one that ships with the project)."""
     seq_len: int = 256

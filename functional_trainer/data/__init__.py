@@ -1,4 +1,4 @@
-"""Chats in JSONL to batches of packed rows: tokenizer and loss mask, packing, resumable loading."""
+"""Chats and texts to batches of packed rows: tokenizer and loss mask, packing, resumable loading."""
 
 from functional_trainer.data.chat import Tokenizer
 from functional_trainer.data.loader import Loader

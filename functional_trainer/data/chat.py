@@ -141,6 +141,12 @@ class Tokenizer:
         return [i for i in dict.fromkeys(ids) if i is not None and self.backend.id_to_token(i) is not None]
 
     @property
+    def document_end(self) -> list[int]:
+        """Return the id that ends a text without turns, eos_token, in a list that is empty if there is none."""
+        end = self.backend.token_to_id(self.special.get("eos_token", ""))
+        return self.eos_ids[:1] if end is None else [end]
+
+    @property
     def turn_ends(self) -> list[str]:
         """List the texts of `eos_ids`."""
         return [str(self.backend.id_to_token(i)) for i in self.eos_ids]

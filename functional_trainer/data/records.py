@@ -1,25 +1,29 @@
-"""Conversations in JSONL: OpenAI messages, checked; an error names the file, the line and what would be right."""
+"""Conversations and texts, checked; an error names the file, the place and what would be right."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from functional_trainer.data import sources
 from functional_trainer.data.chat import Message, Tokenizer
 from functional_trainer.data.packing import Documents
-
-Paths = str | Path | Iterable[str | Path]
+from functional_trainer.data.shapes import COLUMNS, SHAPES, recognise
+from functional_trainer.data.sources import Paths
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation of a JSONL file."""
+    """One row of the data: a conversation, or plain text."""
 
     where: str
-    """file:line"""
+    """file:line or file[index]"""
     messages: list[Message]
+    """Empty for plain text."""
     tools: list[dict] | None
+    text: str | None = None
+    shape: str = "messages"
 
 
 AFTER = {
@@ -31,48 +35,67 @@ AFTER = {
 }
 
 
-def files(paths: Paths) -> list[Path]:
-    """List the JSONL files that files, folders (their *.jsonl) and globs name; ValueError where there is none."""
-    found: list[Path] = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        path = Path(path)
-        if path.is_file():
-            here = [path]
-        elif path.is_dir():
-            here = sorted(path.glob("*.jsonl"))
-        else:
-            here = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-        if not here:
-            what = "holds no *.jsonl file" if path.is_dir() else "no such file"
-            raise ValueError(f"{path}: {what}; give a JSONL file, a folder of them or a glob")
-        found += here
-    return found
+def renames(columns: tuple[str, ...]) -> dict[str, str]:
+    """Read `ours=theirs` pairs as {theirs: ours}; ValueError says what is wrong."""
+    pairs: dict[str, str] = {}
+    for text in columns:
+        ours, equals, theirs = text.partition("=")
+        if not equals or ours not in COLUMNS or not theirs or theirs in pairs:
+            raise ValueError(
+                f"--data.columns {text!r}: expected OURS=THEIRS, each once, OURS one of {', '.join(COLUMNS)}"
+            )
+        pairs[theirs] = ours
+    return pairs
 
 
-def records(paths: Paths) -> Iterator[Record]:
-    """Read conversations, one object {"messages": [...], "tools": [...]} a line; ValueError names file and line."""
-    for file in files(paths):
-        empty = True
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    empty = False
-                    yield _record(line, f"{file}:{number}")
-        if empty:
-            raise ValueError(f"{file}: the file is empty; expected one JSON object with 'messages' a line")
+def records(paths: Paths, shape: str = "auto", columns: tuple[str, ...] = ()) -> Iterator[Record]:
+    """Read checked rows of any kind of file (`sources`) and shape (`shapes`); ValueError names the place.
 
-
-def read(paths: Paths, tokenizer: Tokenizer, vocab_size: int | None = None) -> Documents:
-    """Tokenize the conversations of JSONL files; ValueError names file and line of the first bad one.
-
-    With `vocab_size`, the model's, an id that the model has no row for is an error too.
+    With `shape="auto"` the first row of a file decides for all of it. `columns` are `ours=theirs` pairs.
     """
-    return Documents.of(_encoded(record, tokenizer, vocab_size) for record in records(paths))
+    names = renames(columns)
+    for file in sources.files(paths):
+        here = shape
+        for where, row in sources.rows(file):
+            try:
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected an object with a list 'messages', got {str(row)[:60]}")
+                row = {names.get(k, k): v for k, v in row.items() if k in names or k not in names.values()}
+                here = recognise(row) if here == "auto" else here
+                yield _record(row, here, where)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+
+
+def read(
+    paths: Paths,
+    tokenizer: Tokenizer,
+    vocab_size: int | None = None,
+    shape: str = "auto",
+    columns: tuple[str, ...] = (),
+    found: Counter | None = None,
+) -> Documents:
+    """Tokenize the rows of files; ValueError names file and place of the first bad one.
+
+    With `vocab_size`, the model's, an id that the model has no row for is an error too. `found` counts rows by shape.
+    """
+
+    def encoded() -> Iterator[tuple[list[int], list[bool]]]:
+        for record in records(paths, shape, columns):
+            if found is not None:
+                found[record.shape] += 1
+            yield _encoded(record, tokenizer, vocab_size)
+
+    return Documents.of(encoded())
 
 
 def _encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tuple[list[int], list[bool]]:
     try:
-        ids, mask = tokenizer.encode_chat(record.messages, record.tools)
+        if record.text is None:
+            ids, mask = tokenizer.encode_chat(record.messages, record.tools)
+        else:
+            ids = tokenizer.encode(record.text) + tokenizer.document_end
+            mask = [True] * len(ids)
         if not any(mask[1:]):
             raise ValueError("no token of it is trained: the chat template marks no assistant text in it")
         if vocab_size is not None and max(ids) >= vocab_size:
@@ -86,26 +109,33 @@ def _encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tu
     return ids, mask
 
 
-def _record(line: bytes, where: str) -> Record:
-    try:
-        data = json.loads(line)
-        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON ({error}); expected one object with 'messages' a line") from error
-    if not isinstance(data, dict) or not isinstance(data.get("messages"), list) or not data["messages"]:
-        raise ValueError(f"{where}: expected an object with a list 'messages' that is not empty, got {str(data)[:60]}")
-    tools = data.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"{where}: 'tools' must be a list of JSON schemas, got {str(tools)[:60]}")
+def _record(row: Mapping[str, Any], shape: str, where: str) -> Record:
+    if not SHAPES[shape].has(row):
+        why = f"shape {shape}, by the first row or --data.shape"
+        raise ValueError(f"expected an object with {SHAPES[shape].needs} ({why}); it has {str(list(row))[:200]}")
+    given = SHAPES[shape].convert(row)
+    if isinstance(given, str):
+        return Record(where, [], None, given, shape)
+    tools = row.get("tools")
+    tools = _json(tools) if isinstance(tools, str) and tools.strip() else tools
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"'tools' must be a list of JSON schemas, got {str(tools)[:60]}")
     messages: list[Message] = []
-    for index, message in enumerate(data["messages"]):
+    for index, message in enumerate(given):
         try:
             messages.append(_checked(message, messages))
         except ValueError as error:
-            raise ValueError(f"{where}: message {index}: {error}") from error
+            raise ValueError(f"message {index}: {error}") from error
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the last message must be the assistant's, it is of role {messages[-1]['role']!r}")
-    return Record(where, messages, tools or None)
+        raise ValueError(f"the last message must be the assistant's, it is of role {messages[-1]['role']!r}")
+    return Record(where, messages, tools or None, shape=shape)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _checked(message: Any, earlier: list[Message]) -> Message:

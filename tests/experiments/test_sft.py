@@ -418,6 +418,24 @@ def test_a_full_disk_is_said_and_the_run_can_go_on(place):
     same_state(place / "full", place / "first")
 
 
+def test_data_of_other_kinds_and_shapes(place):
+    """A table with columns of its own, and plain text; the run says what it recognised."""
+    rows_of = [f"Add {i} to 2.,{i + 2}" for i in range(30)]
+    (place / "quiz.csv").write_text("question,answer\n" + "\n".join(rows_of))
+    (place / "notes.txt").write_text("Add 1 to 2. " * 40)
+    quiz = ("--data.train", "quiz.csv", "--data.eval", "quiz.csv", "--answers", 2)
+    quiz += ("--data.columns", "prompt=question", "completion=answer")
+    printed = run(place, *BASE, "--steps", 3, *quiz, "--out", "quiz")
+    assert "training data: 30 rows of shape prompt_completion" in printed and "of 2 answers are exact" in printed
+    assert rows(place / "quiz")[-1]["trained_tokens"] > 0
+    notes = ("--data.train", "notes.txt", "--data.eval", "notes.txt", "--batch", 1)
+    printed = run(place, *BASE, "--steps", 3, *notes, "--out", "notes")
+    assert "training data: 1 rows of shape text" in printed
+    last = rows(place / "notes")[-1]
+    assert last["trained_tokens"] == last["tokens"] and "eval_loss" in last
+    assert "notes.txt is plain text, which asks nothing" in refused(place, *notes, "--answers", 2, "--out", "never")
+
+
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
 def test_several_optimizers_frozen_parameters_and_an_average(place, moments):
     """A run that is stopped and resumed ends as the whole one; hf/ and hf-ema/ are what transformers loads."""

@@ -397,22 +397,22 @@ GOOD = json.dumps({"messages": CHATS["short"], "id": 7})
 
 def test_reads_files_folders_and_globs(folders, tmp_path):
     ours = Tokenizer(folders["chatml"])
-    for i, name in enumerate(["b.jsonl", "a.jsonl", "c.txt"]):
+    for i, name in enumerate(["b.jsonl", "a.jsonl", "c.ndjson"]):
         chat = [say("user", "q"), say("assistant", [{"type": "text", "text": "x"}, {"type": "text", "text": str(i)}])]
         (tmp_path / name).write_text("\n" + json.dumps({"messages": chat}) + "\n\n")
     docs = read(tmp_path, ours)
     answers = ["".join(trained(ours, record.messages)) for record in records(tmp_path)]
-    assert answers == ["x1<|im_end|>", "x0<|im_end|>"]
+    assert answers == ["x1<|im_end|>", "x0<|im_end|>", "x2<|im_end|>"]
     for i, record in enumerate(records(tmp_path)):
         ids, mask = docs[i]
         assert (ids.tolist(), mask.tolist()) == ours.encode_chat(record.messages)
     names = [Path(record.where).name for record in records(str(tmp_path / "*"))]
-    assert names == ["a.jsonl:2", "b.jsonl:2", "c.txt:2"]
-    assert len(read([tmp_path / "c.txt", str(tmp_path)], ours)) == 3
+    assert names == ["a.jsonl:2", "b.jsonl:2", "c.ndjson:2"]
+    assert len(read([tmp_path / "c.ndjson", str(tmp_path)], ours)) == 4
     with pytest.raises(ValueError, match="no such file"):
         read(tmp_path / "d.jsonl", ours)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds no \*.jsonl"):
+    with pytest.raises(ValueError, match="no data file in this folder"):
         read(tmp_path / "empty", ours)
 
 

@@ -1,0 +1,238 @@
+"""functional_trainer.data: kinds of files and shapes of rows, by hand."""
+
+import csv
+import gzip
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from functional_trainer.data import Tokenizer, read, records, sources
+
+TOKENIZER = Tokenizer(Path(__file__).parents[2] / "experiments" / "first_light" / "tokenizer")
+ALPACA = [
+    {"instruction": "Sort.", "input": 'b, "a"\nc', "output": "abc"},
+    {"instruction": "Häh?", "input": "", "output": "1"},
+    {"instruction": "Add 1 to 2.", "input": "quickly", "output": "3"},
+]  # fmt: skip
+
+
+def write_table(path, rows, delimiter):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0].keys(), delimiter=delimiter)
+        table.writeheader()
+        table.writerows(rows)
+
+
+def write_arrow(path, rows, new):
+    batch = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as sink, new(sink, batch.schema) as writer:
+        writer.write_table(batch, max_chunksize=2)
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n\n" for row in rows)
+
+
+WRITERS = {
+    "a.jsonl": lambda path, rows: path.write_text(lines(rows)),
+    "b.ndjson": lambda path, rows: path.write_text(lines(rows)),
+    "c.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
+    "d.json": lambda path, rows: path.write_text(json.dumps({"version": 1, "data": rows})),
+    "e.json": lambda path, rows: path.write_text(lines(rows)),
+    "f.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(lines(rows).encode())),
+    "g.csv": lambda path, rows: write_table(path, rows, ","),
+    "h.tsv": lambda path, rows: write_table(path, rows, "\t"),
+    "i.parquet": lambda path, rows: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path),
+    "j.arrow": lambda path, rows: write_arrow(path, rows, pyarrow.ipc.new_file),
+    "k.arrow": lambda path, rows: write_arrow(path, rows, pyarrow.ipc.new_stream),
+}
+
+
+def said(record):
+    return [(m["role"], m["content"]) for m in record.messages]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_holds_the_same_rows(tmp_path, name):
+    WRITERS[name](tmp_path / name, ALPACA)
+    found = list(records(tmp_path))
+    assert [said(r) for r in found] == [
+        [("user", 'Sort.\nb, "a"\nc'), ("assistant", "abc")], [("user", "Häh?"), ("assistant", "1")],
+        [("user", "Add 1 to 2.\nquickly"), ("assistant", "3")],
+    ]  # fmt: skip
+    counts: Counter = Counter()
+    docs = read(tmp_path / name, TOKENIZER, found=counts)
+    assert counts == {"alpaca": 3} and len(docs) == 3
+    ids, mask = docs[1]
+    assert (ids.tolist(), mask.tolist()) == TOKENIZER.encode_chat(found[1].messages)
+    places = {"jsonl": ":1", "ndjson": ":1", "gz": ":1", "csv": ":3", "tsv": ":3"}  # the first CSV row spans two lines
+    last = "[0]" if name != "e.json" else ":1"
+    assert found[0].where == f"{tmp_path / name}{places.get(name.rpartition('.')[2], last)}"
+
+
+PLAIN = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=12).filter(str.strip)
+
+
+@given(st.lists(st.fixed_dictionaries({"instruction": PLAIN, "input": PLAIN, "output": PLAIN}), min_size=1, max_size=5))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_text_survives_every_kind_of_file(tmp_path, rows):
+    wanted = [[("user", f"{r['instruction']}\n{r['input']}"), ("assistant", r["output"])] for r in rows]
+    for name, write in WRITERS.items():
+        write(tmp_path / name, rows)
+        assert [said(r) for r in records(tmp_path / name)] == wanted, name
+
+
+SHAPES = {
+    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "score": 0.5},
+    "conversations with roles": {
+        "conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    },
+    "sharegpt": {"id": "x", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "alpaca without input": {"instruction": "q", "output": "a"},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "prompt_completion of messages": {
+        "prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", ["a.jsonl", "i.parquet"])
+def test_every_shape_is_recognised(tmp_path, name, kind):
+    WRITERS[kind](tmp_path / kind, [SHAPES[name]])
+    (record,) = records(tmp_path / kind)
+    assert said(record) == [("user", "q"), ("assistant", "a")]
+    assert record.shape == {"conversations with roles": "messages"}.get(name, name.split(" ")[0])
+
+
+def test_systems_histories_and_tools(tmp_path):
+    call = {"function": {"name": "add", "arguments": "{}"}}
+    rows = [
+        {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"system": "s", "history": [["q0", "a0"]], "instruction": "q", "output": "a"},
+        {"tools": '[{"name": "add"}]', "messages": [
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "3"}, {"role": "assistant", "content": "a"},
+        ]},
+    ]  # fmt: skip
+    for i, row in enumerate(rows):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps(row))
+    sharegpt, alpaca, tools = records(tmp_path)
+    assert said(sharegpt) == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    middle = [("user", "q0"), ("assistant", "a0")]
+    assert said(alpaca) == [("system", "s"), *middle, ("user", "q"), ("assistant", "a")]
+    assert tools.tools == [{"name": "add"}] and tools.messages[1]["tool_calls"] == [call]
+
+
+def test_columns_that_only_some_turns_have_are_none_in_parquet_and_left_out(tmp_path):
+    call = {"function": {"name": "add", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_calls": None}, {"role": "assistant", "content": "a", "tool_calls": None},
+    ]  # fmt: skip
+    WRITERS["i.parquet"](tmp_path / "i.parquet", [{"messages": turns, "tools": None}])
+    (record,) = records(tmp_path)
+    assert [sorted(m) for m in record.messages][0] == ["content", "role"] and record.tools is None
+    assert record.messages[1]["tool_calls"] == [call] and record.messages[1]["content"] is None
+
+
+def test_plain_text_is_trained_whole_and_ends(tmp_path):
+    (tmp_path / "a.txt").write_text("Add 1 to 2.\n\nSort b.")
+    WRITERS["a.jsonl"](tmp_path / "b.jsonl", [{"text": "Sort b."}, {"text": "x", "meta": 1}])
+    docs = read(tmp_path, TOKENIZER)
+    (end,) = TOKENIZER.document_end
+    assert TOKENIZER.backend.id_to_token(end) == TOKENIZER.special["eos_token"]
+    for i, text in enumerate(("Add 1 to 2.\n\nSort b.", "Sort b.", "x")):
+        ids, mask = docs[i]
+        assert ids.tolist() == [*TOKENIZER.encode(text), end] and mask.all()
+    assert [(r.text, r.messages, r.shape) for r in records(tmp_path)][1] == ("Sort b.", [], "text")
+
+
+def test_columns_by_name(tmp_path):
+    WRITERS["g.csv"](tmp_path / "g.csv", [{"question": "q", "answer": "a", "prompt": "not this", "id": "7"}])
+    (record,) = records(tmp_path, columns=("prompt=question", "completion=answer"))
+    assert said(record) == [("user", "q"), ("assistant", "a")] and record.shape == "prompt_completion"
+    with pytest.raises(ValueError, match=re.escape("g.csv:2: expected an object with a list 'messages', or a list")):
+        list(records(tmp_path))
+    for wrong in ("question", "=question", "prompt=", "question=prompt"):
+        with pytest.raises(ValueError, match=f"--data.columns '{wrong}': expected OURS=THEIRS, each once, OURS one of"):
+            list(records(tmp_path, columns=(wrong,)))
+    with pytest.raises(ValueError, match="'completion=question': expected OURS=THEIRS, each once"):
+        list(records(tmp_path, columns=("prompt=question", "completion=question")))
+
+
+def test_a_shape_can_be_asked_for(tmp_path):
+    row = SHAPES["messages"] | {"text": "plain"}
+    WRITERS["a.jsonl"](tmp_path / "a.jsonl", [row])
+    assert [r.shape for r in records(tmp_path)] == ["messages"]
+    assert [r.text for r in records(tmp_path, shape="text")] == ["plain"]
+    with pytest.raises(
+        ValueError, match="a.jsonl:1: .*'instruction' and 'output' .shape alpaca.* it has .'messages', 'score'"
+    ):
+        list(records(tmp_path, shape="alpaca"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"prompt": "x", "completion": "y"}', ":2: expected an object with 'text' ("),
+        ("a.jsonl", b'{"conversations": [{"from": "human"}]}', ":1: turn 0: expected an object with 'from'"),
+        ("a.jsonl", b'{"conversations": [{"from": "me", "value": "x"}]}', ":1: turn 0: unknown speaker 'me'"),
+        ("a.jsonl", b'{"conversations": []}', ":1: expected an object with a list 'conversations' that is not empty"),
+        ("a.jsonl", b'{"instruction": 1, "output": "x"}', ":1: 'instruction' and 'input' must be text"),
+        ("a.jsonl", b'{"instruction": "x", "output": ""}', ":1: message 1: the assistant's turn is empty"),
+        ("a.jsonl", b'{"instruction": "x", "output": "y", "history": ["z"]}', ":1: 'history' 0: expected a question"),
+        ("a.jsonl", b'{"text": " "}', ":1: 'text' must be text that is not empty"),
+        ("a.json", b"3", ": expected a list of objects"), ("a.json", b"[1]", "[0]: expected an object"),
+        ("a.json", b"[]", ": the file is empty"), ("a.json", b"\xff", ": not UTF-8 text"),
+        ("a.json", b"[{", ":1: not valid JSON"), ("a.txt", b" \n", ": the file is empty"),
+        ("a.csv", b"prompt,completion\na,b,c\n", ":2: another number of fields than the header's 2"),
+        ("a.csv", b"prompt,completion\na\n", ":2: another number of fields than the header's 2"),
+        ("a.csv", b'prompt,completion\n"a" x,b\n', ":2: not valid CSV"),
+        ("a.csv", b"prompt,completion\n", ": the file is"),
+        ("a.jsonl.gz", b"plain", ": not a whole gzip file"), ("a.csv.gz", b"plain", ": not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9], "not a whole gzip file"),
+        ("a.parquet", b"PAR1", ": not a valid parquet file"), ("a.arrow", b"ARROW1", ": not a valid arrow file"),
+        ("a.xlsx", b"PK", ": unknown kind '.xlsx'; expected one of .jsonl, .ndjson, .json, .csv"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}{message}" if message[0] in ":[" else message)):
+        list(records(tmp_path / name))
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="openai/gsm8k: no such file.*hf download --repo-type dataset"):
+        sources.files("openai/gsm8k")
+    with pytest.raises(ValueError, match="none.jsonl: no such file; give a file, a folder or a glob$"):
+        sources.files("none.jsonl")
+    (tmp_path / "dataset_info.json").write_text("{}")  # what `datasets` writes beside its .arrow files
+    with pytest.raises(ValueError, match="no data file in this folder; expected .jsonl"):
+        sources.files(tmp_path)
+    (tmp_path / "deep").mkdir()
+    WRITERS["k.arrow"](tmp_path / "deep" / "data-0.arrow", ALPACA)
+    assert [f.name for f in sources.files(tmp_path)] == ["data-0.arrow"]
+
+
+@given(st.sampled_from(sorted(sources.READERS)), st.binary(max_size=60), st.sampled_from([b"", b"PAR1", b"ARROW1\0\0"]))
+@example(".json", b"[" * 100_000, b"")
+@example(".csv", b"a\n" + b"x" * 200_000, b"")
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_bytes_are_rows_or_one_error(tmp_path, suffix, content, start):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(start + content)
+    try:
+        for record in records(file):
+            assert record.text or record.messages
+    except ValueError as error:
+        assert str(error).startswith(str(file)) and len(str(error)) < 1000
