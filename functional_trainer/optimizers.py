@@ -7,6 +7,7 @@ leaves. Scalars that change are 0-d float64 tensors: they are data, never a reas
 import math
 import re
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,10 +35,16 @@ class Optimizer(NamedTuple):
     """(p, group) to moments."""
     scalars: Callable[[torch.Tensor, torch.Tensor, Any], Leaf]
     """(step, updates, group) to what changes from step to step, `lr` among it."""
-    update: Callable[[torch.Tensor, torch.Tensor, Leaf, Leaf, Any], tuple[torch.Tensor, Leaf]]
-    """(p, g, moments, scalars, group) to p and moments."""
+    update: Callable[..., tuple[torch.Tensor, Leaf]]
+    """(p, g, moments, scalars, group, around) to p and moments, each this rank's part. `around(fn, x, batch)` applies
+    `fn` to whole matrices, behind `batch` leading dims, of a tensor placed as p; see `alone`."""
     whole: bool = False
-    """Whether an update needs the whole tensor; else a rank's part of it will do."""
+    """Whether moments are of no part of p's shape, so that p must be whole."""
+
+
+def alone(fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch: int) -> torch.Tensor:
+    """Apply `fn` to a tensor that is whole, as on one device."""
+    return fn(x)
 
 
 def schedule(
@@ -103,7 +110,7 @@ def adamw(
         rate, t = lr(step), updates.to(torch.float64) + 1
         return {"lr": rate, "keep": 1 - rate * group[0], "rate": rate / (1 - b1**t), "unbias": (1 - b2**t).rsqrt()}
 
-    def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf, group) -> tuple[torch.Tensor, Leaf]:
+    def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf, group, around=alone):
         mu, nu = (storage.unpack(name, moments, p) for name in ("mu", "nu"))
         mu = mu + (1 - b1) * (g - mu)
         nu = b2 * nu + (1 - b2) * (g * g)  # not as a difference: a large nu would leave nothing of a small g
@@ -120,10 +127,8 @@ def _matrices(x: torch.Tensor, group: tuple[float, int, int]) -> torch.Tensor:
     return x.reshape(math.prod(x.shape[:batch]), rows, -1)
 
 
-def _with_momentum(
-    lr: Schedule, group: Callable[[str], tuple], direction: Callable, storage: Storage, whole: bool = False
-) -> Optimizer:
-    """Build an optimizer of one moment; `direction(p, g, mu, group) -> (step, mu)` in units of the learning rate.
+def _with_momentum(lr: Schedule, group: Callable[[str], tuple], direction: Callable, storage: Storage) -> Optimizer:
+    """Build an optimizer of one moment; `direction(g, mu, group, around) -> (step, mu)` in units of the learning rate.
 
     A group is a tuple that begins with its weight decay.
     """
@@ -135,11 +140,11 @@ def _with_momentum(
         rate = lr(step)
         return {"lr": rate, "keep": 1 - rate * group[0]}
 
-    def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf, group) -> tuple[torch.Tensor, Leaf]:
-        step, mu = direction(p, g, storage.unpack("mu", moments, p), group)
+    def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf, group, around=alone):
+        step, mu = direction(g, storage.unpack("mu", moments, p), group, around)
         return p * at["keep"] - at["lr"] * step, storage.pack("mu", mu)
 
-    return Optimizer(group, init, scalars, update, whole or storage.whole)
+    return Optimizer(group, init, scalars, update, storage.whole)
 
 
 def lion(
@@ -152,7 +157,7 @@ def lion(
     """Build Lion: the sign of an interpolated momentum, decoupled weight decay (https://arxiv.org/abs/2302.06675)."""
     b1, b2 = betas
 
-    def direction(p, g, mu, group):
+    def direction(g, mu, group, around):
         return torch.sign(mu + (1 - b1) * (g - mu)), mu + (1 - b2) * (g - mu)
 
     return _with_momentum(lr, _decays(weight_decay, no_decay), direction, storage)
@@ -168,7 +173,7 @@ def sgd(
 ) -> Optimizer:
     """Build gradient descent with momentum as torch.optim.SGD has it, but decoupled weight decay."""
 
-    def direction(p, g, mu, group):
+    def direction(g, mu, group, around):
         mu = momentum * mu + g
         return (g + momentum * mu if nesterov else mu), mu
 
@@ -215,14 +220,17 @@ def muon(
             raise ValueError(f"muon is for matrices; {path} has io {io[path].io!r}: give it another optimizer")
         return weight_decay, len(io[path].batch), len(io[path].out_in[0])
 
-    def direction(p, g, mu, group):
-        mu = mu + (1 - momentum) * (g - mu)
-        matrix = _matrices(g + momentum * (mu - g) if nesterov else mu, group)
+    def step(x: torch.Tensor, group) -> torch.Tensor:
+        matrix = _matrices(x, group)
         O, I = matrix.shape[-2:]  # noqa: E741
         size = math.sqrt(max(1, O / I)) if scale == "original" else 0.2 * math.sqrt(max(O, I))
-        return (orthogonalize(matrix, dtype=dtype) * size).view(p.shape), mu
+        return (orthogonalize(matrix, dtype=dtype) * size).view(x.shape)
 
-    return _with_momentum(lr, group, direction, storage, whole=True)
+    def direction(g, mu, group, around):
+        mu = mu + (1 - momentum) * (g - mu)
+        return around(partial(step, group=group), g + momentum * (mu - g) if nesterov else mu, group[1]), mu
+
+    return _with_momentum(lr, group, direction, storage)
 
 
 def adafactor(
@@ -253,7 +261,7 @@ def adafactor(
         rate = torch.minimum(lr(step), t.rsqrt())
         return {"lr": rate, "keep": 1 - lr(step) * group[0], "new": t**-0.8}
 
-    def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf, group) -> tuple[torch.Tensor, Leaf]:
+    def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf, group, around=alone):
         def mean(x, *dims):
             return x.mean(dims, keepdim=True)
 
@@ -289,7 +297,7 @@ def by_path(*rules: tuple[str, Optimizer | None]) -> Optimizer:
         group,
         lambda p, group: parts[group[0]].init(p, group[1]),
         lambda step, updates, group: parts[group[0]].scalars(step, updates, group[1]),
-        lambda p, g, moments, at, group: parts[group[0]].update(p, g, moments, at, group[1]),
+        lambda p, g, moments, at, group, around=alone: parts[group[0]].update(p, g, moments, at, group[1], around),
         whole=any(part is not None and part.whole for part in parts),
     )
 
@@ -300,9 +308,9 @@ def with_ema(optimizer: Optimizer, decay: float) -> Optimizer:
     def init(p: torch.Tensor, group) -> Leaf:
         return optimizer.init(p, group) | {"ema": p.to(torch.promote_types(p.dtype, torch.float32), copy=True)}
 
-    def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf, group) -> tuple[torch.Tensor, Leaf]:
+    def update(p: torch.Tensor, g: torch.Tensor, moments: Leaf, at: Leaf, group, around=alone):
         rest = {k: v for k, v in moments.items() if k != "ema"}
-        p, rest = optimizer.update(p, g, rest, at, group)
+        p, rest = optimizer.update(p, g, rest, at, group, around)
         return p, rest | {"ema": moments["ema"] + (1 - decay) * (p - moments["ema"])}
 
     return optimizer._replace(init=init, update=update)

@@ -59,9 +59,9 @@ def sums_of_squares(grads: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def update_block(update: Callable, leaves: list[tuple], scale, finite) -> None:
-    """Update each (p, g, moments, scalars, group) in place, or leave p and moments as they are if not `finite`."""
-    for p, g, moments, scalars, group in leaves:
-        new_p, new_moments = update(p, g.to(p.dtype) * scale, moments, scalars, group)
+    """Update each (p, g, moments, *others) in place, or leave p and moments as they are if not `finite`."""
+    for p, g, moments, *others in leaves:
+        new_p, new_moments = update(p, g.to(p.dtype) * scale, moments, *others)
         p.copy_(torch.where(finite, new_p, p))
         for k, old in moments.items():
             old.copy_(torch.where(finite, new_moments[k], old))
@@ -93,11 +93,11 @@ def apply_gradient(
     groups = {path: optimizer.group(path) for path in state.moments}
     scalars = {group: optimizer.scalars(state.step, state.updates, group) for group in dict.fromkeys(groups.values())}
     for leaves in blocks.values():
-        moments = [{k: shard.storage(v) for k, v in state.moments[path].items()} for path, *_ in leaves]
-        parts = zip(leaves, moments, strict=True)
-        update(
-            [(shard.storage(p), g, m, scalars[groups[path]], groups[path]) for (path, p, g), m in parts], scale, finite
-        )
+        parts = []
+        for path, p, g in leaves:
+            moments = {k: shard.storage(v) for k, v in state.moments[path].items()}
+            parts.append((shard.storage(p), g, moments, scalars[groups[path]], groups[path], shard.around(p)))
+        update(parts, scale, finite)
     buffers = loss.update(state.buffers, reported)
     tree.map(lambda old, new: old.copy_(torch.where(finite, new, old)), state.buffers, buffers)
     state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))

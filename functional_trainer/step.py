@@ -89,7 +89,7 @@ def make_train_step(
     if micro_batches > 1 and not loss.accumulates:
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
     if optimizer.whole and shard.world > 1:
-        raise ValueError("this optimizer needs whole tensors: on several devices use adamw, lion or sgd, not in 8 bit")
+        raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
     one_graph = compile == "step" and micro_batches == 1 and remat == "none"
     model = wrap_layer(model, compile=compile == "layer", remat=remat == "layer", backend=backend)
 

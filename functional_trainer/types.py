@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_trainer import tree
+from functional_trainer.optimizers import alone
 
 Batch = dict[str, torch.Tensor]
 """Named per-token columns, each (B, S): tokens, targets, segment_ids (0 = padding), positions, weights, ..."""
@@ -70,6 +71,10 @@ class OneDevice:
     def storage(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of a tensor, sharing its storage."""
         return x
+
+    def around(self, p: torch.Tensor) -> Callable:
+        """Return what applies a function to whole matrices of a tensor placed as `p`; see `optimizers.alone`."""
+        return alone
 
     def norm(self, squares: list[torch.Tensor], params: list[torch.Tensor]) -> torch.Tensor:
         """Return the global 2-norm of gradients, given the sum of squares of this rank's part of each."""

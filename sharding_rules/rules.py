@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,6 +108,14 @@ class _Outputs(torch.autograd.Function):
             zeros(shape, dtype=dtype, device_mesh=mesh) if g is None else g
             for g, (mesh, shape, dtype) in zip(grads, ctx.like, strict=True)
         )
+
+
+def _around(mesh: DeviceMesh, held: Placements, fn: Callable, x: torch.Tensor, batch: int) -> torch.Tensor:
+    """Gather a part over the axes that split matrices, apply `fn`, and return this rank's part of the result."""
+    whole = [p if p.is_shard() and p.dim < batch else Replicate() for p in held]  # type: ignore[attr-defined]
+    gathered = DTensor.from_local(x, mesh, held, run_check=False).redistribute(placements=whole)
+    made = DTensor.from_local(fn(gathered.to_local()), mesh, whole, run_check=False)
+    return made.redistribute(placements=held).to_local()
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +227,9 @@ class Sharder:
 
     def storage(self, x: DTensor) -> torch.Tensor:
         return x.to_local()
+
+    def around(self, p: DTensor) -> Callable:
+        return partial(_around, self.mesh, tuple(p.placements))
 
     def norm(self, squares: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
         shares = []

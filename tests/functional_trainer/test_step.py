@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_one_step_of_descent_by_hand():
     """With plain descent for an optimizer, what changes is the clipped gradient of the mean."""
     descent = optimizers.Optimizer(
         init=lambda p, group: {}, group=lambda path: 0, scalars=lambda *at: {"lr": torch.ones((), dtype=F64)},
-        update=lambda p, g, moments, at, group: (p - g, {}),
+        update=lambda p, g, *others: (p - g, {}),
     )  # fmt: skip
     model, batch = tiny(), small.batch(UNEVEN)
     params = model.init(0, dtype=F64)
@@ -130,7 +131,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
     """And each is exactly what autograd gives for weights in bfloat16."""
     descent = optimizers.Optimizer(
         init=lambda p, group: {}, group=lambda path: 0, scalars=lambda *at: {"lr": torch.ones(())},
-        update=lambda p, g, moments, at, group: (g, {}),
+        update=lambda p, g, *others: (g, {}),
     )  # fmt: skip
     model = tiny(dtype=torch.bfloat16)
     params, batch = model.init(0), small.batch(UNEVEN)
@@ -234,6 +235,16 @@ def test_frozen_leaves_take_no_part_in_the_norm():
     loss = sums["nll"] / batch["weights"].sum(dtype=F64) + 0.1 * sums["balance"] / 27
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [leaves[n] for n in names])]).norm()
     torch.testing.assert_close(norm, wanted, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "8bit"])
+def test_what_needs_whole_leaves_is_refused_on_several_devices(kind):
+    rate, specs = optimizers.schedule("constant", 1e-2, 10), tiny().specs
+    whole = (
+        optimizers.adafactor(rate, specs) if kind == "adafactor" else optimizers.lion(rate, storage=stored_in_8_bits())
+    )
+    with pytest.raises(ValueError, match="8 bit are for one device; on several use adamw, muon, lion or sgd"):
+        make_train_step(tiny(), LOSS, whole, shard=SimpleNamespace(world=2))
 
 
 def test_a_step_that_would_train_nothing_is_refused():

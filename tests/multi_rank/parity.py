@@ -43,7 +43,7 @@ class Case:
     """The router scores all experts alike, so every token goes to the same one."""
 
     mixed: bool = False
-    """Lion on some leaves, others frozen, and an average of the weights."""
+    """Muon on matrices, Lion on some leaves, others frozen, and an average of the weights."""
 
     def uncompiled(self) -> "Case":
         return replace(self, options={})
@@ -67,6 +67,9 @@ CASES = {
 }
 COMPILED = {
     "moe, layer compiled": Case(MOE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
+    "moe, several optimizers, layer compiled": Case(
+        MOE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, mixed=True
+    ),
     "moe, step compiled": Case(MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True),
 }
 
@@ -95,8 +98,8 @@ def recording(optimizer: optimizers.Optimizer) -> optimizers.Optimizer:
     def init(p, group):
         return optimizer.init(p, group) | {"grad": torch.zeros_like(p)}
 
-    def update(p, g, moments, scalars, group):
-        new_p, new = optimizer.update(p, g, {k: v for k, v in moments.items() if k != "grad"}, scalars, group)
+    def update(p, g, moments, *others):
+        new_p, new = optimizer.update(p, g, {k: v for k, v in moments.items() if k != "grad"}, *others)
         return new_p, new | {"grad": g}
 
     return optimizer._replace(init=init, update=update)
@@ -120,8 +123,10 @@ def start(case: Case, shard):
     rate = optimizers.schedule("cosine", 1e-2, 10, 2)
     optimizer = optimizers.adamw(rate)
     if case.mixed:
-        rules = ("embed|.*/attn/[ko]", None), (".*/moe/.*|.*/q_norm", optimizers.lion(rate)), (".*", optimizer)
-        optimizer = optimizers.with_ema(optimizers.by_path(*rules), 0.9)
+        muon = optimizers.muon(rate, model.specs, dtype=torch.float64)
+        rules = ("embed|.*/attn/k", None), (".*/moe/router|.*/q_norm", optimizers.lion(rate))
+        more = (".*/moe/.*|.*/attn/[qvo]", muon), (".*", optimizer)
+        optimizer = optimizers.with_ema(optimizers.by_path(*rules, *more), 0.9)
     optimizer = recording(optimizer)
     torch._dynamo.reset()
     step = make_train_step(model, losses.sft(case.balance, 0.1), optimizer, shard=shard, **case.options)
