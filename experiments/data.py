@@ -1,12 +1,12 @@
 """From a recipe's data options to loaders: chats to tokens and loss mask, to packed rows."""
 
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from experiments.first_light import tasks
 from functional_trainer import backend
-from functional_trainer.data import Loader, Record, Tokenizer, read, records
+from functional_trainer.data import Loader, Record, Tokenizer, datasets, read, rows_of, within
 
 
 def load(o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int) -> tuple[Loader, Loader | None, list[Record]]:
@@ -24,17 +24,22 @@ def load(o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int) -> tup
         backend.barrier()
     rows: dict[str, Any] = {"rows": o.batch, "rank": rank, "world": world, "seq_len": o.data.seq_len}
     rows |= {"packing": o.data.packing, "overlong": o.data.overlong}
-    how = {"shape": o.data.shape, "columns": o.data.columns}
-    found: Counter = Counter()
-    loader = Loader(
-        read(train, tokenizer, vocab, **how, found=found), seed=o.seed, epochs=None if o.steps else o.epochs, **rows
-    )
-    if rank == 0:
-        print(f"training data: {', '.join(f'{n:,} rows of shape {shape}' for shape, n in found.items())}")
-    if not held_out:
+    found: list[Counter] = []
+    parts = datasets(o.data, train, o.data.weights)
+    documents = read(parts, tokenizer, vocab, found, within(o.data.split, 1))
+    for part, counts in zip(parts, found, strict=True):
+        if rank == 0:
+            seen = ", ".join(f"{n:,} rows of shape {shape}" for shape, n in counts.items())
+            print(f"training data: {part.path}: {seen}" + (f", weight {part.weight:g}" if part.weight != 1 else ""))
+    mix = [(counts.total(), part.weight) for part, counts in zip(parts, found, strict=True)]
+    rows["sources"] = mix if any(weight != 1 for _, weight in mix) else ()
+    loader = Loader(documents, seed=o.seed, epochs=None if o.steps else o.epochs, **rows)
+    if not held_out and not o.data.split:
         return loader, None, []
-    eval_loader = Loader(read(held_out, tokenizer, vocab, **how), shuffle=False, epochs=1, **rows)
-    questions = list(islice(records(held_out, **how), count))
+    asked, keep = (parts, within(0, o.data.split)) if o.data.split else (datasets(o.data, held_out), within(0, 1))
+    documents = read(asked, tokenizer, vocab, keep=keep)
+    eval_loader = Loader(documents, shuffle=False, epochs=1, **rows | {"sources": ()})
+    questions = list(islice(chain.from_iterable(rows_of(part, keep) for part in asked), count))
     if any(not record.messages for record in questions):
         raise ValueError(f"--answers {count}: {questions[0].where} is plain text, which asks nothing; use --answers 0")
     return loader, eval_loader, questions

@@ -13,16 +13,50 @@ class ModelOptions:
     """Architecture to start from random: tiny, 30b-a3b, 235b-a22b, dense-0.6b, dense-8b, dense-32b."""
 
 
+Shape = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the `datasets` of a YAML file."""
+
+    path: str
+    """File, folder or glob; relative to the YAML file."""
+    shape: Shape = "auto"
+    columns: tuple[str, ...] = ()
+    weight: float = 1.0
+    """Times that an epoch sees it."""
+    limit: int = 0
+    """Rows to take from its beginning (0: all)."""
+
+    def __post_init__(self):
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight is {self.weight}; it must be above 0")
+        if self.limit < 0:
+            raise ValueError(f"limit is {self.limit}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A YAML file that says what to train on."""
+
+    datasets: tuple[Source, ...]
+
+
 @dataclass(frozen=True)
 class DataOptions:
     train: tuple[str, ...] = ()
-    """Files, folders or globs of JSONL, JSON, CSV, Parquet, Arrow or text (none: tasks that ship with the project)."""
+    """Files, folders, globs of JSONL, JSON, CSV, Parquet, Arrow, text; YAML of them (none: the project's own tasks)."""
+    weights: tuple[float, ...] = ()
+    """Times that an epoch sees each of --data.train (none: once)."""
     eval: tuple[str, ...] = ()
     """The same for the held-out loss; only with --data.train."""
-    shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    shape: Shape = "auto"
     """What rows look like (docs/data.md); auto recognises it by the columns of a file's first row."""
     columns: tuple[str, ...] = ()
     """Names of columns, OURS=THEIRS: prompt=question completion=answer."""
+    split: float = 0.0
+    """Share of the training rows to hold out instead of --data.eval, by a hash of their content."""
     tokenizer: str | None = None
     """Folder of the tokenizer and chat template (default: the model's, else the one that ships with the project)."""
     seq_len: int = 256
@@ -35,6 +69,12 @@ class DataOptions:
     """Most tokens of a greedy answer to a held-out question."""
 
     def __post_init__(self):
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError(f"--data.weights are {len(self.weights)} for {len(self.train)} of --data.train")
+        if self.weights and not all(0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"--data.weights {' '.join(map(str, self.weights))}: each must be above 0")
+        if not 0 <= self.split < 1 or self.split and (self.eval or not self.train):
+            raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")
         if self.eval and not self.train:
             raise ValueError("--data.eval is given without --data.train; give both (the shipped tasks have their own)")
 

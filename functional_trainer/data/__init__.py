@@ -3,6 +3,18 @@
 from functional_trainer.data.chat import Tokenizer
 from functional_trainer.data.loader import Loader
 from functional_trainer.data.packing import STRATEGIES, Documents, Overlong
-from functional_trainer.data.records import Record, read, records
+from functional_trainer.data.records import Record, datasets, read, records, rows_of, within
 
-__all__ = ["STRATEGIES", "Documents", "Loader", "Overlong", "Record", "Tokenizer", "read", "records"]
+__all__ = [
+    "STRATEGIES",
+    "Documents",
+    "Loader",
+    "Overlong",
+    "Record",
+    "Tokenizer",
+    "datasets",
+    "read",
+    "records",
+    "rows_of",
+    "within",
+]

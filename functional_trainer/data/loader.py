@@ -5,8 +5,10 @@ of it can be asked for, so the loader's whole state is the packer's cursor and a
 measured: 20 us an index of 20,000, and 90 ms an epoch however few there are.)
 """
 
+import math
 import zlib
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,12 +32,32 @@ def order(count: int, seed: int, shuffle: bool) -> Callable[[int], int]:
     return lambda index: int(permutation(index // count)[index % count])
 
 
+def mixed(sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> tuple[int, Callable[[int], int]]:
+    """Give the length of an epoch over sources of `sizes` pieces, end to end, and the map from stream index to piece.
+
+    An epoch takes round(weight * size) pieces of each source, at least one, from a stream of the source's own in which
+    every piece comes once before any comes again; so over time each source is seen `weight` times an epoch, evenly.
+    """
+    take = [max(1, round(weight * size)) for size, weight in zip(sizes, weights, strict=True)]
+    firsts, starts = np.cumsum([0, *sizes]).tolist(), np.cumsum([0, *take]).tolist()
+    streams = [order(size, zlib.crc32(f"{seed}:{i}".encode()), shuffle) for i, size in enumerate(sizes)]
+    slots = order(starts[-1], seed, shuffle)
+
+    def piece(index: int) -> int:
+        epoch, slot = index // starts[-1], slots(index)
+        source = bisect_right(starts, slot) - 1
+        return firsts[source] + streams[source](epoch * take[source] + slot - starts[source])
+
+    return starts[-1], piece
+
+
 class Loader:
     """Iterate over batches of columns (rows / world, seq_len): tokens, targets, segment_ids, positions, weights.
 
     `rows` counts all ranks; rank r gets rows [r, r + 1) * rows / world of each global batch. `epochs=None` never ends;
     otherwise every piece comes exactly `epochs` times and empty rows fill the last batch. An exhausted loader stays so
-    until `reset` or `restore`. Raises ValueError.
+    until `reset` or `restore`. With `sources`, (documents, weight) of each, end to end, an epoch sees each source
+    `weight` times. Raises ValueError.
     """
 
     def __init__(
@@ -51,6 +73,7 @@ class Loader:
         world: int = 1,
         shuffle: bool = True,
         overlong: Overlong = "split",
+        sources: Sequence[tuple[int, float]] = (),
     ):
         _check(rows, seq_len, packing, seed, epochs, rank, world)
         self.documents, self.rows, self.seq_len, self.epochs = documents, rows, seq_len, epochs
@@ -60,13 +83,30 @@ class Loader:
         self.count = len(self.pieces.length)
         if not self.count:
             raise ValueError(f"no document is left to train on ({self.pieces.stats}); raise seq_len or change overlong")
-        self.order = order(self.count, seed, shuffle)
+        if sources:
+            self.count, self.order = mixed(*self._mix(sources), seed, shuffle)
+        else:
+            self.order = order(self.count, seed, shuffle)
         content = 0
         for column in (documents.tokens, documents.mask, documents.offsets):
             content = zlib.crc32(np.ascontiguousarray(column).data, content)
         self.identity = {"rows": rows, "seq_len": seq_len, "packing": packing, "seed": seed, "shuffle": shuffle}
         self.identity |= {"overlong": overlong, "content": f"{len(documents)} documents, crc {content:08x}"}
+        self.identity |= {"sources": [list(source) for source in sources]} if sources else {}
         self.reset()
+
+    def _mix(self, sources: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+        """Count the pieces of each source; ValueError for one that has none or is not weighed."""
+        counts, weights = [n for n, _ in sources], [weight for _, weight in sources]
+        if sum(counts) != len(self.documents):
+            raise ValueError(f"the sources have {sum(counts)} documents, the data {len(self.documents)}")
+        document = np.searchsorted(self.documents.offsets, self.pieces.begin, side="right") - 1
+        sizes = np.diff(np.searchsorted(document, np.cumsum([0, *counts]))).tolist()
+        for i, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+            if not 0 < weight < math.inf or not size:
+                what = f"weight {weight}, it must be above 0" if size else "no document that is left to train on"
+                raise ValueError(f"source {i + 1} of {len(sources)} has {what}")
+        return sizes, weights
 
     def reset(self) -> None:
         """Go back to the first batch of the first epoch."""

@@ -1,16 +1,21 @@
 """Conversations and texts, checked; an error names the file, the place and what would be right."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from functional_trainer import config
 from functional_trainer.data import sources
 from functional_trainer.data.chat import Message, Tokenizer
 from functional_trainer.data.packing import Documents
 from functional_trainer.data.shapes import COLUMNS, SHAPES, recognise
 from functional_trainer.data.sources import Paths
+from functional_trainer.options import DataOptions, Mix, Source
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,18 @@ def renames(columns: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
+def datasets(data: DataOptions, paths: tuple[str, ...], weights: tuple[float, ...] = ()) -> list[Source]:
+    """List what paths name, each a source of its own: a YAML file's `datasets`, or a path with the options' shape."""
+    found: list[Source] = []
+    for path, weight in zip(paths, weights or (1.0,) * len(paths), strict=True):
+        if Path(path).suffix in (".yaml", ".yml"):
+            for source in config.load(Mix, path).datasets:
+                found.append(replace(source, path=str(Path(path).parent / source.path), weight=source.weight * weight))
+        else:
+            found.append(Source(path, data.shape, data.columns, weight))
+    return found
+
+
 def records(paths: Paths, shape: str = "auto", columns: tuple[str, ...] = ()) -> Iterator[Record]:
     """Read checked rows of any kind of file (`sources`) and shape (`shapes`); ValueError names the place.
 
@@ -67,24 +84,45 @@ def records(paths: Paths, shape: str = "auto", columns: tuple[str, ...] = ()) ->
                 raise ValueError(f"{where}: {error}") from error
 
 
+def within(low: float, high: float) -> Callable[[Record], bool]:
+    """Keep the rows whose content hashes to a number in [low, high) of [0, 1): equal rows are on the same side."""
+
+    def keep(record: Record) -> bool:
+        content = json.dumps([record.text, record.messages, record.tools], sort_keys=True, default=str)
+        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+        return low <= int.from_bytes(digest, "big") / 2**64 < high
+
+    return keep
+
+
+def rows_of(source: Source, keep: Callable[[Record], bool] | None = None) -> Iterator[Record]:
+    """Read the rows of a source that are kept (None: all); its limit counts the others too."""
+    return filter(keep, islice(records(source.path, source.shape, source.columns), source.limit or None))
+
+
 def read(
-    paths: Paths,
+    of: Iterable[Source] | Paths,
     tokenizer: Tokenizer,
     vocab_size: int | None = None,
-    shape: str = "auto",
-    columns: tuple[str, ...] = (),
-    found: Counter | None = None,
+    found: list[Counter] | None = None,
+    keep: Callable[[Record], bool] | None = None,
 ) -> Documents:
-    """Tokenize the rows of files; ValueError names file and place of the first bad one.
+    """Tokenize the kept rows of sources, or of paths; ValueError names file and place of the first bad one.
 
-    With `vocab_size`, the model's, an id that the model has no row for is an error too. `found` counts rows by shape.
+    With `vocab_size`, the model's, an id that the model has no row for is an error too. `found` gets a count of rows by
+    shape for each source.
     """
+    given = [of] if isinstance(of, str | Path) else list(of)
+    each = [source if isinstance(source, Source) else Source(str(source)) for source in given]
 
     def encoded() -> Iterator[tuple[list[int], list[bool]]]:
-        for record in records(paths, shape, columns):
+        for source in each:
+            counts: Counter = Counter()
+            for record in rows_of(source, keep):
+                counts[record.shape] += 1
+                yield _encoded(record, tokenizer, vocab_size)
             if found is not None:
-                found[record.shape] += 1
-            yield _encoded(record, tokenizer, vocab_size)
+                found.append(counts)
 
     return Documents.of(encoded())
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -426,13 +427,30 @@ def test_data_of_other_kinds_and_shapes(place):
     quiz = ("--data.train", "quiz.csv", "--data.eval", "quiz.csv", "--answers", 2)
     quiz += ("--data.columns", "prompt=question", "completion=answer")
     printed = run(place, *BASE, "--steps", 3, *quiz, "--out", "quiz")
-    assert "training data: 30 rows of shape prompt_completion" in printed and "of 2 answers are exact" in printed
+    assert (
+        "training data: quiz.csv: 30 rows of shape prompt_completion" in printed and "of 2 answers are exact" in printed
+    )
     assert rows(place / "quiz")[-1]["trained_tokens"] > 0
     notes = ("--data.train", "notes.txt", "--data.eval", "notes.txt", "--batch", 1)
     printed = run(place, *BASE, "--steps", 3, *notes, "--out", "notes")
-    assert "training data: 1 rows of shape text" in printed
+    assert "training data: notes.txt: 1 rows of shape text" in printed
     last = rows(place / "notes")[-1]
     assert last["trained_tokens"] == last["tokens"] and "eval_loss" in last
+    printed = run(place, "--model.path", "moe", *SHORT[:-6], "--data.train", "train.jsonl", "--data.split", 0.2,
+                  "--answers", 3, "--out", "split")  # fmt: skip
+    kept = int(re.search(r"train.jsonl: (\d+) rows of shape messages", printed)[1])
+    assert 40 <= kept < 60 and "of 3 answers are exact" in printed and "eval_loss" in rows(place / "split")[-1]
+    assert "--data.split 0.2: a share" in refused(place, "--data.split", 0.2, "--out", "never", status=2)
+    mix = "datasets:\n- {path: quiz.csv, columns: [prompt=question, completion=answer], weight: 0.5, limit: 10}\n"
+    (place / "mix.yaml").write_text(mix + "- {path: train.jsonl, shape: messages}\n")
+    flags = ("--data.train", "mix.yaml", "notes.txt", "--data.weights", 2, 0.25, "--out", "mixed")
+    printed = run(place, *BASE, "--steps", 0, "--epochs", 1, *flags)
+    assert "mix.yaml" not in printed and "quiz.csv: 10 rows of shape prompt_completion\n" in printed
+    assert "train.jsonl: 60 rows of shape messages, weight 2" in printed
+    assert "notes.txt: 1 rows of shape text, weight 0.25" in printed
+    (place / "mix.yaml").write_text("datasets: [{path: quiz.csv, wieght: 2}]")
+    assert "did you mean datasets[0].weight" in refused(place, *flags[:2], "--out", "never")
+    assert "3 for 2 of --data.train" in refused(place, *flags[:6], 1, "--out", "never", status=2)
     assert "notes.txt is plain text, which asks nothing" in refused(place, *notes, "--answers", 2, "--out", "never")
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_trainer.data import STRATEGIES, Documents, Loader
-from functional_trainer.data.loader import order
+from functional_trainer.data.loader import mixed, order
 from functional_trainer.data.packing import Cursor, cut, fill, plan
 
 
@@ -281,3 +281,58 @@ def test_resume_refuses_another_stream():
         Loader(documents_of([3, 4]), rows=2, seq_len=4).restore(state)
     with pytest.raises(ValueError, match="endless"):
         loader.total_steps()
+
+
+# several sources ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.3, 0.5, 1.0, 1.5, 3.0])), min_size=1, max_size=4),
+    st.integers(1, 4), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_sources_are_seen_as_often_as_they_weigh(sources, epochs, shuffle, seed):
+    """Each gives round(weight * size) pieces an epoch, all of its pieces equally often but for one time."""
+    sizes, weights = zip(*sources, strict=True)
+    count, piece = mixed(sizes, weights, seed, shuffle)
+    first = np.cumsum([0, *sizes])
+    for epoch in range(epochs):
+        here = [piece(i) for i in range(epoch * count, (epoch + 1) * count)]
+        drawn = Counter((np.searchsorted(first, here, "right") - 1).tolist())
+        assert drawn == {i: max(1, round(w * n)) for i, (n, w) in enumerate(sources)}
+    seen = Counter(piece(i) for i in range(epochs * count))
+    for start, size in zip(first[:-1].tolist(), sizes, strict=True):
+        times = [seen[i] for i in range(start, start + size)]
+        assert max(times) - min(times) <= 1
+
+
+def test_a_weighted_stream_resumes_and_changes_with_the_seed():
+    docs = documents_of([3, 5, 4, 6, 2, 3, 7, 4])
+    make = lambda **options: Loader(  # noqa: E731
+        docs, **(dict(rows=2, seq_len=8, sources=[(5, 0.4), (3, 2.0)], seed=1) | options)
+    )
+    whole = [next(loader) for loader in [make()] for _ in range(9)]
+    loader = make()
+    for _ in range(4):
+        next(loader)
+    other = make()
+    other.restore(json.loads(json.dumps(loader.state())))
+    assert all(same(next(other), batch) for batch in whole[4:])
+    assert not all(same(a, b) for a, b in zip(whole, make(seed=2), strict=False))
+    once = make(epochs=1)
+    assert sum(int((batch["positions"] == 0).sum() - (batch["segment_ids"] == 0).sum()) for batch in once) == 2 + 6
+    with pytest.raises(ValueError, match="cannot resume the data stream: sources was"):
+        make(sources=[(5, 0.5), (3, 2.0)]).restore(loader.state())
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([(1, 1.0)], "the sources have 1 documents, the data 2"), ([(1, 1.0), (1, 0.0)], "source 2 of 2 has weight 0"),
+        ([(1, float("nan")), (1, 1.0)], "source 1 of 2 has weight nan"),
+        ([(2, 1.0), (0, 1.0)], "source 2 of 2 has no "),
+    ],
+)  # fmt: skip
+def test_bad_sources_are_named(sources, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(documents_of([3, 3]), rows=1, seq_len=4, sources=sources)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from functional_trainer.data import Tokenizer, read, records, sources
+from functional_trainer.data import Tokenizer, read, records, rows_of, sources, within
+from functional_trainer.options import Source
 
 TOKENIZER = Tokenizer(Path(__file__).parents[2] / "experiments" / "first_light" / "tokenizer")
 ALPACA = [
@@ -67,9 +68,9 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path, name):
         [("user", 'Sort.\nb, "a"\nc'), ("assistant", "abc")], [("user", "Häh?"), ("assistant", "1")],
         [("user", "Add 1 to 2.\nquickly"), ("assistant", "3")],
     ]  # fmt: skip
-    counts: Counter = Counter()
+    counts: list[Counter] = []
     docs = read(tmp_path / name, TOKENIZER, found=counts)
-    assert counts == {"alpaca": 3} and len(docs) == 3
+    assert counts == [{"alpaca": 3}] and len(docs) == 3
     ids, mask = docs[1]
     assert (ids.tolist(), mask.tolist()) == TOKENIZER.encode_chat(found[1].messages)
     places = {"jsonl": ":1", "ndjson": ":1", "gz": ":1", "csv": ":3", "tsv": ":3"}  # the first CSV row spans two lines
@@ -168,6 +169,22 @@ def test_columns_by_name(tmp_path):
             list(records(tmp_path, columns=(wrong,)))
     with pytest.raises(ValueError, match="'completion=question': expected OURS=THEIRS, each once"):
         list(records(tmp_path, columns=("prompt=question", "completion=question")))
+
+
+@given(st.floats(0, 1), st.integers(0, 99))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_split_is_whole_and_apart_by_content(tmp_path, share, seed):
+    """Whatever the order and the other columns; equal rows are on the same side."""
+    rows = [{"prompt": f"q{i % 150}", "completion": "a", "seed": seed} for i in range(200)]
+    WRITERS["a.jsonl"](tmp_path / "a.jsonl", rows)
+    WRITERS["g.csv"](tmp_path / "b.csv", rows[::-1])
+    source = Source(str(tmp_path / "a.jsonl"))
+    low, high = ({said(r)[0][1] for r in rows_of(source, within(*part))} for part in ((0, share), (share, 1)))
+    assert low.isdisjoint(high) and len(low | high) == 150 and abs(len(low) - 150 * share) < 30
+    assert len(list(rows_of(source, within(0, share)))) + len(list(rows_of(source, within(share, 1)))) == 200
+    assert low == {said(r)[0][1] for r in rows_of(Source(str(tmp_path / "b.csv")), within(0, share))}
+    few = Source(str(tmp_path / "a.jsonl"), limit=20)
+    assert sum(1 for _ in rows_of(few)) == 20 >= sum(1 for _ in rows_of(few, within(0, share)))
 
 
 def test_a_shape_can_be_asked_for(tmp_path):
