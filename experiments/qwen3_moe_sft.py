@@ -29,7 +29,7 @@ class Options(RunOptions):
     batch: int = 6
     """Packed rows per optimizer step, over all devices."""
     out: str = "runs/qwen3_moe_sft"
-    """Run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png, hf/."""
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png, experts.png, hf/."""
     balance: Literal["per_sequence", "hf", "none"] = "per_sequence"
     """Router balance loss: within each document, or pooled as in transformers (not with accumulation)."""
     balance_coefficient: float | None = None

@@ -5,6 +5,9 @@ import importlib.util
 import os
 import platform
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -108,6 +111,20 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def memory_history(device: torch.device, path: Path) -> Iterator[None]:
+    """Record what a GPU's allocator does and write it to `path`; elsewhere do nothing."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history()
+    try:
+        yield
+    finally:
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def peak_memory(device: torch.device) -> int:

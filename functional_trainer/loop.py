@@ -14,12 +14,13 @@ from functional_trainer import backend, checkpoint, config, flops, tree
 from functional_trainer.data.loader import Loader
 from functional_trainer.losses import Loss
 from functional_trainer.metrics import Metrics
+from functional_trainer.profile import profiled
 from functional_trainer.state import TrainState
 from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE, Batch
 
 MAY_DIFFER = {"out", "resume", "keep", "save_every", "eval_every", "device", "max_skipped", "answers"}
-MAY_DIFFER |= {"mesh", "micro_batch", "compile", "remat"}
+MAY_DIFFER |= {"mesh", "micro_batch", "compile", "remat", "profile"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 
@@ -116,13 +117,12 @@ def train(
         return done == total_steps or bool(every) and done % every == 0
 
     rows = Metrics(options.out, total_steps=total_steps, start_step=start, main=shard.rank == 0)
-    with rows as metrics, stoppable() as asked:
+    with rows as metrics, stoppable() as asked, profiled(options.out, options.profile, device, rows.print) as tick:
         if resume is not None:
             metrics.print(f"resumed from {resume} at step {start} of {total_steps}; {total_steps - start} are left")
         clock = time.perf_counter()
         for done in range(start + 1, total_steps + 1):
-            begun = time.perf_counter()
-            batch = next(loader)
+            begun, batch = time.perf_counter(), next(loader)
             placed = shard.put_batch({k: v.to(device, non_blocking=True) for k, v in batch.items()})
             sums = _counts(model, batch, asked(), shard, device)
             fed = time.perf_counter()
@@ -141,6 +141,7 @@ def train(
             if stopped or due(done, options.save_every):
                 extra = {"loader": loader.state(), "step": done}
                 checkpoint.save(options.out, done, tree.flatten(state), extra, options.keep)
+            tick()
             if stopped:
                 metrics.print(f"stopped after step {done} of {total_steps}; the same command continues from there")
                 break

@@ -1,4 +1,4 @@
-"""What a run says while it trains: `metrics.jsonl`, TensorBoard, a progress line, `loss.png`.
+"""What a run says while it trains: `metrics.jsonl`, TensorBoard, a progress line, `loss.png`, `experts.png`.
 
 `metrics.jsonl` holds one strict JSON object per optimizer step. JSON has no nan and no infinity: such a value is null
 and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"loss": "nan"}}.
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,10 @@ class Metrics:
         try:
             self.board.close()
             plot(self.folder)
+            if dead := plot_load(self.folder):
+                self.print(f"experts that got next to no tokens lately: {dead}; see {self.folder}/experts.png")
         except OSError as error:
-            self.print(f"{self.folder}/loss.png is not drawn: {error}")
+            self.print(f"{self.folder}/loss.png or experts.png is not drawn: {error}")
 
     def __enter__(self) -> "Metrics":
         return self
@@ -153,20 +155,14 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from (line for line in file if line.endswith(b"\n"))
 
 
+KEYS = ("step", "loss", "eval_loss", "lr")
+
+
 def plot(folder: str | Path) -> Path:
     """Draw `<folder>/loss.png` from its `metrics.jsonl`: train loss, raw and smoothed, eval loss, learning rate."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, and the Agg canvas by default
-
-    keys = ("step", "loss", "eval_loss", "lr")
-    rows = [{key: row.get(key) for key in keys} for row in read(Path(folder) / "metrics.jsonl")]
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-    axis = figure.add_subplot()
-    if steps := _column(rows, "loss"):
-        x, y = zip(*steps, strict=True)
-        axis.plot(x, y, color="tab:blue", alpha=0.3, linewidth=0.8, label="train loss")
-        axis.plot(x, _smooth(y), color="tab:blue", linewidth=1.8, label="train loss, smoothed")
-    if evals := _column(rows, "eval_loss"):
-        axis.plot(*zip(*evals, strict=True), "o-", color="tab:orange", markersize=4, linewidth=1, label="eval loss")
+    figure, axis = _figure()
+    rows = [{key: row.get(key) for key in KEYS} for row in read(Path(folder) / "metrics.jsonl")]
+    _draw(axis, rows, "tab:blue", "tab:orange", "")
     lines = list(axis.lines)
     if rates := _column(rows, "lr"):
         right = axis.twinx()
@@ -174,13 +170,69 @@ def plot(folder: str | Path) -> Path:
         right.set_ylabel("learning rate")
         right.set_ylim(bottom=0)
         right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axis.set(xlabel="optimizer step", ylabel="loss", title=Path(folder).resolve().name)
-    axis.grid(alpha=0.25)
+    axis.set_title(Path(folder).resolve().name)
     if lines:
         axis.legend(handles=lines, loc="upper right")
     path = Path(folder) / "loss.png"
     figure.savefig(path)
     return path
+
+
+def plot_load(folder: str | Path, dead: float = 0.01) -> str:
+    """Draw `<folder>/experts.png`: each expert's share of tokens in the last tenth of the run, 1 being even.
+
+    Returns which experts had less than `dead`, by layer; empty if none had, or if there are no experts.
+    """
+    import numpy as np
+
+    loads = [row["load"] for row in read(Path(folder) / "metrics.jsonl") if row.get("load")]
+    if not loads:
+        return ""
+    late = np.array(loads[-math.ceil(len(loads) / 10) :], dtype=float).sum(0)  # (layers, experts)
+    share = late * late.shape[1] / np.maximum(late.sum(1, keepdims=True), 1)
+    figure, axis = _figure()
+    axis.grid(False)
+    image = axis.imshow(share, cmap="viridis", vmin=0, vmax=max(2.0, share.max()), aspect="auto", interpolation="none")
+    figure.colorbar(image, label="share of tokens, 1 is even")
+    axis.set(xlabel="expert", ylabel="layer with experts", title=f"{Path(folder).resolve().name}: load of experts")
+    for side in (axis.xaxis, axis.yaxis):
+        side.get_major_locator().set_params(integer=True)
+    for layer, expert in np.argwhere(share < dead):
+        axis.plot(expert, layer, "x", color="tab:red")
+    figure.savefig(Path(folder) / "experts.png")
+    rows = [(layer, np.flatnonzero(row < dead).tolist()) for layer, row in enumerate(share)]
+    return "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in rows if experts)
+
+
+def plot_runs(folders: Sequence[str | Path], path: str | Path) -> None:
+    """Draw the train loss, raw and smoothed, and the eval loss of several runs into one picture."""
+    figure, axis = _figure()
+    for i, folder in enumerate(folders):
+        rows = [{key: row.get(key) for key in KEYS} for row in read(Path(folder) / "metrics.jsonl")]
+        _draw(axis, rows, f"C{i % 10}", f"C{i % 10}", f"{Path(folder).resolve().name}: ")
+    if axis.lines:
+        axis.legend(loc="upper right")
+    figure.savefig(path)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no pyplot: no global state, and the Agg canvas by default
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axis = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
+    axis.grid(alpha=0.25)
+    return figure, axis
+
+
+def _draw(axis: Any, rows: list[dict[str, Any]], color: str, eval_color: str, name: str) -> None:
+    """Add the losses of one run to a plot."""
+    if steps := _column(rows, "loss"):
+        x, y = zip(*steps, strict=True)
+        axis.plot(x, y, color=color, alpha=0.3, linewidth=0.8, label="_" if name else "train loss")
+        axis.plot(x, _smooth(y), color=color, linewidth=1.8, label=f"{name}train loss, smoothed")
+    if evals := _column(rows, "eval_loss"):
+        style: dict[str, Any] = {"color": eval_color, "markersize": 4, "linewidth": 1, "label": f"{name}eval loss"}
+        axis.plot(*zip(*evals, strict=True), "o-", **style)
 
 
 def _column(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:

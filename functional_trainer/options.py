@@ -172,7 +172,7 @@ class MeshOptions:
 @dataclass(frozen=True)
 class RunOptions:
     out: str = "runs/run"
-    """Run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png, hf/."""
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png, experts.png, hf/."""
     resume: str = "auto"
     """auto continues the run in --out if there is one, never refuses to, PATH continues from that checkpoint."""
     steps: int = 0
@@ -191,6 +191,8 @@ class RunOptions:
     """Checkpoints to keep."""
     max_skipped: int = 5
     """Non-finite gradients in a row after which the run stops."""
+    profile: int = 0
+    """Steps to profile, after three: trace.json, and the ten operations that cost most (0: none)."""
     compile: Literal["auto", "step", "layer", "off"] = "auto"
     """Compile the whole step, one layer, or nothing (auto: layer, see docs/benchmarks.md)."""
     remat: Literal["none", "layer"] = "none"
@@ -204,6 +206,7 @@ class RunOptions:
 
     def __post_init__(self):
         least = {"steps": 0, "epochs": 1, "batch": 1, "micro_batch": 0, "eval_every": 0, "save_every": 0, "keep": 1}
+        least |= {"profile": 0}
         for name, bound in {**least, "max_skipped": 1, "seed": 0}.items():
             if getattr(self, name) < bound:
                 flag = name.replace("_", "-")

@@ -77,9 +77,23 @@ def losses(out: Path) -> torch.Tensor:
 # What a run leaves behind.
 
 
+def test_a_profile_says_where_the_time_goes_and_changes_nothing(place):
+    printed = run(place, *BASE, "--profile", 2, "--out", "profiled")
+    lines = re.findall(r"^ +([\d.]+)% +([\d.]+) ms a step +(\d+) calls  (.+)$", printed, re.M)
+    shares, times = ([float(line[i]) for line in lines] for i in (0, 1))
+    assert len(lines) == 10 and times == sorted(times, reverse=True) and 30 < sum(shares) <= 100.5
+    assert "profiled 2 steps: trace.json in profiled" in printed
+    events = json.loads((place / "profiled" / "trace.json").read_text())["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"aten::mm", "functional_trainer::attention_documents", "[memory]"} <= names
+    assert {name for name in names if str(name).startswith("ProfilerStep")} == {"ProfilerStep#3", "ProfilerStep#4"}
+    assert learned(place / "profiled") == learned(place / "first")
+
+
 def test_the_run_folder_holds_what_the_help_says(place):
     out = place / "first"
-    assert {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "hf"} == set(os.listdir(out))
+    files = {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "experts.png", "hf"}
+    assert files == set(os.listdir(out))
     assert sorted(os.listdir(out / "checkpoints")) == ["step-4", "step-6"]  # --keep 2
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from rich.console import Console
 
 from functional_trainer import metrics
@@ -153,8 +154,6 @@ def test_the_plot_shows_every_series(tmp_path, monkeypatch):
 
 
 def test_loss_png_is_a_picture_also_of_an_empty_run(tmp_path):
-    from matplotlib.image import imread
-
     log(tmp_path, 1, 0)
     blank = imread(tmp_path / "loss.png")
     log(tmp_path, 1, 12)
@@ -182,3 +181,22 @@ def test_a_full_disk_says_so(tmp_path):
         assert steps == list(range(1, len(steps) + 1)) and m.last - len(steps) in (0, 1)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_the_load_of_experts_is_drawn_and_idle_ones_named(tmp_path):
+    """The last tenth of the steps counts: expert 1 of layer 0 and 0 of layer 1 are idle then; 2 was, before."""
+    with metrics.Metrics(tmp_path, total_steps=20, console=Console(file=(out := io.StringIO()))) as log:
+        for step in range(1, 21):
+            load = [[5, 0, 5 * (step > 10)], [0, 4, 4]] if step > 1 else [[1, 9, 0], [9, 0, 0]]
+            log.log(step, {"loss": 1.0, "load": torch.tensor(load)})
+    assert "experts that got next to no tokens lately: layer 0: 1; layer 1: 0; see" in out.getvalue().replace("\n", "")
+    picture = imread(tmp_path / "experts.png")
+    assert picture.shape[2] == 4 and picture.std() > 0.01
+
+
+def test_even_experts_and_dense_models_are_not_warned_about(tmp_path):
+    for name, row in (("even", {"load": [[3, 4, 3]]}), ("dense", {})):
+        with metrics.Metrics(tmp_path / name, total_steps=1, console=Console(file=(out := io.StringIO()))) as log:
+            log.log(1, {"loss": 1.0, **row})
+        assert "experts" not in out.getvalue()
+        assert (tmp_path / name / "experts.png").exists() == bool(row)
