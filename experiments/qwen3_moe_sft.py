@@ -38,6 +38,17 @@ class Options(RunOptions):
     """Held-out questions to answer greedily before and after (default: 512 of the shipped tasks, 0 of your data)."""
 
 
+def begin(o: Options, model, at: dict[str, Any]):
+    """Return the model and its weights: read from a folder or drawn, and those of --init-from in their place."""
+    import models
+    from functional_trainer import checkpoint, tree
+
+    model, params = models.from_pretrained(o.model.path, **at) if o.model.path else (model, model.init(o.seed, **at))
+    if o.init_from:
+        checkpoint.load(checkpoint.find(o.init_from, "--init-from"), tree.flatten({"params": params}), "params/")
+    return model, params
+
+
 def hand_back(o: Options, model, state, tokenizer, questions, shard) -> None:
     """Write hf/ (and hf-ema/), in the format the model came in, and show answers to held-out questions."""
     import models
@@ -79,7 +90,7 @@ def main(o: Options) -> None:
     # The model, the objective and how it is optimized.
     compute, steps = getattr(torch, o.dtype), o.steps or loader.total_steps()
     at: dict[str, Any] = {"dtype": torch.promote_types(compute, torch.float32), "device": device, "shard": shard}
-    model, params = models.from_pretrained(o.model.path, **at) if o.model.path else (model, model.init(o.seed, **at))
+    model, params = begin(o, model, at)
     model = replace(model, dtype=compute)
     a, coefficient = o.optim, o.balance_coefficient
     optimizer = optimizers.from_options(a, steps, model.specs)

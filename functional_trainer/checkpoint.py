@@ -71,11 +71,21 @@ def latest(folder: str | Path) -> Path | None:
     return max(_all(Path(folder) / "checkpoints"), default=(0, False, None))[2]
 
 
-def load(path: str | Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+def find(path: str | Path, flag: str) -> Path:
+    """Return the checkpoint that a folder is, or the newest of the run that it holds; ValueError names the flag."""
+    source = Path(path)
+    found = source if source.name.startswith("step-") else latest(source)
+    if found is None or not found.is_dir():
+        raise ValueError(f"{flag} {path}: no checkpoint there; wanted .../checkpoints/step-N or a run folder")
+    return found
+
+
+def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple[dict[str, Tensor], dict]:
     """Read a checkpoint into the tensors of `like`, in place and bit for bit, and return (tensors, extra).
 
-    Raises FileNotFoundError if `path` holds no checkpoint, and one ValueError that lists every missing, extra or
-    mis-shaped tensor; nothing has been written to `like` then.
+    With `below` only what has a path below it is read, and `like` must be just that. Raises FileNotFoundError if `path`
+    holds no checkpoint, and one ValueError that lists every missing, extra or mis-shaped tensor; nothing has been
+    written to `like` then.
     """
     path = Path(path)
     if not (path / ".metadata").is_file() or not (path / "extra.json").is_file():
@@ -83,7 +93,7 @@ def load(path: str | Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
         raise FileNotFoundError(f"{path} is not a checkpoint folder (checkpoints/step-N of a run); near it: {here}")
     reader = dcp.FileSystemReader(path)
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    had = {p: f"{m.properties.dtype} {list(m.size)}" for p, m in saved.items()}
+    had = {p: f"{m.properties.dtype} {list(m.size)}" for p, m in saved.items() if p.startswith(below)}
     want = {p: f"{t.dtype} {list(t.shape)}" for p, t in like.items()}
     problems = [
         f"{p}: {had.get(p, 'absent')} in the checkpoint, {want.get(p, 'absent')} in the model"

@@ -31,12 +31,7 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
     """
     folder, source = Path(options.out), None
     if options.resume not in ("auto", "never"):
-        source = Path(options.resume)
-        source = source if source.name.startswith("step-") else checkpoint.latest(source)
-        if source is None or not source.is_dir():
-            raise ValueError(
-                f"--resume {options.resume}: no checkpoint there; wanted .../checkpoints/step-N or a run folder"
-            )
+        source = checkpoint.find(options.resume, "--resume")
     if (folder / "metrics.jsonl").exists():
         if options.resume == "never" or source and not source.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} already holds a run; choose another --out, or --resume auto to continue it")

@@ -175,6 +175,8 @@ class RunOptions:
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png, experts.png, hf/."""
     resume: str = "auto"
     """auto continues the run in --out if there is one, never refuses to, PATH continues from that checkpoint."""
+    init_from: str | None = None
+    """Checkpoint or run folder to take the weights from, and nothing else, before the first step."""
     steps: int = 0
     """Optimizer steps (0: what --epochs takes)."""
     epochs: int = 1

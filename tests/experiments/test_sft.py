@@ -468,6 +468,22 @@ def test_data_of_other_kinds_and_shapes(place):
     assert "notes.txt is plain text, which asks nothing" in refused(place, *notes, "--answers", 2, "--out", "never")
 
 
+def test_weights_alone_are_taken_from_another_run(place):
+    """With a step that is too small to change them; the optimizer and the step number are new."""
+    still = ("--optim.name", "lion", "--optim.lr", 1e-30, "--optim.weight-decay", 0, "--steps", 1)
+    before, _ = state(place / "first")
+    for number, source in enumerate(("first", "first/checkpoints/step-4")):
+        run(place, *BASE, *still, "--init-from", source, "--out", f"again-{number}")
+        after, extra = state(place / f"again-{number}")
+        assert extra["step"] == 1 and int(after["updates"]) == 1
+        params = {path for path in after if path.startswith("params/")}
+        wanted = before if number == 0 else sft_runs.tensors(place / source)
+        assert params and all(torch.equal(after[path], wanted[path]) for path in params)
+    assert "--init-from nothing: no checkpoint there" in refused(place, "--init-from", "nothing", "--out", "never")
+    other = ("--model.path", "dense", "--init-from", "first", "--out", "never")
+    assert "does not fit the model" in run(place, *BASE, *other, status=1)
+
+
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
 def test_several_optimizers_frozen_parameters_and_an_average(place, moments):
     """A run that is stopped and resumed ends as the whole one; hf/ and hf-ema/ are what transformers loads."""
