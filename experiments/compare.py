@@ -16,6 +16,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from functional_trainer import config
@@ -62,11 +63,11 @@ def table(title: str, names: tuple[str, ...], columns: list[dict[str, Any]], onl
     """Lay out one row a key and one column a run."""
     shown = Table(title=title)
     for head in ("", *names):
-        shown.add_column(head, overflow="fold")
+        shown.add_column(escape(head), overflow="fold")
     for key in dict.fromkeys(k for column in columns for k in column):
         cells = [str(column.get(key, "")) for column in columns]
         if not only_different or len(set(cells)) > 1:
-            shown.add_row(key, *cells)
+            shown.add_row(*map(escape, (key, *cells)))
     return shown
 
 

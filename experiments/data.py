@@ -26,7 +26,8 @@ def load(o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int) -> tup
     rows |= {"packing": o.data.packing, "overlong": o.data.overlong}
     found: list[Counter] = []
     parts = datasets(o.data, train, o.data.weights)
-    documents = read(parts, tokenizer, vocab, found, within(o.data.split, 1))
+    kept, held = (within(o.data.split, 1), within(0, o.data.split)) if o.data.split else (None, None)
+    documents = read(parts, tokenizer, vocab, found, kept)
     for part, counts in zip(parts, found, strict=True):
         if rank == 0:
             seen = ", ".join(f"{n:,} rows of shape {shape}" for shape, n in counts.items())
@@ -36,10 +37,14 @@ def load(o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int) -> tup
     loader = Loader(documents, seed=o.seed, epochs=None if o.steps else o.epochs, **rows)
     if not held_out and not o.data.split:
         return loader, None, []
-    asked, keep = (parts, within(0, o.data.split)) if o.data.split else (datasets(o.data, held_out), within(0, 1))
-    documents = read(asked, tokenizer, vocab, keep=keep)
+    asked = parts if o.data.split else datasets(o.data, held_out)
+    if not o.data.split and (odd := next((part for part in asked if part.weight != 1), None)):
+        raise ValueError(f"--data.eval: {odd.path} has weight {odd.weight:g}; held-out rows are seen once")
+    documents = read(asked, tokenizer, vocab, keep=held)
+    if not len(documents):
+        raise ValueError(f"--data.split {o.data.split} holds out none of so few rows; use a larger share")
     eval_loader = Loader(documents, shuffle=False, epochs=1, **rows | {"sources": ()})
-    questions = list(islice(chain.from_iterable(rows_of(part, keep) for part in asked), count))
-    if any(not record.messages for record in questions):
-        raise ValueError(f"--answers {count}: {questions[0].where} is plain text, which asks nothing; use --answers 0")
+    questions = list(islice(chain.from_iterable(rows_of(part, held) for part in asked), count))
+    if text := next((record for record in questions if not record.messages), None):
+        raise ValueError(f"--answers {count}: {text.where} is plain text, which asks nothing; use --answers 0")
     return loader, eval_loader, questions

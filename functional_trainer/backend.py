@@ -5,8 +5,6 @@ import importlib.util
 import os
 import platform
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -113,18 +111,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@contextmanager
-def memory_history(device: torch.device, path: Path) -> Iterator[None]:
-    """Record what a GPU's allocator does and write it to `path`; elsewhere do nothing."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.memory._record_memory_history()
-    try:
-        yield
-    finally:
+def record_memory(device: torch.device) -> None:
+    """Start to record what a GPU's allocator does; elsewhere do nothing."""
+    if device.type == "cuda":
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+
+def dump_memory(device: torch.device, path: Path) -> bool:
+    """Write what was recorded to `path` and stop; return whether there was anything to record."""
+    if device.type == "cuda":
         torch.cuda.memory._dump_snapshot(str(path))
         torch.cuda.memory._record_memory_history(enabled=None)
+    return device.type == "cuda"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -112,7 +112,7 @@ def train(
         return done == total_steps or bool(every) and done % every == 0
 
     rows = Metrics(options.out, total_steps=total_steps, start_step=start, main=shard.rank == 0)
-    with rows as metrics, stoppable() as asked, profiled(options.out, options.profile, device, rows.print) as tick:
+    with rows as metrics, stoppable() as asked, profiled(rows, options.profile, device) as tick:
         if resume is not None:
             metrics.print(f"resumed from {resume} at step {start} of {total_steps}; {total_steps - start} are left")
         clock = time.perf_counter()

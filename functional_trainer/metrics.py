@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class Metrics:
             plot(self.folder)
             if dead := plot_load(self.folder):
                 self.print(f"experts that got next to no tokens lately: {dead}; see {self.folder}/experts.png")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.print(f"{self.folder}/loss.png or experts.png is not drawn: {error}")
 
     def __enter__(self) -> "Metrics":
@@ -185,10 +185,14 @@ def plot_load(folder: str | Path, dead: float = 0.01) -> str:
     """
     import numpy as np
 
-    loads = [row["load"] for row in read(Path(folder) / "metrics.jsonl") if row.get("load")]
-    if not loads:
+    def loads() -> Iterator[list]:
+        return (row["load"] for row in read(Path(folder) / "metrics.jsonl") if row.get("load"))
+
+    count = sum(1 for _ in loads())
+    if not count:
         return ""
-    late = np.array(loads[-math.ceil(len(loads) / 10) :], dtype=float).sum(0)  # (layers, experts)
+    tail = islice(loads(), count - math.ceil(count / 10), None)
+    late = np.sum([np.array(load, dtype=float) for load in tail], axis=0)  # (layers, experts)
     share = late * late.shape[1] / np.maximum(late.sum(1, keepdims=True), 1)
     figure, axis = _figure()
     axis.grid(False)

@@ -204,6 +204,7 @@ def muon(
     nesterov: bool = True,
     weight_decay: float = 0.1,
     scale: Literal["original", "match_rms_adamw"] = "match_rms_adamw",
+    no_decay: tuple[str, ...] = NO_DECAY,
     dtype: torch.dtype = torch.bfloat16,
     storage: Storage = AS_PARAMETERS,
 ) -> Optimizer:
@@ -213,12 +214,12 @@ def muon(
     (O, I) matrix is scaled by sqrt(max(1, O / I)) (`original`), or by 0.2 sqrt(max(O, I)), which gives it AdamW's usual
     root mean square (https://arxiv.org/abs/2502.16982), so that AdamW's learning rate serves.
     """
-    io = tree.flatten(specs)
+    io, decays = tree.flatten(specs), _decays(weight_decay, no_decay)
 
     def group(path: str) -> tuple[float, int, int]:
         if not io[path].is_matrix:
             raise ValueError(f"muon is for matrices; {path} has io {io[path].io!r}: give it another optimizer")
-        return weight_decay, len(io[path].batch), len(io[path].out_in[0])
+        return *decays(path), len(io[path].batch), len(io[path].out_in[0])
 
     def step(x: torch.Tensor, group) -> torch.Tensor:
         matrix = _matrices(x, group)
@@ -272,8 +273,8 @@ def adafactor(
         if "nu" in moments:
             nu = moments["nu"]
         else:
-            nu = moments["row"] * moments["column"] / mean(moments["row"], 1).clamp_min(eps[0])
-        step = g * nu.clamp_min(eps[0] * eps[0]).rsqrt()
+            nu = moments["row"] / mean(moments["row"], 1).clamp_min(eps[0]) * moments["column"]
+        step = g * nu.clamp_min(max(eps[0] ** 2, torch.finfo(nu.dtype).tiny)).rsqrt()  # no 0 x inf where g is 0
         step = step / (mean(step.square(), 1, 2).sqrt() / clip).clamp_min(1)
         return (w * at["keep"] - at["lr"] * size * step).view(p.shape), moments
 
@@ -321,20 +322,23 @@ def from_options(o: OptimOptions, steps: int, specs: tree.Tree) -> Optimizer:
     paths = list(tree.flatten(specs))
     storage = {"float32": AS_PARAMETERS, "bfloat16": stored_as(torch.bfloat16), "8bit": stored_in_8_bits()}[o.moments]
 
-    def build(name: str, peak: float, decay: float) -> Optimizer:
+    def build(name: str, peak: float, decay: float | None) -> Optimizer:
         lr = schedule(o.schedule, peak, steps, round(o.warmup * steps), o.floor, o.decay)
-        kept: dict[str, Any] = {"weight_decay": decay, "no_decay": o.no_decay}
+        exempt = o.no_decay if decay is None else ()  # who sets a group's decay means it
+        kept: dict[str, Any] = {"weight_decay": o.weight_decay if decay is None else decay, "no_decay": exempt}
+        if name == "adafactor" and o.moments != "float32":
+            raise ValueError(f"--optim.moments {o.moments}: adafactor keeps rows and columns, in float32 only")
         if name == "adafactor":
             return adafactor(lr, specs, **kept)
         if name == "muon":
-            return muon(lr, specs, o.momentum, weight_decay=decay, scale=o.muon_scale, storage=storage)
+            return muon(lr, specs, o.momentum, **kept, scale=o.muon_scale, storage=storage)
         if name == "sgd":
             return sgd(lr, o.momentum, **kept, storage=storage)
         return lion(lr, o.betas, **kept, storage=storage) if name == "lion" else adamw(
             lr, o.betas, o.eps, **kept, storage=storage
         )  # fmt: skip
 
-    def rules(pattern: str, name: str | None, peak: float, decay: float) -> list[tuple[str, Optimizer | None]]:
+    def rules(pattern: str, name: str | None, peak: float, decay: float | None) -> list[tuple[str, Optimizer | None]]:
         if name or o.name != "muon":
             return [(pattern, build(name or o.name, peak, decay))]
         matrices = [k for k, p in tree.flatten(specs).items() if p.is_matrix and re.fullmatch(pattern, k)]
@@ -344,12 +348,14 @@ def from_options(o: OptimOptions, steps: int, specs: tree.Tree) -> Optimizer:
     table: list[tuple[str, Optimizer | None]] = []
     for text in o.groups:
         group = OptimGroup.parse(text)
-        if not any(re.fullmatch(group.pattern, path) for path in paths):
+        mine = [path for path in paths if re.fullmatch(group.pattern, path)]
+        if not mine:
             raise ValueError(f"--optim.groups {text!r}: no parameter has such a path; they are like {paths[1]}")
+        if all(any(re.fullmatch(pattern, path) for pattern, _ in table) for path in mine):
+            raise ValueError(f"--optim.groups {text!r}: groups before it take all that it matches; put it first")
         peak = o.lr if group.lr is None else group.lr
-        decay = o.weight_decay if group.weight_decay is None else group.weight_decay
-        table += [(group.pattern, None)] if group.frozen else rules(group.pattern, group.name, peak, decay)
-    table += rules(".*", None, o.lr, o.weight_decay)
+        table += [(group.pattern, None)] if group.frozen else rules(group.pattern, group.name, peak, group.weight_decay)
+    table += rules(".*", None, o.lr, None)
     optimizer = table[0][1] if len(table) == 1 else by_path(*table)
     assert optimizer is not None
     return with_ema(optimizer, o.ema) if o.ema else optimizer

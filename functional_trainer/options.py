@@ -107,6 +107,8 @@ class OptimGroup:
                 )  # fmt: skip
             except ValueError:
                 raise ValueError(f"{wrong}; {value!r} is no number") from None
+            if any(not 0 <= number < float("inf") for number in new.values() if isinstance(number, float)):
+                raise ValueError(f"{wrong}; {word} is not a number of at least 0")
             if new.keys() & given.keys() or new.get("name", "adamw") not in get_args(OptimName):
                 raise ValueError(f"{wrong}, each once, NAME one of {', '.join(get_args(OptimName))}; not {word!r}")
             given |= new

@@ -2,39 +2,50 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from functional_trainer import backend
+from functional_trainer.metrics import Metrics
 
 WAIT = 3  # steps before: the first compiles, the others settle
 
 
 @contextmanager
-def profiled(folder: str | Path, steps: int, device: torch.device, say: Callable[[str], None]) -> Iterator[Callable]:
+def profiled(metrics: Metrics, steps: int, device: torch.device) -> Iterator[Callable]:
     """Yield what to call after each step; after `steps` of them, the first three left out, say what they cost.
 
-    Writes `<folder>/trace.json` (for chrome://tracing or Perfetto; memory counters are in it) and, on a GPU,
-    `memory.pickle` (for https://pytorch.org/memory_viz). `steps=0` does nothing.
+    Writes `trace.json` (for chrome://tracing or Perfetto; memory counters are in it) and, on a GPU, `memory.pickle`
+    (for https://pytorch.org/memory_viz) into the run folder. `steps=0` does nothing, nor do other ranks.
     """
-    if not steps:
+    folder, say = metrics.folder, metrics.print
+    if not steps or not metrics.main:
         yield lambda: None
         return
 
+    done = 0
+    written: list[str] = []
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if done == WAIT:
+            backend.record_memory(device)
+        profiler.step()
+
     def ready(profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(Path(folder) / "trace.json"))
-        for line in costs(profiler, steps):
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        snapshot = backend.dump_memory(device, folder / "memory.pickle")
+        written.extend(["trace.json", "memory.pickle"][: 1 + snapshot])
+        for line in costs(profiler, done - WAIT):
             say(line)
-        kept = [name for name in ("trace.json", "memory.pickle") if (Path(folder) / name).exists()]
-        say(f"profiled {steps} steps: {' and '.join(kept)} in {folder}")
+        say(f"profiled {done - WAIT} steps: {' and '.join(written)} in {folder}")
 
     when = torch.profiler.schedule(wait=WAIT - 1, warmup=1, active=steps, repeat=1)
-    with (
-        backend.memory_history(device, Path(folder) / "memory.pickle"),
-        torch.profiler.profile(schedule=when, on_trace_ready=ready, profile_memory=True) as profiler,
-    ):
-        yield profiler.step
+    with torch.profiler.profile(schedule=when, on_trace_ready=ready, profile_memory=True) as profiler:
+        yield tick
+    if not written:
+        say(f"nothing is profiled: this took {done} steps, and the first {WAIT} are left out")
 
 
 def costs(profiler: torch.profiler.profile, steps: int, count: int = 10) -> list[str]:

@@ -107,8 +107,9 @@ def make_train_step(
         first, *others = shard.micro(batch, micro_batches)
         grad = partial(gradient, value_of, shard, params, trained(state), weights=weights, buffers=state.buffers)
         grads, means, reported = grad(batch=first)
-        for micro in others:  # summed in the masters' precision
-            grads = [g.to(p.dtype) for g, p in zip(grads, trained(state).values(), strict=True)]
+        if others:  # summed in the masters' precision and in storage of their own
+            grads = [g.to(p.dtype, copy=True) for g, p in zip(grads, trained(state).values(), strict=True)]
+        for micro in others:
             more, *rest = grad(batch=micro)
             torch._foreach_add_(grads, more)
             means, reported = tree.map(torch.add, (means, reported), tuple(rest))

@@ -90,7 +90,7 @@ def _band(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
 @lru_cache(maxsize=2)  # layers, forward and backward, ask for the same one; two kinds of layers for two
 def _plan(segments: bytes, S: int, kv_heads: int, groups: int, window: int | None, dtype: torch.dtype) -> Plan:
     """Sort the runs of equal segment ids in rows of S, given as int64, into a plan; 0 is padding."""
-    flat = torch.frombuffer(bytearray(segments), dtype=torch.int64)
+    flat = torch.frombuffer(bytearray(segments + bytes(8)), dtype=torch.int64)[:-1]  # an empty buffer is refused
     first = torch.ones_like(flat, dtype=torch.bool)
     first[1:] = flat[1:] != flat[:-1]
     first[::S] = True

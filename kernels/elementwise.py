@@ -18,7 +18,7 @@ def promote(x: torch.Tensor) -> torch.Tensor:
 
 
 class Scale(torch.autograd.Function):
-    """Multiply (..., R, D) by `scale` (D,); its gradient is summed over up to 32 rows first, over those sums then.
+    """Multiply (..., D) by `scale` (D,); its gradient is summed over up to 32 rows first, over those sums then.
 
     Summed over all rows at once, as Inductor does on the host, a column at a time would run through all of memory.
     """
@@ -31,8 +31,11 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale = ctx.saved_tensors
-        partial = promote(grad * x).unflatten(-2, (-1, math.gcd(x.shape[-2], 32))).sum(-2)
-        return grad * scale, partial.sum(tuple(range(partial.ndim - 1))).to(scale.dtype)
+        products = promote(grad * x)
+        if x.ndim > 1:
+            products = products.unflatten(-2, (-1, math.gcd(x.shape[-2], 32))).sum(-2)
+            products = products.sum(tuple(range(products.ndim - 1)))
+        return grad * scale, products.to(scale.dtype)
 
 
 def rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:

@@ -7,7 +7,6 @@ measured: 20 us an index of 20,000, and 90 ms an epoch however few there are.)
 
 import math
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,35 +19,43 @@ from functional_trainer.data.packing import STRATEGIES, Cursor, Documents, Overl
 Batch = dict[str, torch.Tensor]
 
 
+def permutation(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Return the order of an epoch's `count` slots."""
+    if not shuffle:
+        return np.arange(count)
+    return np.argsort(np.random.PCG64([seed, epoch]).random_raw(count), kind="stable")
+
+
 def order(count: int, seed: int, shuffle: bool) -> Callable[[int], int]:
     """Give the map from stream index to piece: each run of `count` indices, an epoch, is a permutation of its own."""
-    if not shuffle:
-        return lambda index: index % count
-
-    @lru_cache(maxsize=2)  # held pieces can be of the epoch before
-    def permutation(epoch: int) -> np.ndarray:
-        return np.argsort(np.random.PCG64([seed, epoch]).random_raw(count), kind="stable")
-
-    return lambda index: int(permutation(index // count)[index % count])
+    at = lru_cache(maxsize=2)(lambda epoch: permutation(count, seed, epoch, shuffle))  # held pieces: the epoch before
+    return lambda index: int(at(index // count)[index % count])
 
 
 def mixed(sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> tuple[int, Callable[[int], int]]:
     """Give the length of an epoch over sources of `sizes` pieces, end to end, and the map from stream index to piece.
 
-    An epoch takes round(weight * size) pieces of each source, at least one, from a stream of the source's own in which
-    every piece comes once before any comes again; so over time each source is seen `weight` times an epoch, evenly.
+    An epoch takes round(weight * size) pieces of each source, at least one, in the order of the source's own stream, in
+    which every piece comes once before any comes again. Shuffling decides whose turn it is.
     """
     take = [max(1, round(weight * size)) for size, weight in zip(sizes, weights, strict=True)]
-    firsts, starts = np.cumsum([0, *sizes]).tolist(), np.cumsum([0, *take]).tolist()
+    firsts, count = np.cumsum([0, *sizes]).tolist(), sum(take)
     streams = [order(size, zlib.crc32(f"{seed}:{i}".encode()), shuffle) for i, size in enumerate(sizes)]
-    slots = order(starts[-1], seed, shuffle)
+
+    @lru_cache(maxsize=2)
+    def turns(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return whose turn each slot of an epoch is, and which of that source's turns."""
+        whose = np.repeat(np.arange(len(take)), take)[permutation(count, seed, epoch, shuffle)]
+        number = np.empty(count, np.int64)
+        number[np.argsort(whose, kind="stable")] = np.concatenate([np.arange(n) for n in take])
+        return whose, number
 
     def piece(index: int) -> int:
-        epoch, slot = index // starts[-1], slots(index)
-        source = bisect_right(starts, slot) - 1
-        return firsts[source] + streams[source](epoch * take[source] + slot - starts[source])
+        epoch, slot = divmod(index, count)
+        source, number = (int(column[slot]) for column in turns(epoch))
+        return firsts[source] + streams[source](epoch * take[source] + number)
 
-    return starts[-1], piece
+    return count, piece
 
 
 class Loader:
@@ -92,7 +99,7 @@ class Loader:
             content = zlib.crc32(np.ascontiguousarray(column).data, content)
         self.identity = {"rows": rows, "seq_len": seq_len, "packing": packing, "seed": seed, "shuffle": shuffle}
         self.identity |= {"overlong": overlong, "content": f"{len(documents)} documents, crc {content:08x}"}
-        self.identity |= {"sources": [list(source) for source in sources]} if sources else {}
+        self.identity |= {"sources": [list(source) for source in sources] or None}
         self.reset()
 
     def _mix(self, sources: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -45,7 +45,7 @@ def renames(columns: tuple[str, ...]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for text in columns:
         ours, equals, theirs = text.partition("=")
-        if not equals or ours not in COLUMNS or not theirs or theirs in pairs:
+        if not equals or ours not in COLUMNS or not theirs or theirs in pairs or ours in pairs.values():
             raise ValueError(
                 f"--data.columns {text!r}: expected OURS=THEIRS, each once, OURS one of {', '.join(COLUMNS)}"
             )
@@ -59,7 +59,10 @@ def datasets(data: DataOptions, paths: tuple[str, ...], weights: tuple[float, ..
     for path, weight in zip(paths, weights or (1.0,) * len(paths), strict=True):
         if Path(path).suffix in (".yaml", ".yml"):
             for source in config.load(Mix, path).datasets:
-                found.append(replace(source, path=str(Path(path).parent / source.path), weight=source.weight * weight))
+                shape = data.shape if source.shape == "auto" else source.shape
+                given: dict[str, Any] = {"shape": shape, "columns": source.columns or data.columns}
+                given["weight"] = source.weight * weight
+                found.append(replace(source, path=str(Path(path).parent / source.path), **given))
         else:
             found.append(Source(path, data.shape, data.columns, weight))
     return found
@@ -73,10 +76,13 @@ def records(paths: Paths, shape: str = "auto", columns: tuple[str, ...] = ()) ->
     names = renames(columns)
     for file in sources.files(paths):
         here = shape
-        for where, row in sources.rows(file):
+        for index, (where, row) in enumerate(sources.rows(file)):
             try:
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object with a list 'messages', got {str(row)[:60]}")
+                if index == 0 and (gone := [name for name in names if name not in row]):
+                    has = str(list(row))[:200]
+                    raise ValueError(f"there is no column {gone[0]!r}, which --data.columns names; it has {has}")
                 row = {names.get(k, k): v for k, v in row.items() if k in names or k not in names.values()}
                 here = recognise(row) if here == "auto" else here
                 yield _record(row, here, where)

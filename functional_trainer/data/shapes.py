@@ -1,6 +1,6 @@
 """Rows to conversations or text: the shapes that datasets come in, recognised by their columns.
 
-    messages             messages: [{role, content}]                                  OpenAI, ChatML, TRL
+    messages             messages: [{role, content}], system, tools                   OpenAI, ChatML, TRL
     sharegpt             conversations: [{from, value}], system                       ShareGPT, Vicuna
     alpaca               instruction, input, output, system, history: [[q, a]]        Alpaca
     prompt_completion    prompt, completion: two texts, or two lists of messages      TRL
@@ -25,7 +25,10 @@ def _messages(row: Mapping[str, Any]) -> list[Message]:
     name = "messages" if "messages" in row else "conversations"
     if not isinstance(row[name], list) or not row[name]:
         raise ValueError(f"expected an object with a list '{name}' that is not empty, got {str(dict(row))[:60]}")
-    return [
+    first = row[name][0]
+    system = row.get("system") if isinstance(first, dict) and first.get("role") != "system" else None
+    turns: list[Message] = [{"role": "system", "content": system}] if system else []
+    return turns + [
         {k: v for k, v in turn.items() if v is not None or k == "content"} if isinstance(turn, dict) else turn
         for turn in row[name]
     ]  # columns of Parquet that only other turns have are None here

@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ Paths = str | Path | Iterable[str | Path]
 Row = tuple[str, Any]
 """Where it stands (file:line, or file[index]) and what it is."""
 
-NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside the .arrow files of `datasets`
+NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # what `datasets` writes
+TEXT = (".txt", ".md")  # in a folder of other data: a README, a licence
 
 
 def kind(file: Path) -> str:
@@ -38,6 +40,7 @@ def files(paths: Paths) -> list[Path]:
             here = [path]
         elif path.is_dir():
             here = sorted(f for f in path.rglob("*") if kind(f) in READERS and f.name not in NOT_DATA and f.is_file())
+            here = [file for file in here if kind(file) not in TEXT] or here
         else:
             here = sorted(f for f in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if f.is_file())
         if not here and path.is_dir():
@@ -71,7 +74,7 @@ def _text(file: Path) -> str:
     try:
         with _open(file) as lines:
             return lines.read().decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from error
 
 
@@ -90,7 +93,7 @@ def _json_lines(file: Path) -> Iterator[Row]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{file}:{number}", _parsed(line, f"{file}:{number}")
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: not a whole gzip file ({error})") from error
 
 
@@ -98,7 +101,12 @@ def _json(file: Path) -> Iterator[Row]:
     text = _text(file)
     try:
         data = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        try:
+            json.loads(text.lstrip().partition("\n")[0])
+        except (ValueError, RecursionError):
+            place = f"{file}:{getattr(error, 'lineno', 1)}"
+            raise ValueError(f"{place}: not valid JSON ({error}); expected a list of objects") from error
         yield from _json_lines(file)
         return
     data = _parsed(text, str(file))
@@ -116,6 +124,8 @@ def _table(file: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     table = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter, strict=True)
     try:
+        if twice := [name for name in table.fieldnames or () if (table.fieldnames or ()).count(name) > 1]:
+            raise ValueError(f"{file}:1: the header has {twice[0]!r} twice")
         for row in table:
             where = f"{file}:{table.line_num}"
             if None in row or None in row.values():

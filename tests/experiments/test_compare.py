@@ -23,7 +23,9 @@ def write(folder, losses, lr, evals=()):
         for i, loss in enumerate(losses)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.yaml").write_text(f"optim:\n  lr: {lr}\n  name: adamw\nout: {folder.name}\n")
+    groups = f"[/a-z]{'+' if lr < 0.15 else '*'} -> frozen"
+    head = f"optim: {{lr: {lr}, name: adamw, groups: '{groups}'}}"
+    (folder / "config.yaml").write_text(f"{head}\nout: {folder.name}\n")
     return str(folder)
 
 
@@ -39,6 +41,7 @@ def test_two_runs_are_drawn_and_told_apart(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.replace("│", " ").split()) for line in done.stdout.splitlines()]
     for line in ("steps 22 2", "tokens 220 20", "eval loss, last 1.5000", "eval loss, best 1.5000", "optim.lr 0.1 0.2",
+                 "optim.groups [/a-z]+ -> frozen [/a-z]* -> frozen",
                  "train loss, last tenth 0.5833 2.5000", "peak memory, MiB 44 4", "hours 0.022 0.002"):  # fmt: skip
         assert line in lines, (line, lines)
     assert not any("optim.name" in line for line in lines)

@@ -88,6 +88,10 @@ def test_a_profile_says_where_the_time_goes_and_changes_nothing(place):
     assert {"aten::mm", "functional_trainer::attention_documents", "[memory]"} <= names
     assert {name for name in names if str(name).startswith("ProfilerStep")} == {"ProfilerStep#3", "ProfilerStep#4"}
     assert learned(place / "profiled") == learned(place / "first")
+    short = run(place, *BASE, "--steps", 5, "--profile", 9, "--out", "profiled-short")
+    assert "profiled 2 steps: trace.json in profiled-short" in short
+    none = run(place, *BASE, "--steps", 2, "--profile", 9, "--out", "profiled-none")
+    assert "nothing is profiled: this took 2 steps, and the first 3 are left out" in none
 
 
 def test_the_run_folder_holds_what_the_help_says(place):

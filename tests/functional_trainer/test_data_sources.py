@@ -118,6 +118,7 @@ def test_systems_histories_and_tools(tmp_path):
     call = {"function": {"name": "add", "arguments": "{}"}}
     rows = [
         {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"system": "s", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         {"system": "s", "history": [["q0", "a0"]], "instruction": "q", "output": "a"},
         {"tools": '[{"name": "add"}]', "messages": [
             {"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -126,7 +127,8 @@ def test_systems_histories_and_tools(tmp_path):
     ]  # fmt: skip
     for i, row in enumerate(rows):
         (tmp_path / f"{i}.jsonl").write_text(json.dumps(row))
-    sharegpt, alpaca, tools = records(tmp_path)
+    sharegpt, messages, alpaca, tools = records(tmp_path)
+    assert said(messages) == said(sharegpt)
     assert said(sharegpt) == [("system", "s"), ("user", "q"), ("assistant", "a")]
     middle = [("user", "q0"), ("assistant", "a0")]
     assert said(alpaca) == [("system", "s"), *middle, ("user", "q"), ("assistant", "a")]
@@ -149,13 +151,14 @@ def test_columns_that_only_some_turns_have_are_none_in_parquet_and_left_out(tmp_
 def test_plain_text_is_trained_whole_and_ends(tmp_path):
     (tmp_path / "a.txt").write_text("Add 1 to 2.\n\nSort b.")
     WRITERS["a.jsonl"](tmp_path / "b.jsonl", [{"text": "Sort b."}, {"text": "x", "meta": 1}])
-    docs = read(tmp_path, TOKENIZER)
+    both = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    docs = read(both, TOKENIZER)
     (end,) = TOKENIZER.document_end
     assert TOKENIZER.backend.id_to_token(end) == TOKENIZER.special["eos_token"]
     for i, text in enumerate(("Add 1 to 2.\n\nSort b.", "Sort b.", "x")):
         ids, mask = docs[i]
         assert ids.tolist() == [*TOKENIZER.encode(text), end] and mask.all()
-    assert [(r.text, r.messages, r.shape) for r in records(tmp_path)][1] == ("Sort b.", [], "text")
+    assert [(r.text, r.messages, r.shape) for r in records(both)][1] == ("Sort b.", [], "text")
 
 
 def test_columns_by_name(tmp_path):
@@ -164,6 +167,10 @@ def test_columns_by_name(tmp_path):
     assert said(record) == [("user", "q"), ("assistant", "a")] and record.shape == "prompt_completion"
     with pytest.raises(ValueError, match=re.escape("g.csv:2: expected an object with a list 'messages', or a list")):
         list(records(tmp_path))
+    with pytest.raises(ValueError, match="g.csv:2: there is no column 'questoin', which --data.columns names; it has"):
+        list(records(tmp_path, columns=("prompt=questoin", "completion=answer")))
+    with pytest.raises(ValueError, match="'prompt=answer': expected OURS=THEIRS, each once"):
+        list(records(tmp_path, columns=("prompt=question", "prompt=answer")))
     for wrong in ("question", "=question", "prompt=", "question=prompt"):
         with pytest.raises(ValueError, match=f"--data.columns '{wrong}': expected OURS=THEIRS, each once, OURS one of"):
             list(records(tmp_path, columns=(wrong,)))
@@ -211,7 +218,10 @@ def test_a_shape_can_be_asked_for(tmp_path):
         ("a.jsonl", b'{"text": " "}', ":1: 'text' must be text that is not empty"),
         ("a.json", b"3", ": expected a list of objects"), ("a.json", b"[1]", "[0]: expected an object"),
         ("a.json", b"[]", ": the file is empty"), ("a.json", b"\xff", ": not UTF-8 text"),
-        ("a.json", b"[{", ":1: not valid JSON"), ("a.txt", b" \n", ": the file is empty"),
+        ("a.json", b"[{", ":1: not valid JSON"), ("a.json", b'[\n{"text": "x"},\n{"text": }]', ":3: not valid JSON"),
+        ("a.csv", b"text,text\na,b\n", ":1: the header has 'text' twice"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:12] + b"\xff" * 20, "not a whole gzip file"),
+        ("a.txt", b" \n", ": the file is empty"),
         ("a.csv", b"prompt,completion\na,b,c\n", ":2: another number of fields than the header's 2"),
         ("a.csv", b"prompt,completion\na\n", ":2: another number of fields than the header's 2"),
         ("a.csv", b'prompt,completion\n"a" x,b\n', ":2: not valid CSV"),
@@ -236,6 +246,9 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")  # what `datasets` writes beside its .arrow files
     with pytest.raises(ValueError, match="no data file in this folder; expected .jsonl"):
         sources.files(tmp_path)
+    (tmp_path / "notes.txt").write_text("alone")
+    assert [f.name for f in sources.files(tmp_path)] == ["notes.txt"]
+    (tmp_path / "README.md").write_text("# a card")
     (tmp_path / "deep").mkdir()
     WRITERS["k.arrow"](tmp_path / "deep" / "data-0.arrow", ALPACA)
     assert [f.name for f in sources.files(tmp_path)] == ["data-0.arrow"]

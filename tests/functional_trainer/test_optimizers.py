@@ -208,6 +208,17 @@ def test_adafactor_equals_torch_for_every_matrix_by_itself(path, decay, clip, si
     assert sum(m.numel() for m in moments.values()) == numbers
 
 
+@pytest.mark.parametrize("path", ["layers/0/gate_up", "embed", "norm"])
+def test_adafactor_survives_rows_without_gradient_in_float32(path):
+    """As of words and experts that a batch does not have."""
+    p, *grads = draw(0, *[tree.flatten(SPECS)[path].shape] * 4, dtype=torch.float32)
+    for g in grads:
+        g[:2] = 0
+    ours, moments = descend(optimizers.adafactor(RATES, SPECS), path, p, [torch.zeros_like(p), *grads])
+    assert ours.isfinite().all() and all(m.isfinite().all() for m in moments.values())
+    assert torch.equal(ours[:2], p[:2]) and not torch.equal(ours, p)
+
+
 def test_muon_refuses_what_is_no_matrix():
     muon = optimizers.muon(RATES, SPECS)
     with pytest.raises(ValueError, match="muon is for matrices; embed has io 'V,D': give it another optimizer"):
@@ -336,6 +347,7 @@ def test_options_build_what_they_say():
         ("embed", "expected 'REGEX -> frozen' or"), ("embed ->", "expected 'REGEX -> frozen' or"),
         ("-> frozen", "expected 'REGEX -> frozen' or"), ("a -> frozen lr=1", "expected 'REGEX -> frozen' or"),
         ("a -> adam", "NAME one of adamw, muon, lion, sgd, adafactor; not 'adam'"),
+        ("a -> lr=-1", "lr=-1 is not a number of at least 0"), ("a -> lr=nan", "lr=nan is not a number"),
         ("a -> lr=big", "'big' is no number"), ("a -> lr=1 lr=2", "each once"),
         ("a( -> frozen", "is not a regular expression"),
     ],
@@ -345,7 +357,24 @@ def test_wrong_groups_are_named(groups, message):
         OptimOptions(groups=(groups,))
 
 
+def test_decay_is_what_was_said():
+    late = torch.tensor(1)
+
+    def decay(path, **options):
+        built = optimizers.from_options(OptimOptions(lr=1.0, weight_decay=0.2, **options), 10, SPECS)
+        return 1 - float(built.scalars(late, late, built.group(path))["keep"])
+
+    assert decay("layers/0/router", name="muon") == pytest.approx(0.2)
+    assert decay("layers/0/router", name="muon", no_decay=(".*router",)) == 0
+    assert decay("norm") == 0 and decay("norm", groups=(".*norm -> weight_decay=0.5",)) == pytest.approx(0.5)
+    assert decay("norm", groups=(".*norm -> lr=1",)) == 0
+
+
 def test_groups_that_name_nothing_are_refused():
+    with pytest.raises(ValueError, match="'embed -> frozen': groups before it take all that it matches; put it first"):
+        optimizers.from_options(OptimOptions(groups=(".* -> lion", "embed -> frozen")), 10, SPECS)
+    with pytest.raises(ValueError, match="--optim.moments 8bit: adafactor keeps rows and columns, in float32 only"):
+        optimizers.from_options(OptimOptions(groups=("embed -> adafactor",), moments="8bit"), 10, SPECS)
     with pytest.raises(ValueError, match="'layer/.* -> frozen': no parameter has such a path; they are like norm"):
         optimizers.from_options(OptimOptions(groups=("layer/.* -> frozen",)), 10, SPECS)
     with pytest.raises(ValueError, match="muon is for matrices; embed"):

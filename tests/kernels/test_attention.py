@@ -144,6 +144,12 @@ def test_padding_gives_zeros_and_takes_no_gradient_in_documents():
         assert not grad[padding].any()
 
 
+def test_no_rows_give_no_rows():
+    segments, q = torch.zeros(0, 4, dtype=torch.int64), torch.randn(0, 4, 2, 3, requires_grad=True)
+    out = kernels.attention(q, q, q, segments, segments, backend="documents")
+    assert out.shape == q.shape == torch.autograd.grad(out.sum(), q)[0].shape
+
+
 def test_padding_stays_finite_everywhere():
     segments, positions = torch.zeros(2, 1, 5, dtype=torch.int64)
     q, k, v = (torch.randn(1, 5, n, 4, requires_grad=True) for n in (3, 1, 1))
