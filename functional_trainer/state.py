@@ -1,7 +1,6 @@
 """The train state, and what one gradient does to it. Everything here works in place on donated storage."""
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -104,8 +103,8 @@ def apply_gradient(
     state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))
     state.step.add_(1)
     state.updates.add_(finite.to(torch.int64))
-    sizes = Counter({group: 0 for group in scalars})
+    sizes = dict.fromkeys(scalars, 0)
     for path, p in trained(state).items():
         sizes[groups[path]] += p.numel()
-    lr = scalars[max(sizes, key=sizes.__getitem__)]["lr"]  # of the most parameters
+    lr = [scalars[group]["lr"] for group, size in sizes.items() if size == max(sizes.values())][0]
     return {**means, "grad_norm": norm, "lr": lr, "skipped": state.skipped.clone(), **reported}

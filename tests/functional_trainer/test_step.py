@@ -247,6 +247,13 @@ def test_what_needs_whole_leaves_is_refused_on_several_devices(kind):
         make_train_step(tiny(), LOSS, whole, shard=SimpleNamespace(world=2))
 
 
+@pytest.mark.parametrize("form", ["off", "step"])
+def test_the_logged_rate_is_that_of_the_most_parameters(form):
+    few, most = (optimizers.adamw(optimizers.schedule("constant", peak, 10)) for peak in (0.5, 0.25))
+    both = optimizers.by_path(("embed|.*norm", few), (".*", most))
+    assert float(run(1, optimizer=both, compile=form)[1][0]["lr"]) == 0.25
+
+
 def test_a_step_that_would_train_nothing_is_refused():
     with pytest.raises(ValueError, match="every parameter is frozen"):
         init_state(tiny().init(0), optimizers.by_path((".*", None)))
