@@ -229,9 +229,21 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(place, uninterrupted, number)
     same_state(out, whole)
 
 
+def slow_reader() -> None:
+    """Take a minute before the first row."""
+    from functional_trainer.data import sources
+
+    rows_of_file = sources.rows
+
+    def slowly(file):
+        time.sleep(60)
+        yield from rows_of_file(file)
+
+    sources.rows = slowly
+
+
 def test_ctrl_c_before_the_first_step_is_no_traceback(place):
-    sft_runs.chats(place / "many.jsonl", 20_000)
-    started = start(place, *BASE, "--data.train", "many.jsonl", "--out", "early")
+    started = start(place, *BASE, "--out", "early", setup=slow_reader)
     until(lambda: (place / "early" / "config.yaml").exists(), started.process)
     os.kill(started.process.pid, signal.SIGINT)
     assert started.wait() == 130
