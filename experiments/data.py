@@ -1,50 +1,65 @@
-"""From a recipe's data options to loaders: chats to tokens and loss mask, to packed rows."""
+"""From a recipe's data options to loaders: rows to tokens and loss mask, to packed rows."""
 
-from collections import Counter
+from collections.abc import Callable
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from experiments.first_light import tasks
 from functional_trainer import backend
-from functional_trainer.data import Loader, Record, Tokenizer, datasets, read, rows_of, within
+from functional_trainer.data import Loader, Record, Rows, Share, Tokenizer, Within, datasets, rows_of, tokenized
 
 
-def load(o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int) -> tuple[Loader, Loader | None, list[Record]]:
-    """Return loaders of the training and of the held-out chats, and the held-out ones to answer.
+def load(
+    o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int, say: Callable = print
+) -> tuple[Loader, dict[str, Loader], list[Record]]:
+    """Return a loader of the training rows, one of each held-out source by its name, and held-out rows to answer.
 
     `o` has the fields of `RunOptions`, `data` and `answers`. Without `data.train` the first-light tasks are written to
     the run folder and read from there.
     """
-    train, held_out, count = o.data.train, o.data.eval, o.answers or 0
+    train, held_out, count = o.data.train, o.data.eval, max(o.answers or 0, o.samples)
     if not train:
         train, held_out = (f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)
-        count = 512 if o.answers is None else o.answers
+        count = max(512 if o.answers is None else o.answers, o.samples)
         if rank == 0:
             tasks.write(f"{o.out}/data", seed=o.seed)
         backend.barrier()
+    kept, held = (Within(o.data.split, 1), Within(0, o.data.split)) if o.data.split else (None, None)
     rows: dict[str, Any] = {"rows": o.batch, "rank": rank, "world": world, "seq_len": o.data.seq_len}
     rows |= {"packing": o.data.packing, "overlong": o.data.overlong}
-    found: list[Counter] = []
+
     parts = datasets(o.data, train, o.data.weights)
-    kept, held = (within(o.data.split, 1), within(0, o.data.split)) if o.data.split else (None, None)
-    documents = read(parts, tokenizer, vocab, found, kept)
+    documents, found = tokenized(Rows(parts, tokenizer, vocab, kept), o.data.cache, o.data.workers)
     for part, counts in zip(parts, found, strict=True):
-        if rank == 0:
-            seen = ", ".join(f"{n:,} rows of shape {shape}" for shape, n in counts.items())
-            print(f"training data: {part.path}: {seen}" + (f", weight {part.weight:g}" if part.weight != 1 else ""))
-    mix = [(counts.total(), part.weight) for part, counts in zip(parts, found, strict=True)]
-    rows["sources"] = mix if any(weight != 1 for _, weight in mix) else ()
-    loader = Loader(documents, seed=o.seed, epochs=None if o.steps else o.epochs, **rows)
+        seen = ", ".join(f"{n:,} rows of shape {shape}" for shape, n in counts.items())
+        often = f", weight {part.weight:g}" * (part.weight != 1) + f", epochs {part.epochs:g}" * (part.epochs < 1e99)
+        say(f"training data: {part.path}: {seen}{often}")
+    shares = [Share(counts.total(), part.weight, part.epochs) for part, counts in zip(parts, found, strict=True)]
+    alike = all(share[1:] == Share(0)[1:] for share in shares)
+    epochs, mix = None if o.steps else o.epochs, () if alike else shares
+    loader = Loader(documents, workers=o.data.workers, seed=o.seed, epochs=epochs, sources=mix, **rows)
     if not held_out and not o.data.split:
-        return loader, None, []
+        return loader, {}, []
+
     asked = parts if o.data.split else datasets(o.data, held_out)
     if not o.data.split and (odd := next((part for part in asked if part.weight != 1), None)):
         raise ValueError(f"--data.eval: {odd.path} has weight {odd.weight:g}; held-out rows are seen once")
-    documents = read(asked, tokenizer, vocab, keep=held)
+    documents, found = tokenized(Rows(asked, tokenizer, vocab, held), o.data.cache, o.data.workers)
     if not len(documents):
         raise ValueError(f"--data.split {o.data.split} holds out none of so few rows; use a larger share")
-    eval_loader = Loader(documents, shuffle=False, epochs=1, **rows | {"sources": ()})
+    loaders, first = {}, 0
+    for name, counts in zip(_names(asked), found, strict=True):
+        if counts.total():
+            loaders[name] = Loader(documents.between(first, first + counts.total()), shuffle=False, epochs=1, **rows)
+        first += counts.total()
     questions = list(islice(chain.from_iterable(rows_of(part, held) for part in asked), count))
-    if text := next((record for record in questions if not record.messages), None):
-        raise ValueError(f"--answers {count}: {text.where} is plain text, which asks nothing; use --answers 0")
-    return loader, eval_loader, questions
+    if o.answers and (text := next((record for record in questions if not record.messages), None)):
+        raise ValueError(f"--answers {o.answers}: {text.where} is plain text, which asks nothing; use --answers 0")
+    return loader, loaders, questions
+
+
+def _names(parts: list) -> list[str]:
+    """Name sources by the stem of their paths, or by their paths where two stems are equal."""
+    stems = [Path(part.path).stem for part in parts]
+    return [part.path if stems.count(stem) > 1 else stem for part, stem in zip(parts, stems, strict=True)]

@@ -20,7 +20,7 @@ from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE, Batch
 
 MAY_DIFFER = {"out", "resume", "keep", "save_every", "eval_every", "device", "max_skipped", "answers"}
-MAY_DIFFER |= {"mesh", "micro_batch", "compile", "remat", "profile"}
+MAY_DIFFER |= {"mesh", "micro_batch", "compile", "remat", "profile", "data.workers", "data.cache"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 
@@ -55,7 +55,7 @@ def _differences(old: Any, new: Any) -> list[str]:
     return [
         f"{key.replace('/', '.')} was {was.get(key)}, is {now.get(key)}"
         for key in {**was, **now}
-        if was.get(key) != now.get(key) and key.split("/")[0] not in MAY_DIFFER
+        if was.get(key) != now.get(key) and not {key.split("/")[0], key.replace("/", ".")} & MAY_DIFFER
     ]
 
 

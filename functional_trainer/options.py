@@ -26,12 +26,16 @@ class Source:
     columns: tuple[str, ...] = ()
     weight: float = 1.0
     """Times that an epoch sees it."""
+    epochs: float = float("inf")
+    """Times that the whole run sees it at most."""
     limit: int = 0
     """Rows to take from its beginning (0: all)."""
 
     def __post_init__(self):
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight is {self.weight}; it must be above 0")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs is {self.epochs}; it must be above 0")
         if self.limit < 0:
             raise ValueError(f"limit is {self.limit}; it must not be negative")
 
@@ -62,9 +66,13 @@ class DataOptions:
     seq_len: int = 256
     """Tokens in a packed row."""
     packing: Literal["first_fit", "best_fit", "none"] = "first_fit"
-    """How documents are put into rows; none is one document a row."""
+    """How documents are put into rows; none is one a row, similar lengths together."""
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What happens to documents longer than a row; the log counts them."""
+    workers: int = 0
+    """Processes that tokenize and fill batches ahead (0: a thread)."""
+    cache: str | None = None
+    """Folder that keeps tokenized data, so that it is tokenized once (default: in the user's cache folder)."""
     answer_tokens: int = 32
     """Most tokens of a greedy answer to a held-out question."""
 
@@ -73,6 +81,8 @@ class DataOptions:
             raise ValueError(f"--data.weights are {len(self.weights)} for {len(self.train)} of --data.train")
         if self.weights and not all(0 < weight < float("inf") for weight in self.weights):
             raise ValueError(f"--data.weights {' '.join(map(str, self.weights))}: each must be above 0")
+        if self.workers < 0:
+            raise ValueError(f"--data.workers is {self.workers}; it must be at least 0")
         if not 0 <= self.split < 1 or self.split and (self.eval or not self.train):
             raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")
         if self.eval and not self.train:

@@ -1,7 +1,10 @@
 """Import the rooms from this clone before any package of the same name; keep tests small and repeatable."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = str(Path(__file__).parent.parent)
@@ -11,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make their own checkpoints
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+if "PYTEST_CACHE_OWNER" not in os.environ:  # not the user's cache folder; child processes share this one
+    os.environ["PYTEST_CACHE_OWNER"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import hypothesis  # noqa: E402
 import torch  # noqa: E402

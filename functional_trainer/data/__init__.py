@@ -1,9 +1,13 @@
-"""Chats and texts to batches of packed rows: tokenizer and loss mask, packing, resumable loading."""
+"""Chats and texts to batches of packed rows: rows of files, tokens and loss mask, packing, resumable loading."""
 
+from importlib import import_module
+from typing import Any
+
+from functional_trainer.data.cache import Rows, tokenized
 from functional_trainer.data.chat import Tokenizer
-from functional_trainer.data.loader import Loader
+from functional_trainer.data.order import Share
 from functional_trainer.data.packing import STRATEGIES, Documents, Overlong
-from functional_trainer.data.records import Record, datasets, read, records, rows_of, within
+from functional_trainer.data.records import Record, Within, datasets, encoded, records, rows_of
 
 __all__ = [
     "STRATEGIES",
@@ -11,10 +15,20 @@ __all__ = [
     "Loader",
     "Overlong",
     "Record",
+    "Rows",
+    "Share",
     "Tokenizer",
+    "Within",
     "datasets",
-    "read",
+    "encoded",
     "records",
     "rows_of",
-    "within",
+    "tokenized",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `Loader` on first use: it imports torch, which a worker process does without."""
+    if name == "Loader":
+        return import_module("functional_trainer.data.loader").Loader
+    raise AttributeError(f"module 'functional_trainer.data' has no attribute {name!r}")

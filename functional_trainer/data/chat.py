@@ -91,6 +91,9 @@ class Tokenizer:
                 raise ValueError(f"{self.folder}/tokenizer_config.json: {name} {text!r} is not in tokenizer.json")
         self.templates = self._templates(config)
 
+    def __reduce__(self):
+        return Tokenizer, (self.folder,)
+
     def _json(self, name: str) -> dict[str, Any]:
         file = self.folder / name
         try:

@@ -8,14 +8,17 @@ of 128 with pieces of 5 to 60 waste 6.2 % of the places (here 1.7 %), 4 rows of 
 a piece costs twice the time or more.
 """
 
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 Overlong = Literal["split", "truncate", "drop"]
+CHUNK = 1 << 10  # pieces whose masks are read at a time
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,24 @@ class Documents:
                 raise ValueError(f"document {len(offsets) - 2} has {len(ids)} ids but {len(trained)} mask entries")
         return cls(np.array(tokens, np.int32), np.array(mask, bool), np.array(offsets, np.int64))
 
+    @cached_property
+    def content(self) -> str:
+        """What a resumed run compares: the number of documents, and a checksum."""
+        checksum = 0
+        for column in (self.tokens, self.mask, self.offsets):
+            checksum = zlib.crc32(np.ascontiguousarray(column).data, checksum)
+        return f"{len(self)} documents, crc {checksum:08x}"
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         here = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[here], self.mask[here]
+
+    def between(self, first: int, last: int) -> "Documents":
+        """Return documents [first, last), sharing storage."""
+        return Documents(self.tokens, self.mask, self.offsets[first : last + 1])
 
 
 @dataclass(frozen=True)
@@ -80,9 +95,10 @@ def cut(documents: Documents, seq_len: int, overlong: Overlong) -> Pieces:
     begin = np.repeat(documents.offsets[:-1], count) + position
     length = np.minimum(np.repeat(inputs, count) - position, seq_len)
     trained = np.zeros_like(length)
-    if len(length):
-        borders = np.stack([begin + 1, begin + 1 + length], 1).ravel()
-        trained = np.add.reduceat(np.append(documents.mask, False), borders, dtype=np.int64)[::2]
+    for some in (slice(i, i + CHUNK) for i in range(0, len(length), CHUNK)):  # the mask may be a file
+        borders = np.stack([begin[some] + 1, begin[some] + 1 + length[some]], 1).ravel()
+        mask = np.append(documents.mask[borders[0] : borders[-1]], False)
+        trained[some] = np.add.reduceat(mask, borders - borders[0], dtype=np.int64)[::2]
     keep = trained > 0
     stats = {
         "documents": len(documents),

@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from functional_trainer import config
 from functional_trainer.data import sources
 from functional_trainer.data.chat import Message, Tokenizer
-from functional_trainer.data.packing import Documents
 from functional_trainer.data.shapes import COLUMNS, SHAPES, recognise
 from functional_trainer.data.sources import Paths
 from functional_trainer.options import DataOptions, Mix, Source
@@ -90,50 +88,28 @@ def records(paths: Paths, shape: str = "auto", columns: tuple[str, ...] = ()) ->
                 raise ValueError(f"{where}: {error}") from error
 
 
-def within(low: float, high: float) -> Callable[[Record], bool]:
+class Within(NamedTuple):
     """Keep the rows whose content hashes to a number in [low, high) of [0, 1): equal rows are on the same side."""
 
-    def keep(record: Record) -> bool:
+    low: float
+    high: float
+
+    def __call__(self, record: Record) -> bool:
         content = json.dumps([record.text, record.messages, record.tools], sort_keys=True, default=str)
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
-        return low <= int.from_bytes(digest, "big") / 2**64 < high
-
-    return keep
+        return self.low <= int.from_bytes(digest, "big") / 2**64 < self.high
 
 
-def rows_of(source: Source, keep: Callable[[Record], bool] | None = None) -> Iterator[Record]:
+def rows_of(source: Source, keep: Within | None = None) -> Iterator[Record]:
     """Read the rows of a source that are kept (None: all); its limit counts the others too."""
     return filter(keep, islice(records(source.path, source.shape, source.columns), source.limit or None))
 
 
-def read(
-    of: Iterable[Source] | Paths,
-    tokenizer: Tokenizer,
-    vocab_size: int | None = None,
-    found: list[Counter] | None = None,
-    keep: Callable[[Record], bool] | None = None,
-) -> Documents:
-    """Tokenize the kept rows of sources, or of paths; ValueError names file and place of the first bad one.
+def encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tuple[list[int], list[bool]]:
+    """Tokenize a record: ids and whether each is trained; ValueError names its place.
 
-    With `vocab_size`, the model's, an id that the model has no row for is an error too. `found` gets a count of rows by
-    shape for each source.
+    With `vocab_size`, the model's, an id that the model has no row for is an error too.
     """
-    given = [of] if isinstance(of, str | Path) else list(of)
-    each = [source if isinstance(source, Source) else Source(str(source)) for source in given]
-
-    def encoded() -> Iterator[tuple[list[int], list[bool]]]:
-        for source in each:
-            counts: Counter = Counter()
-            for record in rows_of(source, keep):
-                counts[record.shape] += 1
-                yield _encoded(record, tokenizer, vocab_size)
-            if found is not None:
-                found.append(counts)
-
-    return Documents.of(encoded())
-
-
-def _encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tuple[list[int], list[bool]]:
     try:
         if record.text is None:
             ids, mask = tokenizer.encode_chat(record.messages, record.tools)

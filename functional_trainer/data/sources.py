@@ -3,18 +3,21 @@
     .jsonl .ndjson    one JSON object a line                .csv .tsv      a header, then one row a record
     .json             a list of objects, {"data": [...]},   .parquet       rows
                       one object, or JSON lines             .arrow         rows, of a file or a stream (`datasets`)
-    .txt .md          the whole file as {"text": ...}
+    .txt .md          {"text": ...}: the whole file, or of a larger one a mebibyte of whole lines a row
 
-All but .parquet and .arrow may be compressed: .jsonl.gz. Rows are read as they are asked for, but for .json and text.
+All but .parquet and .arrow may be compressed: .jsonl.gz. Rows are read as they are asked for, so a file may be larger
+than memory; only a .json that is not a list is read whole.
 """
 
 import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,10 @@ Row = tuple[str, Any]
 
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # what `datasets` writes
 TEXT = (".txt", ".md")  # in a folder of other data: a README, a licence
+BLOCK = 1 << 20  # characters of text, or of a JSON list, that are read at a time
+LONGEST = 1 << 28  # characters of a row of a JSON list
+SPACE = re.compile(r"[ \t\r\n]*")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def kind(file: Path) -> str:
@@ -45,15 +52,29 @@ def files(paths: Paths) -> list[Path]:
             here = sorted(f for f in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if f.is_file())
         if not here and path.is_dir():
             raise ValueError(f"{path}: no data file in this folder; expected {', '.join(READERS)}")
+        if not here and HUB_NAME.fullmatch(str(path)) and kind(path) not in READERS:
+            here = files(_hub(str(path)))
         if not here:
-            hub = "; a dataset of the hub is to be downloaded first: hf download --repo-type dataset --local-dir FOLDER"
-            raise ValueError(
-                f"{path}: no such file; give a file, a folder or a glob{hub if str(path).count('/') == 1 else ''}"
-            )
+            raise ValueError(f"{path}: no such file; give a file, a folder, a glob or the name of a dataset of the hub")
         if odd := next((file for file in here if kind(file) not in READERS), None):
             raise ValueError(f"{odd}: unknown kind {odd.suffix!r}; expected one of {', '.join(READERS)}")
         found += here
     return found
+
+
+def _hub(name: str) -> str:
+    """Return the folder of a dataset of the hub, downloaded if it is not there yet."""
+    import huggingface_hub
+
+    try:
+        wanted = [f"*{suffix}{end}" for suffix in READERS for end in ("", ".gz")]
+        return huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=wanted)
+    except Exception as error:  # what its HTTP library raises differs from version to version
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name}: no such file, and no dataset of that name came from the hub ({type(error).__name__}: {why}); "
+            f"offline, give a folder: `hf download --repo-type dataset {name} --local-dir FOLDER` where there is a network"
+        ) from error
 
 
 def rows(file: Path) -> Iterator[Row]:
@@ -70,21 +91,43 @@ def _open(file: Path) -> Any:
     return gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")
 
 
-def _text(file: Path) -> str:
+@contextmanager
+def _characters(file: Path) -> Iterator[Any]:
+    """Open a file as UTF-8 text, line ends as they are; ValueError for what is no text."""
     try:
-        with _open(file) as lines:
-            return lines.read().decode("utf-8-sig")
+        with _open(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+            yield text
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from error
 
 
+def _text(file: Path) -> Iterator[Row]:
+    with _characters(file) as text:
+        number, block = 0, text.read(BLOCK)
+        while block:
+            more = text.read(BLOCK)
+            head, end, rest = block.rpartition("\n") if more else (block, "", "")
+            if not end:  # the last block, or a line longer than one
+                head, rest = block, ""
+            if head.strip():
+                yield (str(file) if not number and not more else f"{file}[{number}]"), {"text": head + end}
+            number, block = number + 1, rest + more
+
+
 def _parsed(text: str | bytes, where: str) -> Any:
     try:
-        data = json.loads(text)
-        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text
-        return data
+        return _encodable(json.loads(text), where)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error}); expected one object a line") from error
+
+
+def _encodable(data: Any, where: str) -> Any:
+    """Return parsed JSON; ValueError if it has a lone surrogate, which is no text, or is nested too deeply."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+        return data
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
@@ -98,7 +141,12 @@ def _json_lines(file: Path) -> Iterator[Row]:
 
 
 def _json(file: Path) -> Iterator[Row]:
-    text = _text(file)
+    with _characters(file) as characters:
+        start = characters.read(BLOCK)
+        if start.lstrip()[:1] == "[":
+            yield from _elements(file, start, characters)
+            return
+        text = start + characters.read()
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -111,28 +159,58 @@ def _json(file: Path) -> Iterator[Row]:
         return
     data = _parsed(text, str(file))
     if isinstance(data, dict) and isinstance(data.get("data"), list):
-        data = data["data"]
-    if isinstance(data, dict):
+        yield from ((f"{file}[{i}]", row) for i, row in enumerate(data["data"]))
+    elif isinstance(data, dict):
         yield f"{file}:1", data
-    elif isinstance(data, list):
-        yield from ((f"{file}[{i}]", row) for i, row in enumerate(data))
     else:
         raise ValueError(f"{file}: expected a list of objects, got {str(data)[:60]}")
 
 
+def _elements(file: Path, text: str, characters: Any) -> Iterator[Row]:
+    """Yield the elements of a JSON list of which `text` is the beginning."""
+    decoder, at, number, ends = json.JSONDecoder(), text.index("[") + 1, 0, False
+    lines = 0  # before `text`
+    while True:
+        try:
+            at = SPACE.match(text, at).end()  # type: ignore[union-attr]
+            if not number and text[at : at + 1] == "]":
+                end = at
+                break
+            element, end = decoder.raw_decode(text, at)
+            end = SPACE.match(text, end).end()  # type: ignore[union-attr]
+            if text[end : end + 1] not in (",", "]"):
+                raise json.JSONDecodeError("expected , or ]", text, end)
+        except (ValueError, RecursionError) as error:
+            if ends or len(text) - at > LONGEST or isinstance(error, RecursionError):
+                place = f"{file}:{lines + getattr(error, 'lineno', 1)}"
+                raise ValueError(f"{place}: not valid JSON ({error}); expected a list of objects") from error
+            more = characters.read(max(BLOCK, len(text) - at))  # perhaps the element goes on
+            lines += text.count("\n", 0, at)
+            text, at, ends = text[at:] + more, 0, not more
+            continue
+        yield f"{file}[{number}]", _encodable(element, f"{file}[{number}]")
+        if text[end] == "]":
+            break
+        at, number = end + 1, number + 1
+    if (text[end + 1 :] + characters.read(BLOCK)).strip():
+        raise ValueError(f"{file}: not valid JSON: there is more behind the list; expected one list of objects")
+
+
 def _table(file: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    table = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter, strict=True)
-    try:
-        if twice := [name for name in table.fieldnames or () if (table.fieldnames or ()).count(name) > 1]:
-            raise ValueError(f"{file}:1: the header has {twice[0]!r} twice")
-        for row in table:
-            where = f"{file}:{table.line_num}"
-            if None in row or None in row.values():
-                raise ValueError(f"{where}: another number of fields than the header's {len(table.fieldnames or ())}")
-            yield where, row
-    except csv.Error as error:
-        raise ValueError(f"{file}:{table.line_num + 1}: not valid CSV ({error})") from error
+    with _characters(file) as text:
+        table = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            if twice := [name for name in table.fieldnames or () if (table.fieldnames or ()).count(name) > 1]:
+                raise ValueError(f"{file}:1: the header has {twice[0]!r} twice")
+            for row in table:
+                where = f"{file}:{table.line_num}"
+                if None in row or None in row.values():
+                    count = len(table.fieldnames or ())
+                    raise ValueError(f"{where}: another number of fields than the header's {count}")
+                yield where, row
+        except csv.Error as error:
+            raise ValueError(f"{file}:{table.line_num + 1}: not valid CSV ({error})") from error
 
 
 def _columns(file: Path) -> Iterator[Row]:
@@ -141,7 +219,7 @@ def _columns(file: Path) -> Iterator[Row]:
 
     try:
         if kind(file) == ".parquet":
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(1024)
         else:
             source = pyarrow.memory_map(str(file))
             try:
@@ -151,9 +229,10 @@ def _columns(file: Path) -> Iterator[Row]:
                 batches = iter(pyarrow.ipc.open_stream(source))
         index = 0
         for batch in batches:
-            for row in batch.to_pylist():
-                yield f"{file}[{index}]", row
-                index += 1
+            for start in range(0, batch.num_rows, 1024):
+                for row in batch.slice(start, 1024).to_pylist():
+                    yield f"{file}[{index}]", row
+                    index += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a valid {kind(file)[1:]} file ({error})") from error
 
@@ -161,6 +240,5 @@ def _columns(file: Path) -> Iterator[Row]:
 READERS = {
     ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": lambda file: _table(file, ","),
     ".tsv": lambda file: _table(file, "\t"), ".parquet": _columns, ".arrow": _columns,
-    ".txt": lambda file: iter([(str(file), {"text": text})] if (text := _text(file)).strip() else []),
-    ".md": lambda file: iter([(str(file), {"text": text})] if (text := _text(file)).strip() else []),
+    ".txt": _text, ".md": _text,
 }  # fmt: skip

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from functional_trainer.data import Tokenizer, read, records
+from functional_trainer.data import Tokenizer, records
+from tests.functional_trainer.reading import read
 
 CHATML = """\
 {% for message in messages %}

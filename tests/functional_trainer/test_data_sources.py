@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from functional_trainer.data import Tokenizer, read, records, rows_of, sources, within
+from functional_trainer.data import Tokenizer, Within, records, rows_of, sources
 from functional_trainer.options import Source
+from tests.functional_trainer.reading import read
 
 TOKENIZER = Tokenizer(Path(__file__).parents[2] / "experiments" / "first_light" / "tokenizer")
 ALPACA = [
@@ -186,12 +187,12 @@ def test_a_split_is_whole_and_apart_by_content(tmp_path, share, seed):
     WRITERS["a.jsonl"](tmp_path / "a.jsonl", rows)
     WRITERS["g.csv"](tmp_path / "b.csv", rows[::-1])
     source = Source(str(tmp_path / "a.jsonl"))
-    low, high = ({said(r)[0][1] for r in rows_of(source, within(*part))} for part in ((0, share), (share, 1)))
+    low, high = ({said(r)[0][1] for r in rows_of(source, Within(*part))} for part in ((0, share), (share, 1)))
     assert low.isdisjoint(high) and len(low | high) == 150 and abs(len(low) - 150 * share) < 30
-    assert len(list(rows_of(source, within(0, share)))) + len(list(rows_of(source, within(share, 1)))) == 200
-    assert low == {said(r)[0][1] for r in rows_of(Source(str(tmp_path / "b.csv")), within(0, share))}
+    assert len(list(rows_of(source, Within(0, share)))) + len(list(rows_of(source, Within(share, 1)))) == 200
+    assert low == {said(r)[0][1] for r in rows_of(Source(str(tmp_path / "b.csv")), Within(0, share))}
     few = Source(str(tmp_path / "a.jsonl"), limit=20)
-    assert sum(1 for _ in rows_of(few)) == 20 >= sum(1 for _ in rows_of(few, within(0, share)))
+    assert sum(1 for _ in rows_of(few)) == 20 >= sum(1 for _ in rows_of(few, Within(0, share)))
 
 
 def test_a_shape_can_be_asked_for(tmp_path):
@@ -239,9 +240,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="openai/gsm8k: no such file.*hf download --repo-type dataset"):
-        sources.files("openai/gsm8k")
-    with pytest.raises(ValueError, match="none.jsonl: no such file; give a file, a folder or a glob$"):
+    with pytest.raises(ValueError, match="none.jsonl: no such file; give a file, a folder, a glob or the name of a data"):
         sources.files("none.jsonl")
     (tmp_path / "dataset_info.json").write_text("{}")  # what `datasets` writes beside its .arrow files
     with pytest.raises(ValueError, match="no data file in this folder; expected .jsonl"):
@@ -252,6 +251,45 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "deep").mkdir()
     WRITERS["k.arrow"](tmp_path / "deep" / "data-0.arrow", ALPACA)
     assert [f.name for f in sources.files(tmp_path)] == ["data-0.arrow"]
+
+
+def test_a_dataset_of_the_hub_comes_from_its_cache_or_is_an_error_that_says_how(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="openai/gsm8k: no such file, and no dataset .*hf download --repo-type dataset"):
+        sources.files("openai/gsm8k")
+    home = tmp_path / "datasets--openai--gsm8k"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    (home / "snapshots" / "abc" / "main").mkdir(parents=True)
+    WRITERS["i.parquet"](home / "snapshots" / "abc" / "main" / "train.parquet", ALPACA)
+    assert [f.name for f in sources.files("openai/gsm8k")] == ["train.parquet"]
+
+
+@given(st.lists(st.one_of(st.integers(), st.text(max_size=9), st.dictionaries(st.text(max_size=3), st.none())), max_size=9),
+       st.integers(1, 7), st.sampled_from([None, 1]))  # fmt: skip
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_list_is_read_in_blocks_of_any_size(tmp_path, rows, block, indent):
+    """As json.loads reads it whole, up to where it is cut or goes on."""
+    file, text = tmp_path / "a.json", json.dumps(rows, indent=indent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK", block)
+        file.write_text(text + "\n")
+        assert [row for _, row in sources._json(file)] == rows
+        for wrong in (text[:-1], text + "]", text[:-1] + ",]", text.replace(",", " ") if len(rows) > 1 else "[1 2]"):
+            file.write_text(wrong)
+            with pytest.raises(ValueError, match="a.json.*: not valid JSON"):
+                list(sources._json(file))
+
+
+def test_a_large_text_is_cut_between_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 10)
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\nfour\n" + "x" * 35 + "\nend")
+    found = list(records(tmp_path / "a.txt"))
+    assert "".join(r.text for r in found) == (tmp_path / "a.txt").read_text()
+    assert all(r.text.endswith("\n") for r in found if "x" not in r.text and r is not found[-1])
+    assert [r.where[-3:] for r in found] == [f"[{i}]" for i in range(len(found))] and len(found) > 4
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    assert [(r.text, r.where) for r in records(tmp_path / "a.txt")] == [("one\ntwo", str(tmp_path / "a.txt"))]
 
 
 @given(st.sampled_from(sorted(sources.READERS)), st.binary(max_size=60), st.sampled_from([b"", b"PAR1", b"ARROW1\0\0"]))
