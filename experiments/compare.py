@@ -3,8 +3,6 @@
 python experiments/compare.py runs/a runs/b --picture compare.png
 """
 
-import math
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,33 +28,13 @@ class Options:
     """Where to draw the losses."""
 
 
-def flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Flatten a config to dotted names."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {k: v for key, x in tree.items() for k, v in flat(x, f"{path}.{key}" if path else key).items()}
-
-
 def summary(run: str) -> dict[str, str]:
     """Say how a run ended; ValueError if the folder holds none."""
-    from functional_trainer import metrics
+    from functional_trainer import metrics, page
 
-    rows = list(metrics.read(Path(run) / "metrics.jsonl"))
-    if not rows:
-        raise ValueError(f"{run}: no run in this folder (no metrics.jsonl, or it is empty); give folders of runs")
-    evals = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
-    tail = losses[-math.ceil(len(losses) / 10) :] if losses else []
-    return {
-        "steps": f"{rows[-1]['step']:,}",
-        "tokens": f"{sum(row['tokens'] for row in rows):,}",
-        "train loss, last tenth": f"{statistics.mean(tail):.4f}" if tail else "",
-        "eval loss, last": f"{evals[-1]:.4f}" if evals else "",
-        "eval loss, best": f"{min(evals):.4f}" if evals else "",
-        "median tokens/s": f"{statistics.median(row['tokens_per_s'] for row in rows):,.0f}",
-        "peak memory, MiB": f"{max(row['memory_bytes'] for row in rows) / 2**20:,.0f}",
-        "hours": f"{sum(sum(row['time'].values()) for row in rows) / 3600:.3f}",
-    }
+    if rows := list(metrics.read(Path(run) / "metrics.jsonl")):
+        return page.summary(rows)
+    raise ValueError(f"{run}: no run in this folder (no metrics.jsonl, or it is empty); give folders of runs")
 
 
 def table(title: str, names: tuple[str, ...], columns: list[dict[str, Any]], only_different: bool) -> Table:
@@ -72,17 +50,17 @@ def table(title: str, names: tuple[str, ...], columns: list[dict[str, Any]], onl
 
 
 def main(o: Options) -> None:
-    from functional_trainer import metrics
+    from functional_trainer import page, plots
 
     if len(o.runs) < 2:
         raise ValueError("give at least two run folders")
     ends = [summary(run) for run in o.runs]
     files = [Path(run) / "config.yaml" for run in o.runs]
-    options = [flat(yaml.safe_load(file.read_text("utf-8"))) if file.exists() else {} for file in files]
+    options = [page.flat(yaml.safe_load(file.read_text("utf-8"))) if file.exists() else {} for file in files]
     console = Console()
     console.print(table("how they ended", o.runs, ends, only_different=False))
     console.print(table("options that differ", o.runs, options, only_different=True))
-    metrics.plot_runs(o.runs, o.picture)
+    plots.runs(o.runs, o.picture)
     console.print(f"losses are drawn in {o.picture}", highlight=False)
 
 

@@ -11,17 +11,16 @@ from functional_trainer.data import Loader, Record, Rows, Share, Tokenizer, With
 
 
 def load(
-    o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int, say: Callable = print
+    o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int, questions: int, say: Callable = print
 ) -> tuple[Loader, dict[str, Loader], list[Record]]:
-    """Return a loader of the training rows, one of each held-out source by its name, and held-out rows to answer.
+    """Return a loader of the training rows, one of each held-out source by its name, and held-out rows with a question.
 
-    `o` has the fields of `RunOptions`, `data` and `answers`. Without `data.train` the first-light tasks are written to
-    the run folder and read from there.
+    `o` has the fields of `RunOptions` and `data`. Without `data.train` the first-light tasks are written to the run
+    folder and read from there. Of the `questions` first held-out rows plain text is left out.
     """
-    train, held_out, count = o.data.train, o.data.eval, max(o.answers or 0, o.samples)
+    train, held_out = o.data.train, o.data.eval
     if not train:
         train, held_out = (f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)
-        count = max(512 if o.answers is None else o.answers, o.samples)
         if rank == 0:
             tasks.write(f"{o.out}/data", seed=o.seed)
         backend.barrier()
@@ -53,10 +52,8 @@ def load(
         if counts.total():
             loaders[name] = Loader(documents.between(first, first + counts.total()), shuffle=False, epochs=1, **rows)
         first += counts.total()
-    questions = list(islice(chain.from_iterable(rows_of(part, held) for part in asked), count))
-    if o.answers and (text := next((record for record in questions if not record.messages), None)):
-        raise ValueError(f"--answers {o.answers}: {text.where} is plain text, which asks nothing; use --answers 0")
-    return loader, loaders, questions
+    first_rows = islice(chain.from_iterable(rows_of(part, held) for part in asked), questions)
+    return loader, loaders, [record for record in first_rows if record.messages]
 
 
 def _names(parts: list) -> list[str]:

@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from functional_trainer.data.loader import Loader
 from functional_trainer.losses import Loss
 from functional_trainer.metrics import Metrics
 from functional_trainer.profile import profiled
-from functional_trainer.state import TrainState
+from functional_trainer.state import TrainState, kinds, trained, weight_norms
 from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE, Batch
 
-MAY_DIFFER = {"out", "resume", "keep", "save_every", "eval_every", "device", "max_skipped", "answers"}
-MAY_DIFFER |= {"mesh", "micro_batch", "compile", "remat", "profile", "data.workers", "data.cache"}
+MAY_DIFFER = {"out", "resume", "keep", "save_every", "eval_every", "device", "max_skipped", "answers", "samples"}
+MAY_DIFFER |= {"mesh", "micro_batch", "compile", "remat", "profile", "wandb", "data.workers", "data.cache"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 
@@ -59,18 +59,27 @@ def _differences(old: Any, new: Any) -> list[str]:
     ]
 
 
-def eval_loss(model: Any, loss: Loss, params: tree.Tree, loader: Loader, buffers: tree.Tree, shard, device) -> float:
-    """Return the mean of the loss's first term over a counted loader, uncompiled and without gradients."""
-    total: torch.Tensor | float = 0.0
-    weight: torch.Tensor | float = 0.0
-    loader.reset()
-    for batch in loader:
-        placed = shard.put_batch({k: v.to(device) for k, v in batch.items()})
-        with torch.no_grad():
-            sums, _ = evaluate(model, loss, params, placed, buffers, shard)
-        term = next(iter(sums))
-        total, weight = total + sums[term], weight + shard.replicate(loss.weights(placed)[term])
-    return float(total / weight)
+def eval_losses(
+    model: Any, loss: Loss, params: tree.Tree, loaders: Mapping[str, Loader], buffers: tree.Tree, shard, device
+) -> tuple[float, dict[str, float]]:
+    """Return the mean of the loss's first term over counted loaders, all together and each by its name.
+
+    Uncompiled and without gradients.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for name, loader in loaders.items():
+        total: torch.Tensor | float = 0.0
+        weight: torch.Tensor | float = 0.0
+        loader.reset()
+        for batch in loader:
+            placed = shard.put_batch({k: v.to(device) for k, v in batch.items()})
+            with torch.no_grad():
+                sums, _ = evaluate(model, loss, params, placed, buffers, shard)
+            term = next(iter(sums))
+            total, weight = total + sums[term].double(), weight + shard.replicate(loss.weights(placed)[term])
+        found[name] = float(total), float(weight)
+    totals, weights = zip(*found.values(), strict=True)
+    return sum(totals) / sum(weights), {name: total / weight for name, (total, weight) in found.items()}
 
 
 @contextmanager
@@ -93,12 +102,14 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
 def train(
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]], state: TrainState, loader: Loader, *, model: Any,
-    loss: Loss, options: Any, total_steps: int, resume: Path | None = None, eval_loader: Loader | None = None,
-    shard=ONE_DEVICE, device: torch.device,
+    loss: Loss, options: Any, total_steps: int, resume: Path | None = None,
+    held_out: Mapping[str, Loader] | None = None,
+    sample: Callable[[tree.Tree], Sequence[Mapping[str, str]]] | None = None, shard=ONE_DEVICE, device: torch.device,
 ) -> tuple[TrainState, bool]:  # fmt: skip
     """Run `step` until `total_steps`; return the state and whether it got there.
 
-    `options` are `RunOptions`; metrics and checkpoints go to its `out`. Ctrl-C finishes the step, saves and returns.
+    `options` are `RunOptions`; metrics and checkpoints go to its `out`. At every evaluation come the loss of each of
+    the `held_out` loaders, and what `sample(params)` returns to be shown. Ctrl-C finishes the step, saves and returns.
     """
     if resume is not None:
         _, extra = checkpoint.load(resume, tree.flatten(state))
@@ -106,41 +117,73 @@ def train(
     start, stopped = int(state.step), False
     if start > total_steps:
         raise ValueError(f"{resume} is at step {start}, the run would end at {total_steps}: raise --steps or --epochs")
-    peak = backend.peak_flops(device, getattr(torch, options.dtype), shard.world)
 
     def due(done: int, every: int) -> bool:
         return done == total_steps or bool(every) and done % every == 0
 
-    rows = Metrics(options.out, total_steps=total_steps, start_step=start, main=shard.rank == 0)
-    with rows as metrics, stoppable() as asked, profiled(rows, options.profile, device) as tick:
+    rows = Metrics(
+        options.out, total_steps=total_steps, start_step=start, main=shard.rank == 0, wandb=options.wandb,
+        config=asdict(options),
+    )  # fmt: skip
+    with closing(loader), rows as metrics, stoppable() as asked, profiled(rows, options.profile, device) as tick:
         if resume is not None:
             metrics.print(f"resumed from {resume} at step {start} of {total_steps}; {total_steps - start} are left")
         clock = time.perf_counter()
         for done in range(start + 1, total_steps + 1):
-            begun, batch = time.perf_counter(), next(loader)
-            placed = shard.put_batch({k: v.to(device, non_blocking=True) for k, v in batch.items()})
-            sums = _counts(model, batch, asked(), shard, device)
-            fed = time.perf_counter()
-            state, values = step(state, placed)
-            row = {k: v.tolist() for k, v in values.items()}  # waits for the device
-            tokens, trained, cost, stop = sums.tolist()
-            now = time.perf_counter()
-            row |= {"tokens": int(tokens), "trained_tokens": int(trained), "tokens_per_s": tokens / (now - clock)}
-            row |= {"mfu": flops.mfu(cost, now - clock, peak), "memory_bytes": backend.peak_memory(device)}
-            row |= {"time": {"data": fed - begun, "step": now - fed, "other": begun - clock}}
-            clock, stopped = now, stop > 0
-            if eval_loader and due(done, options.eval_every):
-                row["eval_loss"] = eval_loss(model, loss, state.params, eval_loader, state.buffers, shard, device)
+            row, clock, stopped = _one(step, state, loader, model, asked, options, shard, device, clock)
+            evaluated = due(done, options.eval_every)
+            if evaluated:
+                row |= _evaluated(model, loss, state, held_out, shard, device)
             metrics.log(done, row)
+            if evaluated and sample:
+                metrics.samples(done, sample(state.params))
             _check_finite(done, row["skipped"], options, metrics)
             if stopped or due(done, options.save_every):
                 extra = {"loader": loader.state(), "step": done}
                 checkpoint.save(options.out, done, tree.flatten(state), extra, options.keep)
+                metrics.draw(age=60)
             tick()
             if stopped:
                 metrics.print(f"stopped after step {done} of {total_steps}; the same command continues from there")
                 break
     return state, not stopped
+
+
+def _one(
+    step: Callable, state: TrainState, loader: Loader, model: Any, asked: Callable[[], bool], options: Any, shard,
+    device: torch.device, clock: float,
+) -> tuple[dict[str, Any], float, bool]:  # fmt: skip
+    """Take one step; return its row of metrics, the time it ended, and whether some rank was asked to stop.
+
+    `clock` is when the step before ended: what lies between counts as "other".
+    """
+    begun, batch = time.perf_counter(), next(loader)
+    placed = shard.put_batch({k: v.to(device, non_blocking=True) for k, v in batch.items()})
+    sums = _counts(model, batch, asked(), shard, device)
+    fed = time.perf_counter()
+    state, values = step(state, placed)
+    row = {k: v.tolist() for k, v in values.items()}  # waits for the device
+    if "grad_norms" in row:
+        row["grad_norms"] = dict(zip(kinds(trained(state)), row["grad_norms"], strict=True))
+    tokens, trained_tokens, cost, stop = sums.tolist()
+    now = time.perf_counter()
+    seconds, peak = now - clock, backend.peak_flops(device, getattr(torch, options.dtype), shard.world)
+    row |= {"tokens": int(tokens), "trained_tokens": int(trained_tokens), "tokens_per_s": tokens / seconds}
+    row |= {"padding": 1 - tokens / (batch["tokens"].numel() * shard.world), "mfu": flops.mfu(cost, seconds, peak)}
+    row |= {"memory_bytes": backend.peak_memory(device)}
+    row |= {"time": {"data": fed - begun, "step": now - fed, "other": begun - clock}}
+    return row, now, stop > 0
+
+
+def _evaluated(
+    model: Any, loss: Loss, state: TrainState, held_out: Mapping[str, Loader] | None, shard, device
+) -> dict[str, Any]:
+    """Return the entries of an evaluation: weight norms, and held-out losses if there is anything held out."""
+    row: dict[str, Any] = {"weight_norms": weight_norms(state.params, shard)}
+    if held_out:
+        row["eval_loss"], by_source = eval_losses(model, loss, state.params, held_out, state.buffers, shard, device)
+        row |= {"eval_losses": by_source} if len(by_source) > 1 else {}
+    return row
 
 
 def _counts(model: Any, batch: Batch, stop: bool, shard, device) -> torch.Tensor:

@@ -1,16 +1,17 @@
-"""What a run says while it trains: `metrics.jsonl`, TensorBoard, a progress line, `loss.png`, `experts.png`.
+"""What a run says while it trains: `metrics.jsonl`, `samples.jsonl`, TensorBoard, Weights & Biases, a progress line.
 
 `metrics.jsonl` holds one strict JSON object per optimizer step. JSON has no nan and no infinity: such a value is null
 and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"loss": "nan"}}.
 """
 
 import collections
+import hashlib
+import importlib.util
 import json
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ RECENT = 50  # steps that the estimate of the remaining time looks back on
 
 
 class Metrics:
-    """Log one row of named values per optimizer step; a context manager that draws `loss.png` when it closes.
+    """Log one row of named values per optimizer step; a context manager that draws the run when it closes.
 
     Keys the progress line knows: loss, eval_loss, tokens_per_s, mfu (a fraction or None); the plot also reads lr. On
     construction rows and events after `start_step` are dropped, a line torn by a kill too, so a resumed run leaves one
     row per step: log a step before saving its checkpoint, and check first that the folder holds this run. With
     `main=False` (other ranks) nothing is read or written. Without a terminal a plain line appears every `every` steps.
+    With `wandb`, a project's name, rows and `config` go to Weights & Biases as well; ValueError if it is not installed.
     """
 
     def __init__(
@@ -38,16 +40,21 @@ class Metrics:
         main: bool = True,
         every: int = 10,
         console: Console | None = None,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ):
         self.folder, self.total, self.last, self.main, self.every = Path(folder), total_steps, start_step, main, every
         self.clock: collections.deque[float] = collections.deque(maxlen=RECENT)
         self.eval_loss: float | None = None
+        self.drawn = time.monotonic()
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        truncate(self.folder / "metrics.jsonl", start_step)
+        self.wandb = _wandb(wandb, self.folder, config) if wandb else None
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            truncate(self.folder / name, start_step)
         self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1, flush_secs=5)
         self.console = console or Console()
@@ -74,6 +81,8 @@ class Metrics:
                 line = line[self.file.write(line) :]
             for name, value in _scalars(row, ""):
                 self.board.add_scalar(name, value, step)
+            if self.wandb:
+                self.wandb.log(dict(_scalars(row, "")), step=step)
         except OSError as error:
             reason = f"cannot write the metrics of step {step} to {self.folder}: {error.strerror}"
             raise OSError(error.errno, f"{reason}; make room there and resume") from None
@@ -86,19 +95,44 @@ class Metrics:
         if self.main:
             self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
+    def samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Append what the model wrote at `step` to `samples.jsonl`, and print the first."""
+        if not self.main or not samples:
+            return
+        with open(self.folder / "samples.jsonl", "ab") as file:
+            file.write(json.dumps({"step": step, "samples": [dict(s) for s in samples]}).encode() + b"\n")
+        first = {k: " ".join(v.split()) for k, v in samples[0].items()}
+        self.print("  ".join(f"{k}: {v if len(v) < 60 else v[:57] + '...'}" for k, v in first.items()))
+
+    def draw(self, age: float = 0.0) -> None:
+        """Draw the pictures and the page `index.html`, unless they were within `age` seconds; a failure is reported."""
+        from functional_trainer import page, plots
+
+        if not self.main or time.monotonic() - self.drawn < age:
+            return
+        self.drawn = time.monotonic()
+        try:
+            plots.loss(self.folder)
+            plots.norms(self.folder)
+            if dead := plots.load(self.folder):
+                self.print(f"experts that got next to no tokens lately: {dead}; see {self.folder}/experts.png")
+            page.write(self.folder, dead)
+        except (OSError, ValueError) as error:
+            self.print(f"the pictures and the page of {self.folder} are not drawn: {error}")
+
     def close(self) -> None:
-        """Close the files and draw `loss.png`; what fails here is reported, not raised."""
+        """Close the files and draw the run."""
         if not self.main:
             return
         self.bar.stop()
         self.file.close()
         try:
             self.board.close()
-            plot(self.folder)
-            if dead := plot_load(self.folder):
-                self.print(f"experts that got next to no tokens lately: {dead}; see {self.folder}/experts.png")
-        except (OSError, ValueError) as error:
-            self.print(f"{self.folder}/loss.png or experts.png is not drawn: {error}")
+        except OSError as error:
+            self.print(f"{self.folder}/tensorboard is not whole: {error}")
+        if self.wandb:
+            self.wandb.finish()
+        self.draw()
 
     def __enter__(self) -> "Metrics":
         return self
@@ -130,6 +164,17 @@ class Metrics:
         return "  ".join(p for p in parts if p)
 
 
+def _wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
+    """Start or continue the run of this folder."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb {project}: wandb is not installed; pip install wandb")
+    import wandb
+
+    name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    run = {"project": project, "name": folder.resolve().name, "id": name, "resume": "allow", "dir": str(folder)}
+    return wandb.init(**run, config=dict(config or {}))
+
+
 def read(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a `metrics.jsonl`, without a last line torn by a kill; none if there is no file."""
     for line in _lines(Path(path)):
@@ -153,101 +198,6 @@ def _lines(path: Path) -> Iterator[bytes]:
     if path.exists():
         with open(path, "rb") as file:
             yield from (line for line in file if line.endswith(b"\n"))
-
-
-KEYS = ("step", "loss", "eval_loss", "lr")
-
-
-def plot(folder: str | Path) -> Path:
-    """Draw `<folder>/loss.png` from its `metrics.jsonl`: train loss, raw and smoothed, eval loss, learning rate."""
-    figure, axis = _figure()
-    rows = [{key: row.get(key) for key in KEYS} for row in read(Path(folder) / "metrics.jsonl")]
-    _draw(axis, rows, "tab:blue", "tab:orange", "")
-    lines = list(axis.lines)
-    if rates := _column(rows, "lr"):
-        right = axis.twinx()
-        lines += right.plot(*zip(*rates, strict=True), color="0.6", linestyle="--", linewidth=1, label="learning rate")
-        right.set_ylabel("learning rate")
-        right.set_ylim(bottom=0)
-        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axis.set_title(Path(folder).resolve().name)
-    if lines:
-        axis.legend(handles=lines, loc="upper right")
-    path = Path(folder) / "loss.png"
-    figure.savefig(path)
-    return path
-
-
-def plot_load(folder: str | Path, dead: float = 0.01) -> str:
-    """Draw `<folder>/experts.png`: each expert's share of tokens in the last tenth of the run, 1 being even.
-
-    Returns which experts had less than `dead`, by layer; empty if none had, or if there are no experts.
-    """
-    import numpy as np
-
-    def loads() -> Iterator[list]:
-        return (row["load"] for row in read(Path(folder) / "metrics.jsonl") if row.get("load"))
-
-    count = sum(1 for _ in loads())
-    if not count:
-        return ""
-    tail = islice(loads(), count - math.ceil(count / 10), None)
-    late = np.sum([np.array(load, dtype=float) for load in tail], axis=0)  # (layers, experts)
-    share = late * late.shape[1] / np.maximum(late.sum(1, keepdims=True), 1)
-    figure, axis = _figure()
-    axis.grid(False)
-    image = axis.imshow(share, cmap="viridis", vmin=0, vmax=max(2.0, share.max()), aspect="auto", interpolation="none")
-    figure.colorbar(image, label="share of tokens, 1 is even")
-    axis.set(xlabel="expert", ylabel="layer with experts", title=f"{Path(folder).resolve().name}: load of experts")
-    for side in (axis.xaxis, axis.yaxis):
-        side.get_major_locator().set_params(integer=True)
-    for layer, expert in np.argwhere(share < dead):
-        axis.plot(expert, layer, "x", color="tab:red")
-    figure.savefig(Path(folder) / "experts.png")
-    rows = [(layer, np.flatnonzero(row < dead).tolist()) for layer, row in enumerate(share)]
-    return "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in rows if experts)
-
-
-def plot_runs(folders: Sequence[str | Path], path: str | Path) -> None:
-    """Draw the train loss, raw and smoothed, and the eval loss of several runs into one picture."""
-    figure, axis = _figure()
-    for i, folder in enumerate(folders):
-        rows = [{key: row.get(key) for key in KEYS} for row in read(Path(folder) / "metrics.jsonl")]
-        _draw(axis, rows, f"C{i % 10}", f"C{i % 10}", f"{Path(folder).resolve().name}: ")
-    if axis.lines:
-        axis.legend(loc="upper right")
-    figure.savefig(path)
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no pyplot: no global state, and the Agg canvas by default
-
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-    axis = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
-    axis.grid(alpha=0.25)
-    return figure, axis
-
-
-def _draw(axis: Any, rows: list[dict[str, Any]], color: str, eval_color: str, name: str) -> None:
-    """Add the losses of one run to a plot."""
-    if steps := _column(rows, "loss"):
-        x, y = zip(*steps, strict=True)
-        axis.plot(x, y, color=color, alpha=0.3, linewidth=0.8, label="_" if name else "train loss")
-        axis.plot(x, _smooth(y), color=color, linewidth=1.8, label=f"{name}train loss, smoothed")
-    if evals := _column(rows, "eval_loss"):
-        style: dict[str, Any] = {"color": eval_color, "markersize": 4, "linewidth": 1, "label": f"{name}eval loss"}
-        axis.plot(*zip(*evals, strict=True), "o-", **style)
-
-
-def _column(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in rows if row[key] is not None]
-
-
-def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Average over a centred window of about a thirtieth of the run, cut at the ends."""
-    sums, size, half = [0.0, *accumulate(values)], len(values), len(values) // 60
-    windows = [(max(0, i - half), min(size, i + half + 1)) for i in range(size)]
-    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
 def _strict(value: Any, path: str, nonfinite: dict[str, str]) -> Any:

@@ -184,7 +184,7 @@ class MeshOptions:
 @dataclass(frozen=True)
 class RunOptions:
     out: str = "runs/run"
-    """Run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, loss.png, experts.png, hf/."""
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""
     resume: str = "auto"
     """auto continues the run in --out if there is one, never refuses to, PATH continues from that checkpoint."""
     init_from: str | None = None
@@ -205,6 +205,10 @@ class RunOptions:
     """Checkpoints to keep."""
     max_skipped: int = 5
     """Non-finite gradients in a row after which the run stops."""
+    samples: int | None = None
+    """Held-out questions to answer at each evaluation (default: 4, and none on a mesh, which gathers the weights)."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well; wandb must be installed."""
     profile: int = 0
     """Steps to profile, after three: trace.json, and the ten operations that cost most (0: none)."""
     compile: Literal["auto", "step", "layer", "off"] = "auto"
@@ -221,8 +225,8 @@ class RunOptions:
     def __post_init__(self):
         least = {"steps": 0, "epochs": 1, "batch": 1, "micro_batch": 0, "eval_every": 0, "save_every": 0, "keep": 1}
         least |= {"profile": 0}
-        for name, bound in {**least, "max_skipped": 1, "seed": 0}.items():
-            if getattr(self, name) < bound:
+        for name, bound in {**least, "max_skipped": 1, "seed": 0, "samples": 0}.items():
+            if (getattr(self, name) or 0) < bound:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {getattr(self, name)}; it must be at least {bound}")
 

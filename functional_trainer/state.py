@@ -1,7 +1,7 @@
 """The train state, and what one gradient does to it. Everything here works in place on donated storage."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,32 @@ def ema(state: TrainState) -> tree.Tree:
     return tree.map_with_path(lambda path, p: state.moments[path]["ema"] if path in state.moments else p, state.params)
 
 
+def kinds(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Group paths that differ only in indices: layers/0/attn/q and layers/1/attn/q are of the kind layers/attn/q."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(re.sub(r"/\d+(?=/|$)", "", path), []).append(path)
+    return found
+
+
+def norms(squares: dict[str, torch.Tensor], params: dict[str, torch.Tensor], shard) -> torch.Tensor:
+    """Return the 2-norm of each kind of tensor, in the order of `kinds(params)`, over all ranks.
+
+    `squares` are the sums of squares of this rank's parts, of tensors that are placed as `params`.
+    """
+    groups = list(kinds(params).values())
+    paths = [path for group in groups for path in group]
+    whole = shard.squares([squares[path] for path in paths], [params[path] for path in paths])
+    return torch.stack([part.sum() for part in whole.split([len(group) for group in groups])]).sqrt()
+
+
+def weight_norms(params: tree.Tree, shard) -> dict[str, float]:
+    """Return the 2-norm of each kind of parameter."""
+    flat = tree.flatten(params)
+    squares = dict(zip(flat, sums_of_squares([shard.storage(p) for p in flat.values()]), strict=True))
+    return dict(zip(kinds(flat), norms(squares, flat, shard).tolist(), strict=True))
+
+
 def sums_of_squares(grads: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the sum of squares of each gradient, in at least float32."""
     return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).square() for g in grads]
@@ -83,10 +109,11 @@ def apply_gradient(
     blocks: dict[str, list[tuple]] = {}
     for (path, p), g in zip(trained(state).items(), grads, strict=True):
         blocks.setdefault(block(path), []).append((path, p, g))
-    norm = shard.norm(
-        [x for leaves in blocks.values() for x in squares([g for *_, g in leaves])],
-        [p for leaves in blocks.values() for _, p, _ in leaves],
-    )
+    square: dict[str, torch.Tensor] = {}
+    for leaves in blocks.values():
+        square |= {path: x for (path, *_), x in zip(leaves, squares([g for *_, g in leaves]), strict=True)}
+    grad_norms = norms(square, trained(state), shard)
+    norm = torch.linalg.vector_norm(grad_norms)
     finite = torch.isfinite(norm)
     scale = clip / norm.clamp_min(clip) if clip else torch.ones_like(norm)
     scale = torch.where(finite, scale, 0)  # a NaN scalar would make Dynamo compile every leaf's update again
@@ -107,4 +134,5 @@ def apply_gradient(
     for path, p in trained(state).items():
         sizes[groups[path]] += p.numel()
     lr = [scalars[group]["lr"] for group, size in sizes.items() if size == max(sizes.values())][0]
-    return {**means, "grad_norm": norm, "lr": lr, "skipped": state.skipped.clone(), **reported}
+    counted = {"lr": lr, "skipped": state.skipped.clone(), "grad_norm": norm, "grad_norms": grad_norms}
+    return {**means, **counted, **reported}

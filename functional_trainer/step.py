@@ -83,8 +83,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Build `step(state, batch) -> (state, metrics)`. The state is donated: the result lives in its storage.
 
-    Columns of `batch` are (B, S), split along B into `micro_batches`. Metrics are 0-d tensors (loss, each term, lr,
-    grad_norm, skipped) and the loss's reported sums. `clip` is the largest gradient norm, 0 for none.
+    Columns of `batch` are (B, S), split along B into `micro_batches`. Metrics: 0-d loss, each term, lr, grad_norm,
+    skipped; grad_norms, as `state.kinds`; the loss's reported sums. `clip` is the largest gradient norm, 0 for none.
     """
     if micro_batches > 1 and not loss.accumulates:
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")

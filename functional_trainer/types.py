@@ -76,9 +76,9 @@ class OneDevice:
         """Return what applies a function to whole matrices of a tensor placed as `p`; see `optimizers.alone`."""
         return alone
 
-    def norm(self, squares: list[torch.Tensor], params: list[torch.Tensor]) -> torch.Tensor:
-        """Return the global 2-norm of gradients, given the sum of squares of this rank's part of each."""
-        return torch.stack(squares).sum().sqrt()
+    def squares(self, squares: list[torch.Tensor], params: list[torch.Tensor]) -> torch.Tensor:
+        """Return the sums of squares (n,) of whole tensors placed as `params`, given those of this rank's parts."""
+        return torch.stack(squares)
 
     def put_leaf(self, path: str, x: torch.Tensor) -> torch.Tensor:
         """Place one host tensor where the rule of `path` says."""

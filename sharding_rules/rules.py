@@ -231,12 +231,12 @@ class Sharder:
     def around(self, p: DTensor) -> Callable:
         return partial(_around, self.mesh, tuple(p.placements))
 
-    def norm(self, squares: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
+    def squares(self, squares: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
         shares = []
         for x, p in zip(squares, params, strict=True):
             copies = math.prod([self.mesh.size(i) for i, q in enumerate(p.placements) if q.is_replicate()])
             shares.append(x / copies)
-        return self.total(torch.stack(shares).sum()).sqrt()
+        return self.total(torch.stack(shares))
 
     def put_leaf(self, path: str, x: torch.Tensor) -> DTensor:
         placed = self.where(f"params/{path}", use=False, shape=tuple(x.shape))

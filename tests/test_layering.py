@@ -20,9 +20,10 @@ BELOW = {  # our modules that each room may import
     "experiments": ROOMS,
 }
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "einops", "flash_attn"}
-OPTIONAL = {"flash_attn", "torch_npu", "torch_xla", "orbax"}  # extras: imported where used, never with the module
+OPTIONAL = {"flash_attn", "torch_npu", "torch_xla", "orbax", "wandb"}  # extras: imported where they are used
 COMPARED = {"transformers", "liger_kernel"}  # what benchmarks measure against
-DISTRIBUTION = {"absl": "absl-py", "PIL": "pillow", "yaml": "pyyaml"}  # where the name on PyPI is another
+# Where the name on PyPI is another:
+DISTRIBUTION = {"absl": "absl-py", "PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 DEVICES = {"cuda", "cpu", "npu", "xla"}
 NAMES_DEVICES = {"functional_trainer/backend.py", "kernels/__init__.py"}
 FUNCTION_LINES = 50

@@ -85,8 +85,8 @@ def tokenized(rows: Rows, folder: str | Path | None = None, workers: int = 0) ->
     except OSError as error:
         if error.filename and not Path(error.filename).is_relative_to(root):
             raise  # of the data
-        reason = f"cannot write the token cache {root}: {error.strerror or error}"
-        raise OSError(error.errno or errno.EIO, f"{reason}; make room or choose another folder (--data.cache)") from None
+        reason = f"cannot write the token cache {root}: {error.strerror or error}; make room or choose another folder"
+        raise OSError(error.errno or errno.EIO, f"{reason} (--data.cache)") from None
     meta = json.loads((home / "meta.json").read_text())
     return load(home), [Counter(shapes) for shapes in meta["sources"]]
 
@@ -126,10 +126,11 @@ def key(rows: Rows, root: Path) -> str:
 
 
 class _Known:
-    """Hashes of files by path, size and time of change, kept in a file so that large data is not read at every start."""
+    """Hashes of files by path, size and time of change, in a file, so that large data is not read at every start."""
 
     def __init__(self, path: Path):
-        self.path, self.new = path, {}
+        self.path = path
+        self.new: dict[str, str] = {}
         try:
             self.old = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -176,6 +177,6 @@ def _write(rows: Rows, folder: Path, workers: int) -> None:
         runs.close()
         for file in files.values():
             file.close()
-    meta = {"bytes": {name: (folder / f"{name}.bin").stat().st_size for name in COLUMNS}, "sources": shapes}
-    meta["content"] = _map(folder, meta["bytes"]).content
+    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in COLUMNS}
+    meta = {"bytes": sizes, "sources": shapes, "content": _map(folder, sizes).content}
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -46,7 +46,8 @@ class Loader:
 
     def __init__(self, documents: Documents, *, workers: int = 0, **settings: Any):
         self.stream, self.workers = Stream(documents, **settings), workers
-        self.pieces, self.iterator = self.stream.pieces, None
+        self.pieces = self.stream.pieces
+        self.iterator: Any = None
         self.reset()
 
     def reset(self) -> None:
@@ -60,7 +61,7 @@ class Loader:
         """Stop working ahead; the next batch starts that again."""
         if self.iterator is not None:
             self.iterator.close()
-        self.iterator: Any = None
+        self.iterator = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self

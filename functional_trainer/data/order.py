@@ -67,8 +67,8 @@ def _hash(seed: tuple[int, ...]) -> int:
 def mixed(shares: Sequence[Share], seed: int, shuffle: bool) -> Order:
     """Order the pieces of several sources, which lie end to end.
 
-    A source's own stream is one permutation of its pieces after another. An epoch takes the next round(weight * size) of
-    each, at least one, until its passes are used up, and brings them in an order of its own.
+    A source's own stream is one permutation of its pieces after another. An epoch takes the next round(weight * size)
+    of each, at least one, until its passes are used up, and brings them in an order of its own.
     """
     take = [max(1, round(share.weight * share.size)) for share in shares]
     most = [share.passes * share.size for share in shares]

@@ -102,7 +102,8 @@ class Within(NamedTuple):
 
 def rows_of(source: Source, keep: Within | None = None) -> Iterator[Record]:
     """Read the rows of a source that are kept (None: all); its limit counts the others too."""
-    return filter(keep, islice(records(source.path, source.shape, source.columns), source.limit or None))
+    rows = islice(records(source.path, source.shape, source.columns), source.limit or None)
+    return (row for row in rows if keep is None or keep(row))
 
 
 def encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tuple[list[int], list[bool]]:

@@ -73,7 +73,7 @@ def _hub(name: str) -> str:
         why = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{name}: no such file, and no dataset of that name came from the hub ({type(error).__name__}: {why}); "
-            f"offline, give a folder: `hf download --repo-type dataset {name} --local-dir FOLDER` where there is a network"
+            f"offline, give the folder of `hf download --repo-type dataset {name} --local-dir FOLDER`"
         ) from error
 
 

@@ -1,10 +1,9 @@
-"""The stream of packed batches that documents give, as two pure functions of a cursor: what is in a batch, and its columns.
+"""The stream of packed batches that documents give, as pure functions: what is in a batch at a cursor, and its columns.
 
 The same global stream on every rank. Imports no torch, so that worker processes start quickly.
 """
 
 import math
-import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,10 +19,10 @@ WIDTHS = (8, 4, 2, 1)  # of a row: without packing a batch is as wide as its lon
 class Stream:
     """Batches of `rows` rows of `seq_len` places over all ranks; rank r gets rows [r, r + 1) * rows / world of each.
 
-    `epochs=None` never ends; otherwise every piece comes exactly `epochs` times and empty rows fill the last batch. With
-    `sources`, `Share`s of documents that lie end to end, an epoch sees each `weight` times and the stream ends when the
-    passes of all are used up. Packing "none" puts one document into a row and brings similar lengths together. Raises
-    ValueError.
+    `epochs=None` never ends; otherwise every piece comes exactly `epochs` times and empty rows fill the last batch.
+    With `sources`, `Share`s of documents that lie end to end, an epoch sees each `weight` times, and the stream ends
+    when the passes of all are used up. Packing "none" puts one document into a row and brings similar lengths together.
+    Raises ValueError.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class Stream:
         _check(rows, seq_len, packing, seed, epochs, rank, world)
         self.settings: dict[str, Any] = {"rows": rows, "seq_len": seq_len, "packing": packing, "seed": seed}
         self.settings |= {"shuffle": shuffle, "overlong": overlong}
-        self.rebuild = {"epochs": epochs, "rank": rank, "world": world, "sources": sources}
+        self.rebuild: dict[str, Any] = {"epochs": epochs, "rank": rank, "world": world, "sources": sources}
         self.documents, self.rows, self.seq_len = documents, rows, seq_len
         self.widths = [-(-seq_len // part) for part in WIDTHS] if packing == "none" else [seq_len]
         self.fit = STRATEGIES[packing]
@@ -83,7 +82,7 @@ class Stream:
         return [share._replace(size=size) for share, size in zip(sources, sizes, strict=True)]
 
     def plan(self, cursor: Cursor) -> tuple[list[list[int]], Cursor]:
-        """Return the pieces of each row of the batch at `cursor`, no piece at all behind the end, and the next cursor."""
+        """Return the pieces of each row of the batch at `cursor`, none behind the end, and the next cursor."""
         piece = lru_cache(maxsize=None)(self.order.piece)
         length = self.pieces.length
         table, cursor = plan(cursor, self.end, lambda i: int(length[piece(i)]), self.rows, self.seq_len, self.fit)

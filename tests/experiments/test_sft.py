@@ -1,5 +1,6 @@
 """The SFT recipe as a user runs it: the run folder, killing and resuming, stopping, several processes, bad input."""
 
+import html
 import json
 import os
 import random
@@ -96,8 +97,11 @@ def test_a_profile_says_where_the_time_goes_and_changes_nothing(place):
 
 def test_the_run_folder_holds_what_the_help_says(place):
     out = place / "first"
-    files = {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "experts.png", "hf"}
-    assert files == set(os.listdir(out))
+    files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "index.html", "hf"}
+    assert files | {"loss.png", "experts.png", "norms.png"} == set(os.listdir(out))
+    page = (out / "index.html").read_text()
+    asked = json.loads((place / "eval.jsonl").read_text().partition("\n")[0])["messages"][-2]["content"]
+    assert html.escape(asked) in page and "optim.lr" in page
     assert sorted(os.listdir(out / "checkpoints")) == ["step-4", "step-6"]  # --keep 2
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -113,6 +117,11 @@ def test_metrics_have_one_whole_row_a_step(place):
         assert [sum(layer) for layer in row["load"]] == [2 * row["tokens"]] * 2  # top 2 in 2 layers
         assert row["loss"] == pytest.approx(row["nll"] + 1e-3 * row["balance"], rel=1e-6)
         assert 0 < row["trained_tokens"] < row["tokens"] <= 4 * 64
+        assert row["padding"] == pytest.approx(1 - row["tokens"] / (4 * 64))
+        assert sum(x**2 for x in row["grad_norms"].values()) == pytest.approx(row["grad_norm"] ** 2, rel=1e-5)
+        assert {"embed", "layers/attn/q", "layers/moe/router"} <= row["grad_norms"].keys()
+        assert ("weight_norms" in row) == ("eval_loss" in row)
+    assert found[-1]["weight_norms"].keys() == found[-1]["grad_norms"].keys()
     assert found[-1]["eval_loss"] < found[2]["eval_loss"]
     assert found[-1]["lr"] < max(row["lr"] for row in found) <= 1e-2
 
@@ -481,7 +490,7 @@ def test_data_of_other_kinds_and_shapes(place):
     (place / "mix.yaml").write_text("datasets: [{path: quiz.csv, wieght: 2}]")
     assert "did you mean datasets[0].weight" in refused(place, *flags[:2], "--out", "never")
     assert "3 for 2 of --data.train" in refused(place, *flags[:6], 1, "--out", "never", status=2)
-    assert "notes.txt is plain text, which asks nothing" in refused(place, *notes, "--answers", 2, "--out", "never")
+    assert "--answers 2: no held-out conversation to answer" in refused(place, *notes, "--answers", 2, "--out", "never")
 
 
 def test_weights_alone_are_taken_from_another_run(place):
@@ -543,3 +552,31 @@ def test_a_read_only_folder_is_said(place):
     (place / "locked").mkdir(mode=0o555)
     message = refused(place, "--out", "locked/run", setup=nobody)
     assert "locked/run" in message and "Permission denied" in message
+
+
+def test_sources_with_epochs_end_and_are_held_out_by_name(place):
+    few = "datasets:\n- {path: train.jsonl, epochs: 1, limit: 20}\n- {path: eval.jsonl, epochs: 2, weight: 2}\n"
+    (place / "few.yaml").write_text(few)
+    flags = ("--model.path", "moe", *SHORT[:-6], "--data.train", "few.yaml", "--data.split", 0.3, "--samples", 1)
+    message = run(place, *flags, "--steps", 99, "--out", "ends", status=1)
+    most = int(re.search(r"--steps 99: the epochs of all datasets are over after (\d+)", message)[1])
+    printed = run(place, *flags, "--steps", most, "--out", "ended")
+    assert "train.jsonl: " in printed and ", epochs 1\n" in printed and ", weight 2, epochs 2\n" in printed
+    last = rows(place / "ended")[-1]
+    assert last["step"] == most and last["eval_losses"].keys() == {"train", "eval"}
+
+
+def test_workers_and_a_warm_cache_change_nothing(place):
+    run(place, *BASE, "--data.workers", 2, "--data.cache", "cache", "--out", "worked")
+    assert learned(place / "worked") == learned(place / "first")
+    whole = {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.bin")}
+    run(place, *BASE, "--data.cache", "cache", "--out", "warm")
+    assert learned(place / "warm") == learned(place / "first") and len(whole) == 6
+    assert {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.bin")} == whole
+
+
+def test_without_packing_every_width_trains(place):
+    """Documents of similar length share a batch; its width is one of four, and the loss is that of packed rows."""
+    run(place, *BASE, "--data.packing", "none", "--data.seq-len", 256, "--out", "unpacked")
+    padding = [row["padding"] for row in rows(place / "unpacked")]
+    assert max(padding) < 0.8 and len(set(row["tokens"] for row in rows(place / "unpacked"))) > 1

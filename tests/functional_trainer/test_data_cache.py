@@ -64,7 +64,8 @@ def test_the_key_is_all_that_the_tokens_depend_on(tmp_path):
     write(tmp_path / "b.jsonl", 6)
     shutil.copy(file, tmp_path / "c.json")
     others = [
-        Rows(base.of, Tokenizer(tmp_path / "other"), 400), Rows(base.of, TOKENIZER, 401), Rows(base.of * 2, TOKENIZER, 400),
+        Rows(base.of, Tokenizer(tmp_path / "other"), 400),
+        Rows(base.of, TOKENIZER, 401), Rows(base.of * 2, TOKENIZER, 400),
         Rows(base.of, TOKENIZER, 400, Within(0, 0.5)), Rows(base.of, TOKENIZER, 400, Within(0, 0.4)),
         Rows([Source(str(file), limit=2)], TOKENIZER, 400), Rows([Source(str(file), "text")], TOKENIZER, 400),
         Rows([Source(str(file), columns=("prompt=a",))], TOKENIZER, 400),
@@ -141,7 +142,7 @@ def within_memory(path: Path, room: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_a_file_larger_than_memory_trains(tmp_path, name):
-    """48 MB of text in 40 MB of room, thread stacks included; reading it whole fails, which shows that the limit holds."""
+    """50 MB of text in 40 MB of room, thread stacks included; reading it whole fails, so the limit holds."""
     text = "Sort the letters of this long word if you please. " * 100
     with open(tmp_path / name, "w") as file:
         if name == "a.csv":

@@ -315,7 +315,7 @@ SHARES = st.builds(
 @given(st.lists(SHARES, min_size=1, max_size=4), st.integers(1, 5), st.booleans(), st.integers(0, 99))
 @settings(max_examples=100)
 def test_sources_are_seen_as_often_as_they_weigh(shares, epochs, shuffle, seed):
-    """Each gives round(weight * size) pieces an epoch, the next of a stream of permutations, until its passes are over."""
+    """Each gives round(weight * size) pieces an epoch, the next of its permutations, until its passes are over."""
     order = mixed(shares, seed, shuffle)
     first = np.cumsum([0, *(share.size for share in shares)])
     drawn: list[list[int]] = [[] for _ in shares]

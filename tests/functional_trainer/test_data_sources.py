@@ -240,7 +240,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="none.jsonl: no such file; give a file, a folder, a glob or the name of a data"):
+    with pytest.raises(ValueError, match="none.jsonl: no such file; give a file, a folder, a glob or the name"):
         sources.files("none.jsonl")
     (tmp_path / "dataset_info.json").write_text("{}")  # what `datasets` writes beside its .arrow files
     with pytest.raises(ValueError, match="no data file in this folder; expected .jsonl"):
@@ -255,7 +255,7 @@ def test_what_is_not_there_is_named(tmp_path):
 
 def test_a_dataset_of_the_hub_comes_from_its_cache_or_is_an_error_that_says_how(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="openai/gsm8k: no such file, and no dataset .*hf download --repo-type dataset"):
+    with pytest.raises(ValueError, match="openai/gsm8k: no such file, and no dataset .*hf download"):
         sources.files("openai/gsm8k")
     home = tmp_path / "datasets--openai--gsm8k"
     (home / "refs").mkdir(parents=True)
@@ -265,8 +265,10 @@ def test_a_dataset_of_the_hub_comes_from_its_cache_or_is_an_error_that_says_how(
     assert [f.name for f in sources.files("openai/gsm8k")] == ["train.parquet"]
 
 
-@given(st.lists(st.one_of(st.integers(), st.text(max_size=9), st.dictionaries(st.text(max_size=3), st.none())), max_size=9),
-       st.integers(1, 7), st.sampled_from([None, 1]))  # fmt: skip
+VALUES = st.one_of(st.integers(), st.text(max_size=9), st.dictionaries(st.text(max_size=3), st.none()))
+
+
+@given(st.lists(VALUES, max_size=9), st.integers(1, 7), st.sampled_from([None, 1]))
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_a_list_is_read_in_blocks_of_any_size(tmp_path, rows, block, indent):
     """As json.loads reads it whole, up to where it is cut or goes on."""

@@ -13,7 +13,7 @@ import torch
 from functional_trainer import checkpoint, losses, optimizers, param
 from functional_trainer.data import Loader
 from functional_trainer.data.packing import Documents
-from functional_trainer.loop import claim, eval_loss, stoppable, train
+from functional_trainer.loop import claim, eval_losses, stoppable, train
 from functional_trainer.options import DataOptions, RunOptions
 from functional_trainer.state import TrainState, init_state
 from functional_trainer.types import ONE_DEVICE, Output, Unembed
@@ -220,7 +220,42 @@ def test_the_held_out_loss_is_the_mean_over_all_trained_tokens(tmp_path):
         logp = (params["embed"][batch["tokens"]] @ params["embed"].T).log_softmax(-1)
         total -= (logp.gather(-1, batch["targets"][..., None])[..., 0] * batch["weights"]).sum().item()
         weight += batch["weights"].sum().item()
-    found = [eval_loss(MODEL, losses.sft("none"), params, held_out, {}, ONE_DEVICE, CPU) for _ in range(2)]
-    assert found == pytest.approx([total / weight] * 2, rel=1e-6)
-    go(Options(out=str(tmp_path), eval_every=2), counting(), steps=5, eval_loader=held_out)
+    given = (MODEL, losses.sft("none"), params, {"all": held_out}, {}, ONE_DEVICE, CPU)
+    for _ in range(2):
+        found, by_source = eval_losses(*given)
+        assert found == by_source["all"] == pytest.approx(total / weight, rel=1e-6)
+    go(Options(out=str(tmp_path), eval_every=2), counting(), steps=5, held_out={"all": held_out})
     assert [row["step"] for row in rows(tmp_path) if "eval_loss" in row] == [2, 4, 5]
+    assert not any("eval_losses" in row for row in rows(tmp_path))
+
+
+def test_held_out_losses_by_source_weigh_by_trained_tokens(tmp_path):
+    parts = {"few": loader(3, epochs=1, shuffle=False), "many": loader(9, epochs=1, shuffle=False, seq_len=5)}
+    go(Options(out=str(tmp_path), eval_every=3), counting(), steps=3, held_out=parts)
+    (row,) = [row for row in rows(tmp_path) if "eval_losses" in row]
+    weights = {name: part.pieces.stats["trained_tokens"] for name, part in parts.items()}
+    mean = sum(row["eval_losses"][name] * n for name, n in weights.items()) / sum(weights.values())
+    assert row["eval_losses"].keys() == weights.keys() and row["eval_loss"] == pytest.approx(mean, rel=1e-6)
+    params = {"embed": fresh().params["embed"] + 3}
+    alone, _ = eval_losses(MODEL, losses.sft("none"), params, {"few": parts["few"]}, {}, ONE_DEVICE, CPU)
+    assert row["eval_losses"]["few"] == pytest.approx(alone, rel=1e-6)
+    assert row["weight_norms"] == {"embed": pytest.approx(float(params["embed"].norm()), rel=1e-6)}
+
+
+def test_samples_are_kept_once_a_step(tmp_path):
+    def sample(params):
+        return [{"question": "q", "given": f"{params['embed'].sum():.3f}"}]
+
+    options = Options(out=str(tmp_path), eval_every=2, save_every=3)
+    go(options, counting(), steps=5, sample=sample)
+    (tmp_path / "checkpoints" / "step-5").rename(tmp_path / "step-5")  # as if killed before it was saved
+    go(options, counting(), steps=6, sample=sample)
+    written = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == [2, 4, 6]
+    assert written[2]["samples"][0]["given"] == f"{fresh().params['embed'].sum() + 6 * 28:.3f}"
+
+
+def test_padding_is_the_share_of_places_without_a_token(tmp_path):
+    go(Options(out=str(tmp_path)), counting(), steps=3)
+    for row, batch in zip(rows(tmp_path), loader(), strict=False):
+        assert row["padding"] == pytest.approx(float((batch["segment_ids"] == 0).float().mean()))

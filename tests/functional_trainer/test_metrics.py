@@ -1,13 +1,16 @@
 """functional_trainer.metrics: the rows, their resumption, TensorBoard, the progress line and the plot."""
 
+import importlib.util
 import io
 import json
 import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from functional_trainer import metrics
+from functional_trainer import metrics, page, plots
 from functional_trainer.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +128,7 @@ def test_plain_lines_without_a_terminal(tmp_path):
 
 
 def test_the_time_left_leaves_out_the_first_step(tmp_path, monkeypatch):
-    console, now = quiet(), iter([100.0, 102.0, 103.0])
+    console, now = quiet(), iter([0.0, 100.0, 102.0, 103.0, 104.0, 105.0])
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
     with Metrics(tmp_path, total_steps=5003, every=1, console=console) as m:
         for step in (1, 2, 3):
@@ -163,8 +166,8 @@ def test_loss_png_is_a_picture_also_of_an_empty_run(tmp_path):
 
 def test_smoothing_keeps_a_line_a_line():
     values = tuple(float(i) for i in range(300))
-    assert metrics._smooth(values)[5:-5] == pytest.approx(values[5:-5])
-    assert metrics._smooth((3.0,)) == [3.0] and metrics._smooth(()) == []
+    assert plots._smooth(values)[5:-5] == pytest.approx(values[5:-5])
+    assert plots._smooth((3.0,)) == [3.0] and plots._smooth(()) == []
 
 
 @pytest.mark.root
@@ -200,3 +203,89 @@ def test_even_experts_and_dense_models_are_not_warned_about(tmp_path):
             log.log(1, {"loss": 1.0, **row})
         assert "experts" not in out.getvalue()
         assert (tmp_path / name / "experts.png").exists() == bool(row)
+
+
+def test_norms_are_drawn_by_kind(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append((Path(path).name, figure)))
+    with Metrics(tmp_path, total_steps=9, console=quiet()) as m:
+        for step in range(1, 10):
+            m.log(step, {"loss": 1.0, "grad_norm": 5.0, "grad_norms": {"embed": 3.0, "layers/attn/q": 4.0}})
+    figure = dict(drawn)["norms.png"]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
+    assert lines == {"embed": [3.0] * 9, "layers/attn/q": [4.0] * 9, "all": [5.0] * 9}
+
+
+class Page(HTMLParser):
+    """What a browser would show: pictures, cells of tables; any tag left open or crossed is an error."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.pictures: list[str] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+        self.feed(path.read_text())
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.pictures.append(dict(attributes)["src"])
+        elif tag != "meta":
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells[-1] += data
+
+
+def test_the_page_shows_the_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("batch: 3\noptim:\n  lr: 0.5\n  name: <b>\n")
+    with Metrics(tmp_path, total_steps=4, console=quiet()) as m:
+        for step in range(1, 5):
+            row = {"loss": 4.0 / step, "eval_loss": 2.0, "tokens": 1000, "load": [[1, 0]], "padding": 0.25}
+            m.log(step, row | {"eval_losses": {"chats": 1.5, "sums": 2.5}})
+        m.samples(4, [{"question": "1 < 2?", "given": "</td> & so"}, {"question": "x", "given": "y"}])
+    seen = Page(tmp_path / "index.html")
+    assert seen.pictures == ["loss.png", "experts.png"] and all((tmp_path / name).exists() for name in seen.pictures)
+    for cell in ("4,000", "1.0000", "25.0%", "1.5000", "2.5000", "1 < 2?", "</td> & so", "optim.lr", "0.5", "<b>"):
+        assert cell in seen.cells, cell
+    assert "Experts that got next to no tokens lately: layer 0: 1." in (tmp_path / "index.html").read_text()
+    assert page.summary([]) == {"steps": "0"}
+
+
+def test_weights_and_biases_gets_the_rows(tmp_path, monkeypatch):
+    """Its own client, offline: its file is read back with its own protocol."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "run"
+    log(folder, 1, 3, wandb="project", config={"lr": 0.5})
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.rglob("run-*.wandb")
+    log_, at, rows, configs = file.read_bytes(), 7, [], []  # LevelDB's log format behind a header; one block here
+    assert len(log_) < 32768
+    while at < len(log_):
+        _, length, kind = struct.unpack("<IHB", log_[at : at + 7])
+        assert kind == 1
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(log_[at + 7 : at + 7 + length])
+        at += 7 + length
+        rows += [{i.nested_key[0] if i.nested_key else i.key: json.loads(i.value_json) for i in record.history.item}]
+        updates = record.run.config.update
+        configs += [json.loads(u.value_json) for u in updates if u.key == "lr" or u.nested_key == ["lr"]]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses == pytest.approx([1, 1 / 2, 1 / 3]) and configs == [0.5]
+
+
+def test_weights_and_biases_absent_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--wandb project: wandb is not installed; pip install wandb"):
+        Metrics(tmp_path, total_steps=1, console=quiet(), wandb="project")

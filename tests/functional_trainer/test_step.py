@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import kernels
 from functional_trainer import init_state, losses, make_train_step, optimizers, tree
 from functional_trainer.moments import stored_in_8_bits
-from functional_trainer.state import block, ema
+from functional_trainer.state import block, ema, kinds
 from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE
 from tests.models import small
@@ -99,6 +99,12 @@ def test_one_step_of_descent_by_hand():
         [*map(torch.Tensor.item, (nll + 0.1 * balance, nll, balance, norm)), 1.0, 0.0], rel=1e-9
     )
     assert int(state.step) == 1
+    each: dict[str, torch.Tensor] = {}
+    for path, g in zip(tree.flatten(params), wanted, strict=True):
+        kind = "/".join(part for part in path.split("/") if not part.isdigit())
+        each[kind] = each.get(kind, torch.zeros((), dtype=F64)) + g.square().sum()
+    assert len(kinds(tree.flatten(params))["layers/attn/q"]) == 2 and list(kinds(tree.flatten(params))) == list(each)
+    torch.testing.assert_close(metrics["grad_norms"], torch.stack(list(each.values())).sqrt(), rtol=1e-9, atol=0)
 
 
 def test_clip_binds_only_above_its_norm():

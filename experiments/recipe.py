@@ -1,0 +1,98 @@
+"""What recipes share: where a run lives, its data, its weights to begin with, and what it hands back."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import models
+from experiments import data
+from experiments.rules import RULES
+from functional_trainer import backend, checkpoint, exact_match, tree, types
+from functional_trainer.data import Loader, Record, Tokenizer
+from functional_trainer.loop import claim
+from functional_trainer.state import TrainState, ema
+from sharding_rules import Sharder, mesh
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has claimed its folder and read its data; `o` has the fields of `RunOptions` and its sections."""
+
+    o: Any
+    device: torch.device
+    world: int
+    shard: Any
+    resume: Path | None
+    tokenizer: Tokenizer
+    hf: dict[str, Any]
+    """Hugging Face config."""
+    model: Any
+    loader: Loader
+    held_out: dict[str, Loader]
+    questions: list[Record]
+    """Held-out rows that ask something, for answers."""
+    samples: int
+    """How many of them are answered at every evaluation."""
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps in all; ValueError if the data ends before."""
+        if not self.o.steps or self.loader.stream.end < float("inf"):
+            most = self.loader.total_steps()
+            if self.o.steps > most:
+                raise ValueError(f"--steps {self.o.steps}: the epochs of all datasets are over after {most}")
+        return self.o.steps or most
+
+    def say(self, text: str) -> None:
+        """Print on one rank."""
+        if self.shard.rank == 0:
+            print(text)
+
+    def begin(self) -> tuple[Any, tree.Tree]:
+        """Return the model and its weights: read from a folder or drawn, and those of --init-from in their place."""
+        o, compute = self.o, getattr(torch, self.o.dtype)
+        at = {"dtype": torch.promote_types(compute, torch.float32), "device": self.device, "shard": self.shard}
+        if o.model.path:
+            model, params = models.from_pretrained(o.model.path, **at)
+        else:
+            model, params = self.model, self.model.init(o.seed, **at)
+        if o.init_from:
+            source = checkpoint.find(o.init_from, "--init-from")
+            checkpoint.load(source, tree.flatten({"params": params}), "params/")
+        return replace(model, dtype=compute), params
+
+    def answer(self, model: Any, params: tree.Tree, questions: list[Record]) -> list[exact_match.Answer]:
+        """Answer questions greedily, on one rank, with weights that all ranks gather."""
+        whole = tree.map(self.shard.full, params) if questions else None
+        if self.shard.rank != 0:
+            return []
+        return exact_match.answer(model, whole, self.tokenizer, questions, self.o.data.answer_tokens)
+
+    def hand_back(self, model: Any, state: TrainState) -> None:
+        """Write hf/ (and hf-ema/) in the format that the model came in."""
+        averaged = {"hf-ema": ema(state)} if self.o.optim.ema else {}
+        for name, params in {"hf": state.params, **averaged}.items():
+            models.save_pretrained(model, params, f"{self.o.out}/{name}", self.shard)
+            if self.shard.rank == 0:
+                self.tokenizer.save(f"{self.o.out}/{name}")
+
+
+def start(o: Any, answers: int) -> Run:
+    """Join the other processes, claim the run folder, read the data; `answers` is how many questions are wanted."""
+    device = backend.setup(o.device)
+    rank, world = backend.join(device)
+    grid = mesh.make(mesh.Mesh(o.mesh.fsdp, o.mesh.ep), device, world)
+    resume = claim(o, main=rank == 0)
+    tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "first_light" / "tokenizer")
+    hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
+    model = models.from_config(hf)
+    shard = Sharder(RULES[hf["model_type"]], grid) if grid else types.ONE_DEVICE
+    samples = (0 if grid else 4) if o.samples is None else o.samples
+    say = print if rank == 0 else lambda text: None
+    read = data.load(o, tokenizer, model.config.vocab, rank, world, max(answers, samples), say)
+    return Run(o, device, world, shard, resume, tokenizer, hf, model, *read, samples)

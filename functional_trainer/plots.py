@@ -1,0 +1,120 @@
+"""Pictures of a run, from its `metrics.jsonl`: loss.png, experts.png, norms.png, and several runs in one."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+from functional_trainer.metrics import read
+
+KEYS = ("step", "loss", "eval_loss", "lr")
+
+
+def loss(folder: str | Path) -> Path:
+    """Draw `<folder>/loss.png` from its `metrics.jsonl`: train loss, raw and smoothed, eval loss, learning rate."""
+    figure, axis = _figure()
+    rows = [{key: row.get(key) for key in KEYS} for row in read(Path(folder) / "metrics.jsonl")]
+    _draw(axis, rows, "tab:blue", "tab:orange", "")
+    lines = list(axis.lines)
+    if rates := _column(rows, "lr"):
+        right = axis.twinx()
+        lines += right.plot(*zip(*rates, strict=True), color="0.6", linestyle="--", linewidth=1, label="learning rate")
+        right.set_ylabel("learning rate")
+        right.set_ylim(bottom=0)
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axis.set_title(Path(folder).resolve().name)
+    if lines:
+        axis.legend(handles=lines, loc="upper right")
+    path = Path(folder) / "loss.png"
+    figure.savefig(path)
+    return path
+
+
+def load(folder: str | Path, dead: float = 0.01) -> str:
+    """Draw `<folder>/experts.png`: each expert's share of tokens in the last tenth of the run, 1 being even.
+
+    Returns which experts had less than `dead`, by layer; empty if none had, or if there are no experts.
+    """
+    import numpy as np
+
+    def loads() -> Iterator[list]:
+        return (row["load"] for row in read(Path(folder) / "metrics.jsonl") if row.get("load"))
+
+    count = sum(1 for _ in loads())
+    if not count:
+        return ""
+    tail = islice(loads(), count - math.ceil(count / 10), None)
+    late = np.sum([np.array(load, dtype=float) for load in tail], axis=0)  # (layers, experts)
+    share = late * late.shape[1] / np.maximum(late.sum(1, keepdims=True), 1)
+    figure, axis = _figure()
+    axis.grid(False)
+    image = axis.imshow(share, cmap="viridis", vmin=0, vmax=max(2.0, share.max()), aspect="auto", interpolation="none")
+    figure.colorbar(image, label="share of tokens, 1 is even")
+    axis.set(xlabel="expert", ylabel="layer with experts", title=f"{Path(folder).resolve().name}: load of experts")
+    for side in (axis.xaxis, axis.yaxis):
+        side.get_major_locator().set_params(integer=True)
+    for layer, expert in np.argwhere(share < dead):
+        axis.plot(expert, layer, "x", color="tab:red")
+    figure.savefig(Path(folder) / "experts.png")
+    rows = [(layer, np.flatnonzero(row < dead).tolist()) for layer, row in enumerate(share)]
+    return "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in rows if experts)
+
+
+def norms(folder: str | Path) -> None:
+    """Draw `<folder>/norms.png`: the norm of the gradient and of each kind of parameter's; nothing without rows."""
+    rows = [row for row in read(Path(folder) / "metrics.jsonl") if row.get("grad_norms")]
+    if not rows:
+        return
+    figure, axis = _figure()
+    steps = [row["step"] for row in rows]
+    for i, kind in enumerate(rows[-1]["grad_norms"]):
+        line = [row["grad_norms"].get(kind) or math.nan for row in rows]
+        style = ("-", "--", ":")[i // 10 % 3]
+        axis.plot(steps, _smooth(tuple(line)), linewidth=1, color=f"C{i % 10}", linestyle=style, label=kind)
+    axis.plot(steps, _smooth(tuple(row["grad_norm"] or math.nan for row in rows)), "k", linewidth=1.8, label="all")
+    axis.set(yscale="log", ylabel="norm of the gradient, smoothed", title=Path(folder).resolve().name)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="x-small")
+    figure.savefig(Path(folder) / "norms.png")
+
+
+def runs(folders: Sequence[str | Path], path: str | Path) -> None:
+    """Draw the train loss, raw and smoothed, and the eval loss of several runs into one picture."""
+    figure, axis = _figure()
+    for i, folder in enumerate(folders):
+        rows = [{key: row.get(key) for key in KEYS} for row in read(Path(folder) / "metrics.jsonl")]
+        _draw(axis, rows, f"C{i % 10}", f"C{i % 10}", f"{Path(folder).resolve().name}: ")
+    if axis.lines:
+        axis.legend(loc="upper right")
+    figure.savefig(path)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no pyplot: no global state, and the Agg canvas by default
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axis = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
+    axis.grid(alpha=0.25)
+    return figure, axis
+
+
+def _draw(axis: Any, rows: list[dict[str, Any]], color: str, eval_color: str, name: str) -> None:
+    """Add the losses of one run to a plot."""
+    if steps := _column(rows, "loss"):
+        x, y = zip(*steps, strict=True)
+        axis.plot(x, y, color=color, alpha=0.3, linewidth=0.8, label="_" if name else "train loss")
+        axis.plot(x, _smooth(y), color=color, linewidth=1.8, label=f"{name}train loss, smoothed")
+    if evals := _column(rows, "eval_loss"):
+        style: dict[str, Any] = {"color": eval_color, "markersize": 4, "linewidth": 1, "label": f"{name}eval loss"}
+        axis.plot(*zip(*evals, strict=True), "o-", **style)
+
+
+def _column(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row[key] is not None]
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Average over a centred window of about a thirtieth of the run, cut at the ends."""
+    sums, size, half = [0.0, *accumulate(values)], len(values), len(values) // 60
+    windows = [(max(0, i - half), min(size, i + half + 1)) for i in range(size)]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
