@@ -4,7 +4,10 @@ Each worker goes through the whole stream and does the work of every n-th elemen
 many there are. Imports no torch: a worker process needs none.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,9 +62,16 @@ def ahead(make: Make, workers: int, elements: int = 2) -> grain.DatasetIterator:
     """
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=elements)
-        return iter(Ahead(make).mp_prefetch(options, worker_init_fn=_leave_stopping_to_the_parent))
+        return iter(Ahead(make).mp_prefetch(options, worker_init_fn=_end_with_the_parent))
     return iter(ThreadPrefetchIterDataset(Ahead(make), prefetch_buffer_size=elements))
 
 
-def _leave_stopping_to_the_parent(worker: int, workers: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+def _end_with_the_parent(worker: int, workers: int) -> None:
+    """Let Ctrl-C, which reaches every process of a terminal, be the parent's; do not outlive it if it is killed."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()

@@ -2,9 +2,12 @@
 
 import json
 import math
+import multiprocessing
+import time
 from collections import Counter
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -337,6 +340,27 @@ def test_a_run_of_limited_passes_ends():
     loader = Loader(documents_of([3] * 8), rows=1, seq_len=2, sources=[Share(5, 1.0, 2), Share(3, 2.0, 1.0)])
     assert Counter(int(batch["tokens"][0, 0]) for batch in loader) == {1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1}
     assert loader.total_steps() == 13
+
+
+def load_for_ever(pids) -> None:
+    """Say which worker processes there are, and wait."""
+    loader = Loader(documents_of([3] * 50), rows=1, seq_len=2, workers=2)
+    next(loader)
+    pids.put([child.pid for child in multiprocessing.active_children()])
+    time.sleep(60)
+
+
+def test_workers_do_not_outlive_a_killed_process():
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=load_for_ever, args=(pids := context.Queue(),))
+    process.start()
+    workers = pids.get(timeout=60)
+    process.kill()
+    process.join()
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 def test_workers_change_nothing():
