@@ -171,16 +171,22 @@ def fill(documents: Documents, pieces: Pieces, table: list[list[int]], seq_len: 
     shape = (len(table), seq_len)
     batch = {name: np.zeros(shape, np.int64) for name in ("tokens", "targets", "segment_ids", "positions")}
     batch["weights"] = np.zeros(shape, np.float32)
-    for row, members in enumerate(table):
-        start = 0
-        for segment, piece in enumerate(members, 1):
-            begin, length = int(pieces.begin[piece]), int(pieces.length[piece])
-            here, inputs = (row, slice(start, start + length)), slice(begin, begin + length)
-            targets = slice(begin + 1, begin + 1 + length)
-            batch["tokens"][here] = documents.tokens[inputs]
-            batch["targets"][here] = documents.tokens[targets]
-            batch["weights"][here] = documents.mask[targets]
-            batch["segment_ids"][here] = segment
-            batch["positions"][here] = np.arange(length) + pieces.position[piece]
-            start += length
+    flat = np.array([piece for row in table for piece in row], np.int64)
+    length, count = pieces.length[flat], np.array([len(row) for row in table])
+    ends = np.cumsum(length)
+    before = np.concatenate([[0], ends])[np.cumsum(count) - count]  # places taken in the rows above
+    row = np.repeat(np.arange(len(table)), count)
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        return np.repeat(x, length)
+
+    within = np.arange(length.sum()) - spread(ends - length)
+    place = spread(row * seq_len + ends - length - before[row]) + within
+    token = spread(pieces.begin[flat]) + within
+    segment = np.arange(len(flat)) - np.repeat(np.cumsum(count) - count, count) + 1
+    batch["tokens"].flat[place] = documents.tokens[token]
+    batch["targets"].flat[place] = documents.tokens[token + 1]
+    batch["weights"].flat[place] = documents.mask[token + 1]
+    batch["segment_ids"].flat[place] = spread(segment)
+    batch["positions"].flat[place] = spread(pieces.position[flat]) + within
     return batch
