@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels
 from functional_trainer import tree
@@ -24,15 +24,30 @@ from functional_trainer.optimizers import Optimizer
 from functional_trainer.state import Metrics, TrainState, apply_gradient, sums_of_squares, trained, update_block
 from functional_trainer.types import ONE_DEVICE, Batch
 
+Remat = Literal["none", "selective", "layer"]
 
-def wrap_layer(model: Any, *, compile: bool, remat: bool, backend: str = "inductor") -> Any:
-    """Return the model with its block recomputed in backward, compiled, or both."""
+
+def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in kernels.EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective():
+    """Keep the results of `kernels.EXPENSIVE`, recompute the others."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+_selective.cache_hash = kernels.SOURCE  # type: ignore[attr-defined]  # without it AOTAutograd caches nothing on disk
+
+
+def wrap_layer(model: Any, *, compile: bool, remat: Remat, backend: str = "inductor") -> Any:
+    """Return the model with its block recomputed in backward (all of it, or the cheap rest), compiled, or both."""
     layer = model.layer
-    if remat:
-        inner = layer
+    if remat != "none":
+        inner, how = layer, {"use_reentrant": False, "preserve_rng_state": False}
+        how |= {"context_fn": _selective} if remat == "selective" else {}
 
         def layer(p, x, rows, **options):
-            return checkpoint(inner, p, x, rows, use_reentrant=False, preserve_rng_state=False, **options)
+            return checkpoint(inner, p, x, rows, **how, **options)
 
     if compile:
         compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
@@ -76,10 +91,15 @@ def gradient(
     return parts, tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
 
 
+def add(total: tuple, more: tuple) -> tuple:
+    """Add to gradients, in place, and to means and reported sums, those of another micro-batch."""
+    torch._foreach_add_(total[0], more[0])
+    return total[0], *tree.map(torch.add, total[1:], more[1:])
+
+
 def make_train_step(
     model: Any, loss: Loss, optimizer: Optimizer, *, shard=ONE_DEVICE, micro_batches: int = 1, clip: float = 1.0,
-    compile: Literal["step", "layer", "off"] = "off", remat: Literal["layer", "none"] = "none",
-    backend: str = "inductor",
+    compile: Literal["step", "layer", "off"] = "off", remat: Remat = "none", backend: str = "inductor",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Build `step(state, batch) -> (state, metrics)`. The state is donated: the result lives in its storage.
 
@@ -91,7 +111,7 @@ def make_train_step(
     if optimizer.whole and shard.world > 1:
         raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
     one_graph = compile == "step" and micro_batches == 1 and remat == "none"
-    model = wrap_layer(model, compile=compile == "layer", remat=remat == "layer", backend=backend)
+    model = wrap_layer(model, compile=compile == "layer", remat=remat, backend=backend)
 
     def jit(fn: Callable, when: bool) -> Callable:
         return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend) if when else fn
@@ -101,7 +121,7 @@ def make_train_step(
     value_of = jit(partial(objective, model, loss, shard), two_graphs)
     finish = jit(partial(apply_gradient, optimizer, squares, update, loss, clip, shard), two_graphs)
 
-    def step(state: TrainState, batch: Batch) -> Metrics:
+    def gradients(state: TrainState, batch: Batch):
         weights = total_weights(loss, batch, shard)
         params = state.params if model.dtype is None else tree.map(lambda p: p.to(model.dtype), state.params)
         first, *others = shard.micro(batch, micro_batches)
@@ -110,10 +130,11 @@ def make_train_step(
         if others:  # summed in the masters' precision and in storage of their own
             grads = [g.to(p.dtype, copy=True) for g, p in zip(grads, trained(state).values(), strict=True)]
         for micro in others:
-            more, *rest = grad(batch=micro)
-            torch._foreach_add_(grads, more)
-            means, reported = tree.map(torch.add, (means, reported), tuple(rest))
-        return finish(state, grads, means, reported)
+            grads, means, reported = add((grads, means, reported), grad(batch=micro))
+        return grads, means, reported
+
+    def step(state: TrainState, batch: Batch) -> Metrics:
+        return finish(state, *gradients(state, batch))  # the weights as they were cast are gone by then
 
     run = jit(step, one_graph)
     # An all-to-all's splits are read back to the host. There may be more kinds of layers than the default of 8.

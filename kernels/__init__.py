@@ -21,13 +21,24 @@ from kernels.embedding import embedding
 from kernels.linear_logprob import linear_logprob
 
 __all__ = [
-    "BACKENDS", "attention", "embedding", "experts", "grouped_matmul", "linear_logprob", "promote", "rms_norm", "rope",
-    "swiglu",
+    "BACKENDS", "EXPENSIVE", "attention", "embedding", "experts", "grouped_matmul", "linear_logprob", "promote",
+    "rms_norm", "rope", "swiglu",
 ]  # fmt: skip
 
 
 SOURCE = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 """Fingerprint of the ops. Compilers' caches on disk know their names only, and would call a new one as the old was."""
+
+
+EXPENSIVE = frozenset({
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "functional_trainer::grouped_matmul",
+    "functional_trainer::attention_documents", "flash_attn::_flash_attn_varlen_forward", "flex_attention",
+    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "_c10d_functional::all_to_all_single", "aten::topk",
+})  # fmt: skip
+"""Ops of a layer whose results selective recomputation keeps: products, attention and exchanges, for their cost; the
+router's choice, so that recomputed rows are those that the kept products saw, whatever a compiler does to near-ties."""
 
 
 class Backend(NamedTuple):

@@ -165,6 +165,10 @@ FORMS = [
     ({"compile": "layer"}, None),
     pytest.param({"compile": "layer", "remat": "layer"}, None, marks=pytest.mark.slow),
     ({"compile": "off", "remat": "layer"}, 0),
+    ({"compile": "off", "remat": "selective"}, 0),
+    ({"compile": "off", "remat": "selective", "micro_batches": 2}, 0),
+    ({"compile": "step", "remat": "selective", "micro_batches": 2}, 2),
+    ({"compile": "layer", "remat": "selective"}, None),
 ]
 
 

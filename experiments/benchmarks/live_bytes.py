@@ -1,0 +1,44 @@
+"""Count tensor bytes on the host, where no allocator does: by looking at what every op returns."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functional_trainer import tree
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the storages of `held` and of all that ops return, each once and for as long as it lives.
+
+    `now` are alive, `peak` were the most at a time. What this project's ops hold inside is counted too; what a kernel of
+    ATen takes and gives back within one call is not. Compiled code runs past it.
+    """
+
+    def __init__(self, held: Any = ()):
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+        self.see(held)
+
+    def see(self, tensors: Any) -> None:
+        """Count the storages of a tree that are new."""
+        for x in tree.leaves(tensors):
+            if isinstance(x, torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, key)  # a storage's Python object lives as long as it does
+        self.peak = max(self.peak, self.now)
+
+    def freed(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "functional_trainer":  # our own ops: go on counting inside
+            with self:
+                made = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        else:
+            made = func(*args, **(kwargs or {}))
+        self.see(made)
+        return made
