@@ -350,6 +350,7 @@ def step_forms(at: At, form: str) -> list[Check]:
         "layer": {"compile": "layer", "backend": at.compiler},
         "step": {"compile": "step", "backend": at.compiler},
         "remat": {"remat": "layer", "micro_batches": 2},
+        "selective": {"remat": "selective", "micro_batches": 2},
     }
     adamw = optimizers.adamw(optimizers.schedule("constant", 1e-4, 1))
     seen = {}
@@ -378,5 +379,5 @@ CASES: dict[str, Callable[[At], list[Check]]] = {
     "elementwise": partial(elementwise, compiled=False),
     "elementwise compiled": partial(elementwise, compiled=True),
     **{f"model {family}": partial(parity, family=family) for family in ("qwen3", "qwen3_moe")},
-    **{f"step {form}": partial(step_forms, form=form) for form in ("layer", "step", "remat")},
+    **{f"step {form}": partial(step_forms, form=form) for form in ("layer", "step", "remat", "selective")},
 }

@@ -1,12 +1,12 @@
-"""Check every kernel and both models on a device against references, then measure training speed there.
+"""Check every kernel and both models on a device against references, then measure training speed and memory there.
 
-    python experiments/benchmarks/gpu_suite.py                            # checks, then speed
+    python experiments/benchmarks/gpu_suite.py                            # checks, speed, memory
     python experiments/benchmarks/gpu_suite.py --what check --only 'attention *'
     python experiments/benchmarks/gpu_suite.py --device cpu               # every case at small sizes: it still runs
 
 Checks are `gpu_checks.py`; they run in a process of their own, after a fault of the device in a new one. Speed is
 `gpu_speed.py`; its contestants are processes that hold no device memory while another runs, and a round builds, warms
-up and times each of them.
+up and times each of them. Memory is the table of `memory.py`, in one process.
 
 Exit status 1 if a check failed or a contestant broke.
 """
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clo
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import gpu_checks, gpu_speed
+from experiments.benchmarks import gpu_checks, gpu_speed, memory
 from functional_trainer import config
 
 CASE_SECONDS = 400
@@ -36,16 +36,16 @@ CASE_SECONDS = 400
 class Options:
     device: str = "auto"
     """Device to check: a GPU at real sizes, the CPU at small ones."""
-    what: Literal["all", "check", "speed"] = "all"
+    what: Literal["all", "check", "speed", "memory"] = "all"
     """What to do."""
     only: tuple[str, ...] = ()
-    """Cases and contestants by name, with wildcards ("attention *"); none means all."""
+    """Cases, contestants and settings by name, with wildcards ("attention *"); none means all."""
     layers: int = 0
     """Depth of the model that is timed (0: as many layers as fit)."""
     rows: int = 2
     """Rows of 4096 tokens a timed step."""
     rounds: int = 3
-    """Times each contestant is built and timed."""
+    """Times each contestant and each setting is built and timed."""
     steps: int = 5
     """Timed steps a round, after two untimed ones."""
     json: Path | None = None
@@ -92,7 +92,10 @@ def serve(pipe: Any, device_name: str) -> None:
     def useful(seconds: float) -> tuple[float, float | None]:
         return kept["timer"].useful(seconds)
 
-    offered = {f.__name__: f for f in (about, check, fit, measure, useful)}
+    def hold(name: str, steps: int) -> dict[str, Any]:
+        return memory.measure(memory_options(small, steps), device, name)
+
+    offered = {f.__name__: f for f in (about, check, fit, measure, useful, hold)}
     while (request := pipe.recv()) is not None:
         try:
             answer: Any = ("ok", offered[request[0]](*request[1:]))
@@ -198,6 +201,24 @@ def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[
     return list(table.values())
 
 
+def memory_options(small: bool, steps: int) -> memory.Options:
+    """Return what `memory.py` measures here: its own sizes in bfloat16, or small ones."""
+    sizes = {"layers": 1, "vocab": 64, "rows": 4, "seq_len": 32} if small else {}
+    return memory.Options(dtype="bfloat16", steps=steps, **sizes)  # type: ignore[arg-type]
+
+
+def run_memory(o: Options, about: dict[str, str], worker: Worker, console: Console) -> list[dict[str, Any]]:
+    """Measure settings in turn, print the table, and return its rows."""
+
+    def ask(name: str) -> dict[str, Any]:
+        status, answer = worker.ask("hold", name, o.steps)
+        return answer if status == "ok" else {"error": answer}
+
+    rows = memory.collect(wanted(o, memory.SETTINGS), o.rounds, ask, 5e-3)
+    memory.show(rows, f"bfloat16 compute, uncompiled; {about['device']}, torch {about['torch']}", console)
+    return rows
+
+
 def show(rows: Any, title: str, console: Console) -> None:
     """Print the table of contestants."""
     table = Table(title=title)
@@ -223,15 +244,17 @@ def main(o: Options) -> None:
     if status != "ok":
         raise ValueError(about)
     console.print(f"{about['device']}, torch {about['torch']}{', small sizes' * bool(about['small'])}")
-    checks = run_checks(o, worker, console) if o.what != "speed" else []
+    checks = run_checks(o, worker, console) if o.what in ("all", "check") else []
     worker.stop()
-    speed = run_speed(o, about, console) if o.what != "check" else []
+    speed = run_speed(o, about, console) if o.what in ("all", "speed") else []
+    held = run_memory(o, about, worker, console) if o.what in ("all", "memory") else []
+    worker.stop()
     count = {s: sum(c["status"] == s for c in checks) for s in ("pass", "failed", "skip")}
     console.print(f"{count['pass']} passed, {count['failed']} failed, {count['skip']} skipped")
     if o.json:
-        results = {"about": about, "checks": checks, "speed": speed}
+        results = {"about": about, "checks": checks, "speed": speed, "memory": held}
         o.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    sys.exit(count["failed"] > 0 or any("error" in row for row in speed))
+    sys.exit(count["failed"] > 0 or any("error" in row for row in speed + held))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from functional_trainer import tree
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of the storages of `held` and of all that ops return, each once and for as long as it lives.
 
-    `now` are alive, `peak` were the most at a time. What this project's ops hold inside is counted too; what a kernel of
-    ATen takes and gives back within one call is not. Compiled code runs past it.
+    `now` are alive, `peak` were the most at a time. What this project's ops hold inside is counted too; what a kernel
+    of ATen takes and gives back within one call is not. Compiled code runs past it.
     """
 
     def __init__(self, held: Any = ()):

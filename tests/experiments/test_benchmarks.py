@@ -1,5 +1,6 @@
 """The benchmarks run at small sizes and say so when something is wrong. Their figures are for a quiet machine."""
 
+import gc
 import json
 import os
 import subprocess
@@ -8,9 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from experiments.benchmarks import gpu_checks, gpu_speed, gpu_suite, sft_cpu
-from functional_trainer import flops
+import kernels
+import models
+from experiments.benchmarks import gpu_checks, gpu_speed, gpu_suite, memory, sft_cpu
+from experiments.benchmarks.live_bytes import LiveBytes
+from functional_trainer import flops, losses, tree
+from functional_trainer.step import evaluate, wrap_layer
+from tests.models import small
 
 BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 CPU = torch.device("cpu")
@@ -91,6 +98,12 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
     assert skipped == {"attention flash_attn", "attention flash_attn window"}
     assert [row["name"] for row in out["speed"]] == list(gpu_speed.contestants(True))
     assert all(row["tokens_s"] > 0 and row["mfu"] is None for row in out["speed"])
+    assert [row["name"] for row in out["memory"]] == list(memory.SETTINGS)
+    numbers = models.count(models.from_config(sft_cpu.hf_config(1) | {"vocab_size": 64}))
+    bytes_each = {"moments bfloat16": 4, "moments 8bit": 2 * (1 + 4 / 256), "small": 2 * (1 + 4 / 256), "ema": 12}
+    for row in out["memory"]:
+        assert row["params"] == 4 * numbers and row["peak"] > row["params"] + row["moments"]
+        assert row["moments"] == pytest.approx(bytes_each.get(row["name"], 8) * numbers, rel=1e-3), row["name"]
 
 
 def test_gpu_suite_fails_on_a_wrong_kernel(monkeypatch):
@@ -130,3 +143,126 @@ def test_gpu_suite_goes_on_after_a_failure():
 def test_gpu_suite_says_when_a_device_is_missing():
     result = run("gpu_suite.py", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1 and "not on this machine" in result.stderr
+
+
+# memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_storage_counts_once_and_while_it_lives():
+    held = torch.zeros(10)
+    with LiveBytes([held, held[2:]]) as live:
+        assert (live.now, live.peak) == (40, 40)
+        x = torch.empty(100) + 1  # the empty one is gone when the sum is there
+        assert (live.now, live.peak) == (440, 840)
+        view, wide = x.view(10, 10).T[3], x.to(torch.float64)
+        x.add_(1).mul_(view.sum())
+        assert live.now == 440 + 800
+        del x
+        assert live.now == 440 + 800  # the view still holds it
+        del view
+        assert live.now == 40 + 800
+        parts = wide.unflatten(0, (4, 25)).unbind()
+        del wide
+        assert live.now == 40 + 800
+        del parts
+        made = torch.cat([held, held]), torch.sort(torch.arange(3))
+        assert live.now == 40 + 80 + 24 + 24
+    del made
+    assert live.now == 40
+
+
+def test_activations_are_counted_as_by_hand():
+    """A tanh keeps its result: a chain of them keeps all, a recomputed one its input and its end."""
+    x = torch.ones(1000, requires_grad=True)
+
+    def chain(x):
+        for _ in range(5):
+            x = x.tanh()
+        return x
+
+    with LiveBytes(x) as live:
+        y = chain(x)
+        assert live.now == live.peak == 6 * 4000
+        torch.autograd.grad(y, x, torch.ones_like(y))
+        del y
+        assert live.now == 4000
+        y = checkpoint(chain, x, use_reentrant=False)
+        assert live.now == 2 * 4000 and y.requires_grad
+
+
+def test_bytes_inside_our_ops_are_counted():
+    """The head holds three chunks of 256 rows of logits at a time: two of its own, one of the chunk before."""
+    T, D, V = 1024, 8, 300
+    hidden, table, targets = torch.randn(T, D), torch.randn(V, D), torch.arange(T) % V
+    with LiveBytes((hidden, table, targets)) as live:
+        before = live.now
+        kernels.linear_logprob(hidden, table, targets, entropy=False)
+    chunks, results = 3 * 256 * V * 4, 2 * T * 4
+    assert chunks + results <= live.peak - before <= chunks + results + 4 * 256 * 4
+    assert live.now == before
+
+
+def allocated(step) -> int:
+    """Return the most bytes that a step took from the host's allocator, as its own profiler reports them."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("name", ["remat selective", "full logits"])
+def test_counted_bytes_are_those_of_the_allocator(name):
+    o = memory.Options(layers=2, rows=4, seq_len=512, vocab=600)
+    step, state, batch = memory.build(o, memory.SETTINGS[name], CPU)
+    step()
+    held = sum(x.nbytes for x in tree.leaves((state, batch)))
+    assert memory.peak(step, (state, batch), CPU) - held == pytest.approx(allocated(step), rel=1e-3)
+
+
+def kept(remat: str, layers: int) -> int:
+    """Return the bytes that a forward pass leaves for backward."""
+    model = small.model(num_hidden_layers=layers, mlp_only_layers=[])
+    batch = small.batch([[13], [8, 5]])
+    leaves = tree.map(lambda p: p.requires_grad_(), model.init(0))
+    model = wrap_layer(model, compile=False, remat=remat)
+    with LiveBytes((leaves, batch)) as live:
+        before = live.now
+        sums = evaluate(model, losses.sft(), leaves, batch, {})
+        gc.collect()
+        after = live.now
+    del sums
+    return after - before
+
+
+def test_what_is_kept_of_a_layer_is_as_by_hand():
+    """The growth by a layer, every product's, the attention's and the router's result counted by its shape."""
+    c, T = small.model().config, 26
+    growth = {remat: kept(remat, 4) - kept(remat, 3) for remat in ("none", "selective", "layer")}
+    assert growth["layer"] == 4 * (T * c.dim + c.experts)  # its input, and its row of the load that is reported
+    heads = c.heads + 2 * c.kv_heads
+    products = heads * c.head_dim + c.dim + c.experts + c.top_k * 2 * c.expert_hidden + c.dim
+    attention, choice = c.heads * (c.head_dim + 1), c.top_k * (1 + 2)  # with logsumexp; values, and ids of 8 bytes
+    assert growth["selective"] == growth["layer"] + 4 * T * (products + attention + choice)
+    assert growth["none"] > 1.5 * growth["selective"]
+
+
+def test_memory_measures_settings_that_agree(tmp_path):
+    sizes = ("--layers", "2", "--vocab", "64", "--rows", "4", "--seq-len", "32", "--rounds", "2", "--steps", "1")
+    result = run("memory.py", *sizes, "--only", "remat layer*", "--json", str(tmp_path / "out.json"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    donated, new = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [row["name"] for row in (donated, new)] == ["remat layer", "remat layer, new leaves"]
+    assert donated["losses"] == new["losses"] and len(donated["seconds"]) == len(new["seconds"]) == 2
+    state = donated["params"] + donated["moments"]
+    # All new leaves stay, less those of the last block: its own are there at the peak of donated updates too.
+    assert 0.4 * state < new["peak"] - donated["peak"] < 0.6 * state
+
+
+def test_memory_refuses_unknown_settings():
+    result = run("memory.py", "--only", "remat everything")
+    assert result.returncode == 1 and "there are plain, remat selective" in result.stderr

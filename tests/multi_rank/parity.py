@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.distributed.tensor.debug import CommDebugMode
 
 import models
 from functional_trainer import losses, optimizers, tree
@@ -61,6 +62,9 @@ CASES = {
         options={"remat": "layer"},
         uneven=True,
     ),
+    "moe, uneven, recomputed selectively, 2 micro-batches": Case(
+        MOE, options={"remat": "selective", "micro_batches": 2}, uneven=True
+    ),
     "moe, pooled balance, uneven": Case(MOE, "hf", uneven=True),
     "moe, one expert takes all": Case(MOE | ONE_EXPERT, collapsed=True),
     "moe, several optimizers, 2 micro-batches": Case(MOE, options={"micro_batches": 2}, mixed=True),
@@ -69,6 +73,9 @@ COMPILED = {
     "moe, layer compiled": Case(MOE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
     "moe, several optimizers, layer compiled": Case(
         MOE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, mixed=True
+    ),
+    "moe, recomputed selectively, layer compiled": Case(
+        MOE | SHORT, options={"remat": "selective", "compile": "layer", "backend": "aot_eager"}, uneven=True
     ),
     "moe, step compiled": Case(MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True),
 }
@@ -146,6 +153,16 @@ def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
             seen |= {f"grads/{path}": shard.full(m["grad"]).clone() for path, m in state.moments.items()}
     kept = {"params": state.params} | ({"ema": ema(state)} if case.mixed else {})
     return seen | {path: shard.full(p).clone() for path, p in tree.flatten(kept).items()}
+
+
+def exchanges(remat: str) -> int:
+    """Count the all-to-alls of a step on ep2 whose layers are recomputed as `remat` says."""
+    case, shard = Case(MOE, options={"remat": remat}), sharder(MOE, "ep2")
+    _, step, state = start(case, shard)
+    rows = {k: v.chunk(shard.world)[shard.rank].contiguous() for k, v in batch(case).items()}
+    with CommDebugMode() as seen:
+        step(state, shard.put_batch(rows))
+    return seen.get_comm_counts()[torch.ops.c10d_functional.all_to_all_single]
 
 
 def train_all(names: list[str], meshes: list[str]) -> dict[tuple[str, str], dict[str, torch.Tensor]]:

@@ -25,6 +25,7 @@ def two_ranks(folder: str) -> dict:
         "train": parity.train_all(list(parity.CASES), meshes),
         "placed": {mesh: layout.placed(mesh) for mesh in meshes},
         "loaded": layout.load("ep2", f"{folder}/fsdp2"),
+        "exchanges": {remat: parity.exchanges(remat) for remat in ("none", "selective", "layer")},
     }
 
 
@@ -90,6 +91,11 @@ def test_compiled_training_equals_one_process(case):
     expected = parity.train(parity.COMPILED[case].uncompiled())
     for mesh in WORLDS[2]:
         assert not differences(ran[mesh, case], expected), mesh
+
+
+def test_selective_recomputation_repeats_no_exchange(results):
+    """Each of two layers sends counts, rows and results, and rows and results back; counts and rows again at most."""
+    assert results[2]["exchanges"] == {"none": 10, "selective": 10, "layer": 14}
 
 
 @pytest.mark.parametrize("mesh", MESHES)
