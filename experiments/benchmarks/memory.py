@@ -2,7 +2,6 @@
 
     python experiments/benchmarks/memory.py                               # float32, every setting
     python experiments/benchmarks/memory.py --dtype bfloat16 --json bf16.json
-    python experiments/benchmarks/memory.py --only 'remat*' --layers 16
 
 A Qwen3-MoE (sft_cpu.py's, deeper and with a larger vocabulary) takes uncompiled optimizer steps on packed tokens. Every
 setting differs from `plain` as its name says; the first losses must agree. The peak is that of the second step: tensor
@@ -49,13 +48,11 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs from `plain`."""
+    """What differs from `plain`: in `make_train_step`, in `OptimOptions`, and what is neither's option."""
 
     step: dict[str, Any] = field(default_factory=dict)
-    """Of `make_train_step`."""
     optim: dict[str, Any] = field(default_factory=dict)
-    """Of `OptimOptions`."""
-    logits: bool = False
+    full_logits: bool = False
     new_leaves: bool = False
 
 
@@ -64,7 +61,7 @@ SETTINGS = {
     "remat selective": Setting(step={"remat": "selective"}),
     "remat layer": Setting(step={"remat": "layer"}),
     "4 micro-batches": Setting(step={"micro_batches": 4}),
-    "full logits": Setting(logits=True),
+    "full logits": Setting(full_logits=True),
     "new leaves": Setting(new_leaves=True),
     "remat layer, new leaves": Setting(step={"remat": "layer"}, new_leaves=True),
     "moments bfloat16": Setting(optim={"moments": "bfloat16"}),
@@ -94,8 +91,6 @@ class Options:
     """Tokens of a row."""
     device: str = "auto"
     """Device to measure on."""
-    seed: int = 0
-    """Seed of weights and tokens."""
     json: Path | None = None
     """Also write the results here."""
 
@@ -120,12 +115,12 @@ def build(o: Options, setting: Setting, device: Any) -> tuple[Callable[[], float
 
     model = models.from_config(sft_cpu.hf_config(o.layers) | {"vocab_size": o.vocab})
     model = dataclasses.replace(model, dtype=getattr(torch, o.dtype))
-    batch = sft_cpu.packed_batch(o.rows, o.seq_len, o.vocab, o.seed, shortest=o.seq_len // 16)
+    batch = sft_cpu.packed_batch(o.rows, o.seq_len, o.vocab, seed=0, shortest=o.seq_len // 16)
     batch = {k: v.to(device) for k, v in batch.items()}
     loss = losses.sft("none")
-    loss = dataclasses.replace(loss, terms=full_logits) if setting.logits else loss
+    loss = dataclasses.replace(loss, terms=full_logits) if setting.full_logits else loss
     optimizer = optimizers.from_options(OptimOptions(**setting.optim), 100, model.specs)
-    state, made = init_state(model.init(o.seed, device=device), optimizer), []
+    state, made = init_state(model.init(0, device=device), optimizer), []
     if setting.new_leaves:
         update = optimizer.update
 

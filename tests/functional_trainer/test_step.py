@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -217,6 +219,22 @@ def test_recomputation_changes_no_bit_and_selective_repeats_nothing_expensive(dt
     for op in expensive:
         assert ran["none"][op] == ran["selective"][op] < ran["layer"][op], op
     assert ran["none"]["aten::silu"] < ran["selective"]["aten::silu"] == ran["layer"]["aten::silu"]
+
+
+def test_compiled_selective_recomputation_repeats_nothing_expensive_either():
+    """Of one MoE layer, forward and backward: three products outside the experts, each twice more in backward."""
+    ops = Counter()
+
+    def compiler(graph, inputs):
+        ops.update(node.target.name() for node in graph.graph.nodes if hasattr(node.target, "name"))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+    model = tiny(num_hidden_layers=1, mlp_only_layers=[])
+    run(1, model=model, compile="layer", remat="selective", backend=backend)
+    ours = {"functional_trainer::attention_documents": 1, "functional_trainer::grouped_matmul": 2}
+    assert {op: n for op, n in ops.items() if op in kernels.EXPENSIVE} == {"aten::mm": 9, "aten::topk": 1} | ours
+    assert ops["aten::sort.stable"] + ops["aten::sort"] == 2  # the rows' order is cheap
 
 
 @pytest.mark.slow

@@ -116,3 +116,9 @@ def test_every_device_has_a_default_that_serves_it(op):
 
 def test_defaults_on_the_cpu_were_measured_there():
     assert all("cpu" in kernels.pick(op, "cpu").measured_on for op in kernels.BACKENDS)
+
+
+def test_expensive_ops_are_named_as_they_are_called():
+    """A mistaken name would be recomputed in silence. flash-attn's is known only where that is installed."""
+    known = {schema.name for schema in torch._C._jit_get_all_schemas()} | {"flex_attention"}
+    assert kernels.EXPENSIVE - known <= {"flash_attn::_flash_attn_varlen_forward"}
