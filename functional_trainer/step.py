@@ -43,11 +43,11 @@ def wrap_layer(model: Any, *, compile: bool, remat: Remat, backend: str = "induc
     """Return the model with its block recomputed in backward (all of it, or the cheap rest), compiled, or both."""
     layer = model.layer
     if remat != "none":
-        inner, how = layer, {"use_reentrant": False, "preserve_rng_state": False}
-        how |= {"context_fn": _selective} if remat == "selective" else {}
+        how: dict[str, Any] = {"context_fn": _selective} if remat == "selective" else {}
+        inner = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False, **how)
 
         def layer(p, x, rows, **options):
-            return checkpoint(inner, p, x, rows, **how, **options)
+            return inner(p, x, rows, **options)
 
     if compile:
         compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)

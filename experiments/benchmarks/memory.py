@@ -3,10 +3,9 @@
     python experiments/benchmarks/memory.py                               # float32, every setting
     python experiments/benchmarks/memory.py --dtype bfloat16 --json bf16.json
 
-A Qwen3-MoE (sft_cpu.py's, deeper and with a larger vocabulary) takes uncompiled optimizer steps on packed tokens. Every
-setting differs from `plain` as its name says; the first losses must agree. The peak is that of the second step: tensor
-bytes counted op by op on the host (live_bytes.py), the allocator's on a GPU. Settings are built, timed and given back
-in turn.
+A Qwen3-MoE (sft_cpu.py's, deeper and with a larger vocabulary) takes optimizer steps on packed tokens. Every setting
+differs from `plain` as its name says; the first losses must agree. The peak is that of the second step: tensor bytes
+counted op by op on the host (live_bytes.py), the allocator's on a GPU. Settings take turns in being built and timed.
 
     plain            nothing recomputed, one pass, the state donated, AdamW's moments in float32
     remat X          layers recomputed in backward: all of each, or (selective) what is no product and no attention
@@ -75,6 +74,8 @@ SETTINGS = {
 class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; the weights are float32."""
+    compile: Literal["off", "layer"] = "off"
+    """Compile layers; the host's peak is then its allocator's, for compiled code is not seen op by op."""
     only: tuple[str, ...] = ()
     """Settings by name, with wildcards ("remat*"); none means all."""
     rounds: int = 3
@@ -129,7 +130,7 @@ def build(o: Options, setting: Setting, device: Any) -> tuple[Callable[[], float
             return made[-1]
 
         optimizer = optimizer._replace(update=keeping)
-    step = make_train_step(model, loss, optimizer, **setting.step)
+    step = make_train_step(model, loss, optimizer, compile=o.compile, **setting.step)
 
     def run() -> float:
         value = step(state, batch)[1]["loss"].item()
@@ -139,18 +140,20 @@ def build(o: Options, setting: Setting, device: Any) -> tuple[Callable[[], float
     return run, state, batch
 
 
-def peak(step: Callable[[], float], held: Any, device: Any) -> int:
+def peak(step: Callable[[], float], held: Any, device: Any, compiled: bool) -> int:
     """Return the most bytes held during a step, those of `held` among them."""
     import torch
 
-    from experiments.benchmarks.live_bytes import LiveBytes
-    from functional_trainer import backend
+    from experiments.benchmarks.live_bytes import LiveBytes, allocated
+    from functional_trainer import backend, tree
 
     allocator = torch.get_device_module(device)
     if hasattr(allocator, "reset_peak_memory_stats"):
         allocator.reset_peak_memory_stats(device)
         step()
         return backend.peak_memory(device)
+    if compiled:
+        return allocated(step) + sum(x.nbytes for x in tree.leaves(held))
     with LiveBytes(held) as live:
         step()
     return live.peak
@@ -163,7 +166,7 @@ def measure(o: Options, device: Any, name: str) -> dict[str, Any]:
     step, state, batch = build(o, SETTINGS[name], device)
     size = lambda part: sum(x.nbytes for x in tree.leaves(part))  # noqa: E731
     row: dict[str, Any] = {"losses": [step()], "params": size(state.params), "moments": size(state.moments)}
-    row |= {"peak": peak(step, (state, batch), device), "seconds": []}
+    row |= {"peak": peak(step, (state, batch), device, o.compile != "off"), "seconds": []}
     for _ in range(o.steps):
         begin = time.perf_counter()
         step()  # reads its loss, so the device is done
@@ -213,7 +216,11 @@ def main(o: Options) -> None:
         raise ValueError(f"--only {' '.join(o.only)}: none; there are {', '.join(SETTINGS)}")
     device, console = backend.setup(o.device), Console(width=150)
     rows = collect(names, o.rounds, partial(measure, o, device), 1e-4 if o.dtype == "float32" else 5e-3)
-    show(rows, f"{o.layers} layers, {o.rows} x {o.seq_len} tokens, {o.dtype}; {backend.describe(device)}", console)
+    show(
+        rows,
+        f"{o.layers} layers, {o.rows} x {o.seq_len} tokens, {o.dtype}, compile {o.compile}; {backend.describe(device)}",
+        console,
+    )
     if o.json:
         options = dataclasses.asdict(o) | {"json": str(o.json)}
         o.json.write_text(json.dumps({"options": options, "results": rows}, indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import models
 from experiments.benchmarks import gpu_checks, gpu_speed, gpu_suite, memory, sft_cpu
-from experiments.benchmarks.live_bytes import LiveBytes
+from experiments.benchmarks.live_bytes import LiveBytes, allocated
 from functional_trainer import flops, losses, tree
 from functional_trainer.step import evaluate, wrap_layer
 from tests.models import small
@@ -202,26 +202,13 @@ def test_bytes_inside_our_ops_are_counted():
     assert live.now == before
 
 
-def allocated(step) -> int:
-    """Return the most bytes that a step took from the host's allocator, as its own profiler reports them."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize("name", ["remat selective", "full logits"])
 def test_counted_bytes_are_those_of_the_allocator(name):
     o = memory.Options(layers=2, rows=4, seq_len=512, vocab=600)
     step, state, batch = memory.build(o, memory.SETTINGS[name], CPU)
     step()
     held = sum(x.nbytes for x in tree.leaves((state, batch)))
-    assert memory.peak(step, (state, batch), CPU) - held == pytest.approx(allocated(step), rel=1e-3)
+    assert memory.peak(step, (state, batch), CPU, False) - held == pytest.approx(allocated(step), rel=1e-3)
 
 
 def kept(remat: str, layers: int) -> int:
