@@ -304,7 +304,7 @@ def test_data_that_changed_under_a_run_is_refused(place):
 def test_no_result_depends_on_the_split(place):
     splits: dict[str, tuple] = {
         "whole": (), "all": ("--micro-batch", 4), "half": ("--micro-batch", 2), "one": ("--micro-batch", 1),
-        "remat": ("--micro-batch", 2, "--remat", "layer"), "selective": ("--micro-batch", 2, "--remat", "selective"),
+        "remat": ("--micro-batch", 2, "--remat", "selective"),
     }  # fmt: skip
     for name, flags in splits.items():
         run(place, *BASE, "--dtype", "float64", *flags, "--out", f"split-{name}")
