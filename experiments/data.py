@@ -8,6 +8,7 @@ from typing import Any
 from experiments.first_light import tasks
 from functional_trainer import backend
 from functional_trainer.data import Loader, Record, Rows, Share, Tokenizer, Within, datasets, rows_of, tokenized
+from functional_trainer.options import Source
 
 
 def load(
@@ -28,7 +29,7 @@ def load(
     rows: dict[str, Any] = {"rows": o.batch, "rank": rank, "world": world, "seq_len": o.data.seq_len}
     rows |= {"packing": o.data.packing, "overlong": o.data.overlong}
 
-    parts = datasets(o.data, train, o.data.weights)
+    parts = datasets(o.data.sources() if o.data.train else [Source(train[0])])
     documents, found = tokenized(Rows(parts, tokenizer, vocab, kept), o.data.cache, o.data.workers)
     for part, counts in zip(parts, found, strict=True):
         seen = ", ".join(f"{n:,} rows of shape {shape}" for shape, n in counts.items())
@@ -41,9 +42,9 @@ def load(
     if not held_out and not o.data.split:
         return loader, {}, []
 
-    asked = parts if o.data.split else datasets(o.data, held_out)
-    if not o.data.split and (odd := next((part for part in asked if part.weight != 1), None)):
-        raise ValueError(f"--data.eval: {odd.path} has weight {odd.weight:g}; held-out rows are seen once")
+    asked = parts if o.data.split else datasets([Source(path, o.data.type, o.data.columns) for path in held_out])
+    if not o.data.split and (odd := next((p for p in asked if (p.weight, p.epochs) != (1, float("inf"))), None)):
+        raise ValueError(f"--data.eval: {odd.path} has a weight or epochs; held-out rows are seen once")
     documents, found = tokenized(Rows(asked, tokenizer, vocab, held), o.data.cache, o.data.workers)
     if not len(documents):
         raise ValueError(f"--data.split {o.data.split} holds out none of so few rows; use a larger share")

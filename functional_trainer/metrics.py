@@ -171,7 +171,7 @@ def _wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
     import wandb
 
     name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-    run = {"project": project, "name": folder.resolve().name, "id": name, "resume": "allow", "dir": str(folder)}
+    run: dict[str, Any] = {"project": project, "name": folder.resolve().name, "id": name, "resume": "allow", "dir": str(folder)}
     return wandb.init(**run, config=dict(config or {}))
 
 

@@ -22,7 +22,7 @@ class Source:
 
     path: str
     """File, folder or glob; relative to the YAML file."""
-    shape: Shape = "auto"
+    type: Shape = "auto"
     columns: tuple[str, ...] = ()
     weight: float = 1.0
     """Times that an epoch sees it."""
@@ -53,9 +53,13 @@ class DataOptions:
     """Files, folders, globs of JSONL, JSON, CSV, Parquet, Arrow, text; YAML of them (none: the project's own tasks)."""
     weights: tuple[float, ...] = ()
     """Times that an epoch sees each of --data.train (none: once)."""
+    epochs: tuple[float, ...] = ()
+    """Times that the whole run sees each of --data.train at most (none: no limit)."""
+    limits: tuple[int, ...] = ()
+    """Rows to take from the beginning of each of --data.train (none, or 0: all)."""
     eval: tuple[str, ...] = ()
     """The same for the held-out loss; only with --data.train."""
-    shape: Shape = "auto"
+    type: Shape = "auto"
     """What rows look like (docs/data.md); auto recognises it by the columns of a file's first row."""
     columns: tuple[str, ...] = ()
     """Names of columns, OURS=THEIRS: prompt=question completion=answer."""
@@ -77,16 +81,25 @@ class DataOptions:
     """Most tokens of a greedy answer to a held-out question."""
 
     def __post_init__(self):
-        if self.weights and len(self.weights) != len(self.train):
-            raise ValueError(f"--data.weights are {len(self.weights)} for {len(self.train)} of --data.train")
-        if self.weights and not all(0 < weight < float("inf") for weight in self.weights):
-            raise ValueError(f"--data.weights {' '.join(map(str, self.weights))}: each must be above 0")
+        for name in ("weights", "epochs", "limits"):
+            if (given := getattr(self, name)) and len(given) != len(self.train):
+                raise ValueError(f"--data.{name} are {len(given)} for {len(self.train)} of --data.train")
+        self.sources()
         if self.workers < 0:
             raise ValueError(f"--data.workers is {self.workers}; it must be at least 0")
         if not 0 <= self.split < 1 or self.split and (self.eval or not self.train):
             raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")
         if self.eval and not self.train:
             raise ValueError("--data.eval is given without --data.train; give both (the shipped tasks have their own)")
+
+    def sources(self) -> list[Source]:
+        """List --data.train as sources."""
+        count = len(self.train)
+        columns = self.weights or (1.0,) * count, self.epochs or (float("inf"),) * count, self.limits or (0,) * count
+        return [
+            Source(path, self.type, self.columns, weight, epochs, limit)
+            for path, weight, epochs, limit in zip(self.train, *columns, strict=True)
+        ]
 
 
 OptimName = Literal["adamw", "muon", "lion", "sgd", "adafactor"]

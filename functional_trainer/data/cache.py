@@ -112,7 +112,7 @@ def key(rows: Rows, root: Path) -> str:
     """Return the name of the folder for these rows: a hash of all that they depend on."""
     known = _Known(root / "files.json")
     data = [
-        [source.shape, source.columns, source.limit]
+        [source.type, source.columns, source.limit]
         + [(sources.kind(file), known(file)) for file in sources.files(source.path)]
         for source in rows.of
     ]

@@ -13,7 +13,7 @@ from functional_trainer.data import sources
 from functional_trainer.data.chat import Message, Tokenizer
 from functional_trainer.data.shapes import COLUMNS, SHAPES, recognise
 from functional_trainer.data.sources import Paths
-from functional_trainer.options import DataOptions, Mix, Source
+from functional_trainer.options import Mix, Source
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,22 @@ def renames(columns: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def datasets(data: DataOptions, paths: tuple[str, ...], weights: tuple[float, ...] = ()) -> list[Source]:
-    """List what paths name, each a source of its own: a YAML file's `datasets`, or a path with the options' shape."""
+def datasets(given: list[Source]) -> list[Source]:
+    """Replace YAML files by the `datasets` that they list, their paths relative to it; what these leave open is as
+    given."""
     found: list[Source] = []
-    for path, weight in zip(paths, weights or (1.0,) * len(paths), strict=True):
-        if Path(path).suffix in (".yaml", ".yml"):
-            for source in config.load(Mix, path).datasets:
-                shape = data.shape if source.shape == "auto" else source.shape
-                given: dict[str, Any] = {"shape": shape, "columns": source.columns or data.columns}
-                given["weight"] = source.weight * weight
-                found.append(replace(source, path=str(Path(path).parent / source.path), **given))
-        else:
-            found.append(Source(path, data.shape, data.columns, weight))
+    for outer in given:
+        if Path(outer.path).suffix not in (".yaml", ".yml"):
+            found.append(outer)
+            continue
+        if outer.limit or outer.epochs < float("inf"):
+            raise ValueError(f"{outer.path}: give the limit and the epochs of its datasets in the file")
+        for source in config.load(Mix, outer.path).datasets:
+            path = Path(outer.path).parent / source.path
+            hub = not path.exists() and sources.HUB_NAME.fullmatch(source.path) and not sources.kind(path)
+            changes: dict[str, Any] = {"type": outer.type} if source.type == "auto" else {}
+            changes |= {"columns": source.columns or outer.columns, "weight": source.weight * outer.weight}
+            found.append(replace(source, path=source.path if hub else str(path), **changes))
     return found
 
 
@@ -102,7 +106,7 @@ class Within(NamedTuple):
 
 def rows_of(source: Source, keep: Within | None = None) -> Iterator[Record]:
     """Read the rows of a source that are kept (None: all); its limit counts the others too."""
-    rows = islice(records(source.path, source.shape, source.columns), source.limit or None)
+    rows = islice(records(source.path, source.type, source.columns), source.limit or None)
     return (row for row in rows if keep is None or keep(row))
 
 
@@ -132,7 +136,7 @@ def encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tup
 
 def _record(row: Mapping[str, Any], shape: str, where: str) -> Record:
     if not SHAPES[shape].has(row):
-        why = f"shape {shape}, by the first row or --data.shape"
+        why = f"shape {shape}, by the first row or --data.type"
         raise ValueError(f"expected an object with {SHAPES[shape].needs} ({why}); it has {str(list(row))[:200]}")
     given = SHAPES[shape].convert(row)
     if isinstance(given, str):

@@ -481,7 +481,7 @@ def test_data_of_other_kinds_and_shapes(place):
     assert 40 <= kept < 60 and "of 3 answers are exact" in printed and "eval_loss" in rows(place / "split")[-1]
     assert "--data.split 0.2: a share" in refused(place, "--data.split", 0.2, "--out", "never", status=2)
     mix = "datasets:\n- {path: quiz.csv, columns: [prompt=question, completion=answer], weight: 0.5, limit: 10}\n"
-    (place / "mix.yaml").write_text(mix + "- {path: train.jsonl, shape: messages}\n")
+    (place / "mix.yaml").write_text(mix + "- {path: train.jsonl, type: messages}\n")
     flags = ("--data.train", "mix.yaml", "notes.txt", "--data.weights", 2, 0.25, "--out", "mixed")
     printed = run(place, *BASE, "--steps", 0, "--epochs", 1, *flags)
     assert "mix.yaml" not in printed and "quiz.csv: 10 rows of shape prompt_completion\n" in printed

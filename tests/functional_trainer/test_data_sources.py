@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from functional_trainer.data import Tokenizer, Within, records, rows_of, sources
-from functional_trainer.options import Source
+from functional_trainer.data import Tokenizer, Within, datasets, records, rows_of, sources
+from functional_trainer.options import DataOptions, Source
 from tests.functional_trainer.reading import read
 
 TOKENIZER = Tokenizer(Path(__file__).parents[2] / "experiments" / "first_light" / "tokenizer")
@@ -306,3 +307,26 @@ def test_any_bytes_are_rows_or_one_error(tmp_path, suffix, content, start):
             assert record.text or record.messages
     except ValueError as error:
         assert str(error).startswith(str(file)) and len(str(error)) < 1000
+
+
+def test_sources_from_flags_and_from_a_file(tmp_path):
+    """What a YAML file leaves open is as the flags say; its paths are relative to it, but for names of the hub."""
+    (tmp_path / "mix.yaml").write_text(
+        "datasets:\n- {path: a.jsonl, type: alpaca, weight: 0.5, epochs: 2, limit: 7}\n"
+        "- {path: org/name, columns: [text=body]}\n"
+    )
+    flags = {"type": "messages", "columns": ("prompt=q",), "weights": (2.0, 3.0), "limits": (0, 5)}
+    data = DataOptions(train=(f"{tmp_path}/mix.yaml", "b.csv"), **flags)
+    assert datasets(data.sources()) == [
+        Source(f"{tmp_path}/a.jsonl", "alpaca", ("prompt=q",), 1.0, 2.0, 7),
+        Source("org/name", "messages", ("text=body",), 2.0), Source("b.csv", "messages", ("prompt=q",), 3.0, limit=5),
+    ]  # fmt: skip
+    assert DataOptions(train=("a", "b"), epochs=(1, 2.5)).sources()[1] == Source("b", epochs=2.5)
+    with pytest.raises(ValueError, match="mix.yaml: give the limit and the epochs of its datasets in the file"):
+        datasets([Source(f"{tmp_path}/mix.yaml", limit=3)])
+    for name in ("weights", "epochs", "limits"):
+        with pytest.raises(ValueError, match=f"--data.{name} are 2 for 1 of --data.train"):
+            DataOptions(train=("a",), **{name: (1, 1)})
+    for name, wrong in (("weights", 0.0), ("weights", math.nan), ("epochs", 0.0), ("limits", -1)):
+        with pytest.raises(ValueError, match=f"{name.rstrip('s')}s? is {wrong}; it must"):
+            DataOptions(train=("a",), **{name: (wrong,)})
