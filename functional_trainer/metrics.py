@@ -170,9 +170,10 @@ def _wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"--wandb {project}: wandb is not installed; pip install wandb")
     import wandb
 
-    name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-    run: dict[str, Any] = {"project": project, "name": folder.resolve().name, "id": name, "resume": "allow", "dir": str(folder)}
-    return wandb.init(**run, config=dict(config or {}))
+    home = folder.resolve()
+    run: dict[str, Any] = {"project": project, "name": home.name, "dir": str(home), "config": dict(config or {})}
+    run |= {"id": hashlib.blake2b(str(home).encode(), digest_size=8).hexdigest(), "resume": "allow"}
+    return wandb.init(**run)
 
 
 def read(path: str | Path) -> Iterator[dict[str, Any]]:
