@@ -1,8 +1,8 @@
 """Tokenized documents on disk: written once as rows stream by, then mapped, so that data may be larger than memory.
 
 A folder `<cache>/<key>` holds tokens.bin (int32), mask.bin (bool), offsets.bin (int64) and meta.json. The key is a hash
-of the files' content, how they are read, the tokenizer's files and this package's code. A folder is written as
-`<key>.tmp` under a lock and renamed when whole: a process that wants it meanwhile, on any rank, waits for the lock.
+of the files' content, how they are read, the tokenizer's files and the code that makes tokens of them. A folder is
+written as `<key>.tmp` under a lock and renamed when whole: a process that wants it meanwhile, on any rank, waits.
 """
 
 import errno
@@ -118,7 +118,7 @@ def key(rows: Rows, root: Path) -> str:
     ]
     chosen = rows.tokenizer.folder
     words = [f for name in FILES for f in sorted([chosen / name, *(chosen / name).glob("*")]) if f.is_file()]
-    code = sorted(Path(__file__).parent.glob("*.py"))
+    code = [Path(__file__).with_name(f"{name}.py") for name in ("chat", "records", "shapes", "sources")]
     made = [_digest(file) for file in words + code] + [version(name) for name in ("tokenizers", "jinja2")]
     known.save()
     text = json.dumps([data, made, rows.vocab_size, rows.keep])
