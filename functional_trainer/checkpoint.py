@@ -2,13 +2,14 @@
 
 A state is a flat `{path: tensor or DTensor}` and an `extra` dict (step, configuration, data iterator: the same on every
 rank), kept as `extra.json`. A checkpoint is written as `step-N.tmp`, synced, and renamed when whole; one that leaves is
-renamed before it is deleted. So a folder called `step-N` is whole at every instant, whatever is killed. Ranks share the
-file system; the mesh that loads may differ from the one that saved.
+renamed before it is deleted. So a folder called `step-N` is whole at every instant, whatever is killed; `best` too, the
+one with the lowest held-out loss. Ranks share the file system; the mesh that loads may differ from the one that saved.
 """
 
 import base64
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: the previous content of step-N while a new one takes its place
+NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: the previous content while a new one takes its place
 HINTS = {
     errno.ENOSPC: "free some space, keep fewer checkpoints (--keep) or move the run to a larger disk (--out)",
     errno.EDQUOT: "the disk quota is used up: keep fewer checkpoints (--keep) or move the run elsewhere (--out)",
@@ -49,21 +50,21 @@ def save(folder: str | Path, step: int, tensors: Mapping[str, Tensor], extra: di
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
-    text = _encode(extra)
     root = Path(folder) / "checkpoints"
-    final, partial = root / f"step-{step}", root / f"step-{step}.tmp"
-    try:
-        _on_main(lambda: _prepare(root, partial))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=_Writer(partial), no_dist=not dist.is_initialized())
-        _on_main(lambda: _publish(partial, final, text))
-    except BaseException as error:
-        if _is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise _explain(error, final, sum(t.numel() * t.element_size() for t in tensors.values())) from None
+    final = _write(root / f"step-{step}", tensors, extra)
     _on_main(lambda: _prune(root, step, keep))
     return final
+
+
+def save_best(folder: str | Path, tensors: Mapping[str, Tensor], extra: dict) -> Path:
+    """Write `<folder>/checkpoints/best` as `save` does, in the place of the last one; `extra` has its "eval_loss"."""
+    return _write(Path(folder) / "checkpoints" / "best", tensors, extra)
+
+
+def best_loss(folder: str | Path) -> float:
+    """Return the held-out loss of a run folder's best checkpoint, inf if there is none."""
+    path = _present(Path(folder) / "checkpoints" / "best")
+    return math.inf if path is None else json.loads((path / "extra.json").read_text())["eval_loss"]
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -73,10 +74,9 @@ def latest(folder: str | Path) -> Path | None:
 
 def find(path: str | Path, flag: str) -> Path:
     """Return the checkpoint that a folder is, or the newest of the run that it holds; ValueError names the flag."""
-    source = Path(path)
-    found = source if source.name.startswith("step-") else latest(source)
-    if found is None or not found.is_dir():
-        raise ValueError(f"{flag} {path}: no checkpoint there; wanted .../checkpoints/step-N or a run folder")
+    found = _present(Path(path)) or latest(path)
+    if found is None:
+        raise ValueError(f"{flag} {path}: no checkpoint there; wanted .../checkpoints/step-N, .../best or a run folder")
     return found
 
 
@@ -110,15 +110,36 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
     return tensors, _decode((path / "extra.json").read_text())
 
 
+def _present(path: Path) -> Path | None:
+    """Return the checkpoint at `path`, or the one that it was about to replace when it was killed."""
+    return next((p for p in (path, Path(f"{path}.old")) if (p / "extra.json").is_file()), None)
+
+
 def _all(root: Path) -> list[tuple[int, bool, Path]]:
     """List whole checkpoints as (step, current, path)."""
     found = [(NAME.fullmatch(p.name), p) for p in root.iterdir()] if root.is_dir() else []
     return [(int(m[1]), m[2] is None, p) for m, p in found if m]
 
 
+def _write(final: Path, tensors: Mapping[str, Tensor], extra: dict) -> Path:
+    text = _encode(extra)
+    partial = final.with_name(f"{final.name}.tmp")
+    try:
+        _on_main(lambda: _prepare(final.parent, partial))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.save(dict(tensors), storage_writer=_Writer(partial), no_dist=not dist.is_initialized())
+        _on_main(lambda: _publish(partial, final, text))
+    except BaseException as error:
+        if _is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _explain(error, final, sum(t.numel() * t.element_size() for t in tensors.values())) from None
+    return final
+
+
 def _prepare(root: Path, partial: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob("step-*.tmp"):
+    for stale in root.glob("*.tmp"):
         shutil.rmtree(stale)
     partial.mkdir()
 
@@ -129,12 +150,14 @@ def _publish(partial: Path, final: Path, extra: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     _sync(partial)
+    old = final.with_name(f"{final.name}.old")
     if final.exists():
-        old = final.with_name(f"{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     partial.rename(final)
     _sync(final.parent)
+    if old.exists():
+        _remove(old)
 
 
 def _prune(root: Path, step: int, keep: int | None) -> None:
@@ -142,8 +165,11 @@ def _prune(root: Path, step: int, keep: int | None) -> None:
     kept = [path for number, current, path in found if current and number <= step][:keep]
     for _, _, path in found:
         if path not in kept:
-            leaving = path.rename(path.with_name(f"{path.name}.tmp"))
-            shutil.rmtree(leaving)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path.rename(path.with_name(f"{path.name}.tmp")))
 
 
 def _sync(folder: Path) -> None:

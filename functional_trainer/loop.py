@@ -1,5 +1,6 @@
 """The loop around the step: batches, evaluation, metrics, checkpoints, resuming, stopping."""
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +20,8 @@ from functional_trainer.state import TrainState, kinds, trained, weight_norms
 from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE, Batch
 
-MAY_DIFFER = {"out", "resume", "keep", "save_every", "eval_every", "device", "max_skipped", "answers", "samples"}
-MAY_DIFFER |= {"mesh", "micro_batch", "compile", "remat", "profile", "wandb", "data.workers", "data.cache"}
+MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "eval_every", "device", "max_skipped", "answers"}
+MAY_DIFFER |= {"samples", "mesh", "micro_batch", "compile", "remat", "profile", "wandb", "data.workers", "data.cache"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 
@@ -117,6 +118,7 @@ def train(
     start, stopped = int(state.step), False
     if start > total_steps:
         raise ValueError(f"{resume} is at step {start}, the run would end at {total_steps}: raise --steps or --epochs")
+    best = _best_so_far(options, held_out)
 
     def due(done: int, every: int) -> bool:
         return done == total_steps or bool(every) and done % every == 0
@@ -138,9 +140,9 @@ def train(
             if evaluated and sample:
                 metrics.samples(done, sample(state.params))
             _check_finite(done, row["skipped"], options, metrics)
-            if stopped or due(done, options.save_every):
-                extra = {"loader": loader.state(), "step": done}
-                checkpoint.save(options.out, done, tree.flatten(state), extra, options.keep)
+            save = stopped or due(done, options.save_every)
+            best = _save(options, done, state, loader, row.get("eval_loss", math.nan), best, save)
+            if save:
                 metrics.draw(age=60)
             tick()
             if stopped:
@@ -184,6 +186,27 @@ def _evaluated(
         row["eval_loss"], by_source = eval_losses(model, loss, state.params, held_out, state.buffers, shard, device)
         row |= {"eval_losses": by_source} if len(by_source) > 1 else {}
     return row
+
+
+def _best_so_far(options: Any, held_out: Mapping[str, Loader] | None) -> float:
+    """Return the held-out loss that a checkpoint has to fall below to be kept as the best."""
+    if not options.keep_best:
+        return -math.inf
+    if not held_out:
+        raise ValueError("--keep-best needs held-out rows: give --data.eval or --data.split")
+    return checkpoint.best_loss(options.out)
+
+
+def _save(options: Any, done: int, state: TrainState, loader: Loader, value: float, best: float, due: bool) -> float:
+    """Save the state as the best, if its held-out loss `value` is below it, and then if it is due; return the best."""
+    if due or value < best:
+        flat, extra = tree.flatten(state), {"loader": loader.state(), "step": done}
+        if value < best:
+            best = value
+            checkpoint.save_best(options.out, flat, extra | {"eval_loss": best})
+        if due:
+            checkpoint.save(options.out, done, flat, extra, options.keep)
+    return best
 
 
 def _counts(model: Any, batch: Batch, stop: bool, shard, device) -> torch.Tensor:

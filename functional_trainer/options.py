@@ -216,6 +216,8 @@ class RunOptions:
     """Steps between checkpoints (0: only at the end)."""
     keep: int = 2
     """Checkpoints to keep."""
+    keep_best: bool = False
+    """Keep checkpoints/best besides: the lowest held-out loss so far, saved at evaluations that improve on it."""
     max_skipped: int = 5
     """Non-finite gradients in a row after which the run stops."""
     samples: int | None = None

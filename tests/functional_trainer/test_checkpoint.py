@@ -1,5 +1,6 @@
 """functional_trainer.checkpoint: bit-exact, atomic, reshardable, and clear when the disk says no."""
 
+import math
 import os
 import subprocess
 import sys
@@ -84,6 +85,23 @@ def test_a_crash_while_replacing_a_step_leaves_one_of_the_two(tmp_path):
     path.with_name("step-2.old").mkdir()
     checkpoint.save(tmp_path, 2, state(6), {})
     assert names(tmp_path) == ["step-2"] and int(checkpoint.load(path, state(0))[0]["step"]) == 6
+
+
+def test_the_best_is_replaced_whole_and_is_no_newest(tmp_path):
+    assert checkpoint.best_loss(tmp_path) == math.inf
+    path = checkpoint.save_best(tmp_path, state(2), {"eval_loss": 0.5})
+    assert path == tmp_path / "checkpoints" / "best" and checkpoint.latest(tmp_path) is None
+    checkpoint.save(tmp_path, 3, state(3), {}, keep=1)
+    path.rename(path.with_name("best.old"))  # the instant between the two renames
+    path.with_name("best.tmp").mkdir()
+    found = checkpoint.find(path, "--resume")
+    assert int(checkpoint.load(found, state(0))[0]["step"]) == 2 and checkpoint.best_loss(tmp_path) == 0.5
+    checkpoint.save_best(tmp_path, state(4), {"eval_loss": 0.25})
+    assert names(tmp_path) == ["best", "step-3"] and checkpoint.find(path, "--resume") == path
+    assert int(checkpoint.load(path, state(0))[0]["step"]) == 4 and checkpoint.best_loss(tmp_path) == 0.25
+    assert checkpoint.find(tmp_path, "--resume").name == "step-3"
+    with pytest.raises(ValueError, match=r"--resume \.: no checkpoint there"):
+        checkpoint.find(".", "--resume")
 
 
 def test_a_misfit_lists_everything_and_touches_nothing(tmp_path):
@@ -195,6 +213,7 @@ for trial in range(25):
         while True:
             reached += 1
             tensors = {f"layers/{i}": torch.full((997,), reached) for i in range(5)}
+            checkpoint.save_best(folder, tensors, {"step": reached, "eval_loss": -reached})
             checkpoint.save(folder, reached, tensors, {"step": reached}, keep=2)
             os.write(write, reached.to_bytes(4, "little"))
     os.close(write)
@@ -209,7 +228,9 @@ for trial in range(25):
         if not path.endswith(".tmp"):
             like = {f"layers/{i}": torch.zeros(997, dtype=torch.int64) for i in range(5)}
             tensors, extra = checkpoint.load(folder + "/checkpoints/" + path, like)
-            assert path == f"step-{extra['step']}" and all((t == extra["step"]).all() for t in tensors.values()), path
+            assert all((t == extra["step"]).all() for t in tensors.values()), path
+            assert path in (f"step-{extra['step']}", "best", "best.old"), path
+    assert checkpoint.best_loss(folder) in (-told, -told - 1)
     reached = int(checkpoint.latest(folder).name[5:])
     assert reached in (told, told + 1), (reached, told)
 checkpoint.save(folder, reached + 1, {"x": torch.zeros(1)}, {}, keep=2)
@@ -222,7 +243,7 @@ def test_kill_9_at_any_instant_leaves_whole_checkpoints_only(tmp_path):
     process = run(KILLED, tmp_path)
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 0, out
-    assert len(names(tmp_path)) == 2 and not any(n.endswith(".tmp") for n in names(tmp_path)), out
+    assert len(names(tmp_path)) == 3 and not any(n.endswith(".tmp") for n in names(tmp_path)), out
 
 
 RANK = """
@@ -237,7 +258,13 @@ layout = {"a": [Shard(0)], "b": [Shard(0)], "c": [Replicate()]}
 place = lambda tensors, rows: {p: distribute_tensor(t, mesh, rows[p]) for p, t in tensors.items()}
 path = checkpoint.save(folder, 1, {**place(full, layout), "plain": torch.ones(3)}, {"world": 2}, keep=1)
 path = checkpoint.save(folder, 2, {**place(full, layout), "plain": torch.ones(3)}, {"world": 2}, keep=1)
-assert os.listdir(folder + "/checkpoints") == ["step-2"]
+for loss in (2.5, 1.5):
+    assert checkpoint.best_loss(folder) == {2.5: float("inf"), 1.5: 2.5}[loss]
+    checkpoint.save_best(folder, {**place(full, layout), "plain": torch.full((3,), loss)}, {"eval_loss": loss})
+like = {**place({p: torch.zeros_like(t) for p, t in full.items()}, layout), "plain": torch.zeros(3)}
+best = checkpoint.load(checkpoint.find(folder + "/checkpoints/best", "--resume"), like)[0]
+assert torch.equal(best["plain"], torch.full((3,), 1.5)) and torch.equal(best["a"].full_tensor(), full["a"])
+assert sorted(os.listdir(folder + "/checkpoints")) == ["best", "step-2"]
 for source, rows in ((path, {"a": [Shard(1)], "b": [Replicate()], "c": [Replicate()]}),
                      (folder + "/single/checkpoints/step-7", layout)):
     like = {**place({p: torch.zeros_like(t) for p, t in full.items()}, rows), "plain": torch.zeros(3)}

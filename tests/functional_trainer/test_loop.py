@@ -3,14 +3,18 @@
 import json
 import os
 import signal
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from functional_trainer import checkpoint, losses, optimizers, param
+from functional_trainer import checkpoint, losses, optimizers, param, tree
 from functional_trainer.data import Loader
 from functional_trainer.data.packing import Documents
 from functional_trainer.loop import claim, eval_losses, stoppable, train
@@ -259,3 +263,60 @@ def test_padding_is_the_share_of_places_without_a_token(tmp_path):
     go(Options(out=str(tmp_path)), counting(), steps=3)
     for row, batch in zip(rows(tmp_path), loader(), strict=False):
         assert row["padding"] == pytest.approx(float((batch["segment_ids"] == 0).float().mean()))
+
+
+# The best checkpoint.
+
+
+def scaled(factors: list[float], fail: int = 0):
+    """Make a step that multiplies the first embedding by its own factor, and raises at step `fail`."""
+
+    def step(state, batch):
+        number = int(state.step) + 1
+        if number == fail:
+            raise InterruptedError
+        state.step.add_(1)
+        state.params["embed"].copy_(fresh().params["embed"] * factors[number - 1])
+        return state, {"loss": torch.tensor(1.0), "skipped": state.skipped.clone()}
+
+    return step
+
+
+FACTORS = st.lists(st.sampled_from([-2.0, 0.0, 0.25, 0.5, 1.0, float("nan")]), min_size=1, max_size=7)
+
+
+@settings(max_examples=15)
+@given(FACTORS, st.integers(1, 7), st.integers(0, 3), st.integers(1, 2))
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss_so_far(factors, fail, save_every, eval_every):
+    """Also of a run that fails somewhere and is resumed; nan never wins, and the first of equals stays."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        options = Options(out=folder, keep_best=True, save_every=save_every, eval_every=eval_every, keep=1)
+        for step in (scaled(factors, fail), scaled(factors)):
+            with suppress(InterruptedError):
+                go(options, step, steps=len(factors), held_out={"all": loader(9, epochs=1, shuffle=False)})
+            seen = [(r["eval_loss"], r["step"]) for r in rows(out) if r.get("eval_loss") is not None]
+            assert checkpoint.best_loss(out) == min(seen, default=(float("inf"),))[0]
+            if seen:
+                state = {path: torch.zeros_like(t) for path, t in tree.flatten(fresh()).items()}
+                tensors, extra = checkpoint.load(out / "checkpoints" / "best", state)
+                assert extra["step"] == int(tensors["step"]) == min(seen)[1]
+                assert torch.equal(tensors["params/embed"], fresh().params["embed"] * factors[extra["step"] - 1])
+        assert set(os.listdir(out / "checkpoints")) == {f"step-{len(factors)}"} | ({"best"} if seen else set())
+
+
+def test_a_worse_run_does_not_replace_the_best_and_it_can_be_resumed(tmp_path):
+    options = Options(out=str(tmp_path / "run"), keep_best=True, eval_every=1)
+    held_out = {"all": loader(9, epochs=1, shuffle=False)}
+    go(options, scaled([1.0, 0.25, 0.5]), steps=3, held_out=held_out)
+    best = tmp_path / "run" / "checkpoints" / "best"
+    back = replace(options, resume=str(best))
+    assert claim(back) == best
+    state, _ = go(back, scaled([1.0, 0.25, 1.0, 1.0]), steps=4, held_out=held_out)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4] and int(state.step) == 4
+    assert json.loads((best / "extra.json").read_text())["step"] == 2
+    other = replace(back, out=str(tmp_path / "other"))
+    go(other, scaled([1.0, 0.25, 0.5]), steps=3, held_out=held_out)
+    assert [row["step"] for row in rows(tmp_path / "other")] == [3]
+    with pytest.raises(ValueError, match="--keep-best needs held-out rows: give --data.eval or --data.split"):
+        go(replace(other, out=str(tmp_path / "none"), resume="auto"), scaled([1.0]), steps=1)
