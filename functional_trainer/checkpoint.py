@@ -80,6 +80,12 @@ def find(path: str | Path, flag: str) -> Path:
     return found
 
 
+def clean(folder: str | Path) -> None:
+    """Remove what a killed run left half written, or half deleted, in the checkpoints of a run folder."""
+    for stale in (Path(folder) / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(stale)
+
+
 def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple[dict[str, Tensor], dict]:
     """Read a checkpoint into the tensors of `like`, in place and bit for bit, and return (tensors, extra).
 
@@ -139,8 +145,7 @@ def _write(final: Path, tensors: Mapping[str, Tensor], extra: dict) -> Path:
 
 def _prepare(root: Path, partial: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob("*.tmp"):
-        shutil.rmtree(stale)
+    clean(root.parent)
     partial.mkdir()
 
 

@@ -46,6 +46,7 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             config.dump(options, folder / "config.yaml")
+            checkpoint.clean(folder)
         except OSError as error:
             raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
     return source

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,18 @@ def run(cwd: Path, *flags: Any, status: int = 0, **options: Any) -> str:
     return started.output
 
 
-def run_ranks(cwd: Path, world: int, *flags: Any) -> str:
-    """Run the recipe in `world` processes, as torchrun would; return what rank 0 printed."""
+def start_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = ()) -> list[Run]:
+    """Start the recipe in `world` processes, as torchrun would; `setups` are each one's `setup`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
-    ranks = [start(cwd, *flags, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+    each = zip_longest(range(world), setups)
+    return [start(cwd, *flags, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, setup=s) for r, s in each]
+
+
+def run_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = ()) -> str:
+    """Run the recipe in `world` processes to its end; return what rank 0 printed."""
+    ranks = start_ranks(cwd, world, *flags, setups=setups)
     codes = [rank.wait() for rank in ranks]
     assert not any(codes), "\n".join(rank.output for rank in ranks)
     return ranks[0].output
@@ -130,8 +138,15 @@ def state(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 def same_state(a: Path, b: Path) -> None:
     """Assert that the newest checkpoints of two runs are equal, bit for bit, the place in the data included."""
-    (ours, extra), (theirs, other) = state(a), state(b)
-    assert extra == other
+    newest = checkpoint.latest(a), checkpoint.latest(b)
+    assert newest[0] is not None and newest[1] is not None, f"no checkpoint in {a} or {b}"
+    same_checkpoint(newest[0], newest[1])
+
+
+def same_checkpoint(a: Path, b: Path) -> None:
+    """Assert that two checkpoints are equal, bit for bit."""
+    assert json.loads((a / "extra.json").read_text()) == json.loads((b / "extra.json").read_text())
+    ours, theirs = tensors(a), tensors(b)
     assert ours.keys() == theirs.keys()
     bits, others = ({k: v.reshape(-1).view(torch.uint8) for k, v in side.items()} for side in (ours, theirs))
     assert not [k for k in bits if not torch.equal(bits[k], others[k])]
