@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft test test-slow lint bench gpu-suite clean
+.PHONY: help sft test test-slow test-kills test-fuzz lint bench gpu-suite clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -19,6 +19,12 @@ test: lint  ## Lint, type-check and run the tests (ARGS are pytest's)
 
 test-slow: $(VENV)/.dev  ## Run the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-kills: $(VENV)/.dev  ## Kill runs at random instants and resume them (part of test-slow)
+	$(BIN)/python -m pytest -m slow -s --show-capture=no --log-level=ERROR tests/experiments/test_kills.py $(ARGS)
+
+test-fuzz: $(VENV)/.dev  ## Feed broken data, configs and checkpoints (part of test-slow)
+	$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

