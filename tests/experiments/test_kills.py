@@ -1,12 +1,13 @@
 """Killed with SIGKILL at any instant and resumed, a run ends as one that nothing disturbed: weights, moments, the place
 in the data, every row of metrics.jsonl, the best checkpoint and hf/, bit for bit.
 
-    make test-kills    53 kills of one process and 53 of two (fsdp2, gloo): 4.5 minutes on 2 cores; prints what each hit
+    make test-kills    55 kills of one process and 55 of two (fsdp2, gloo): MINUTES on 2 cores; prints what each hit
 
-The run accumulates over micro-batches and mixes two weighed sources. Half of the instants are uniform in the wall time
-of a whole run. The others are uniform in one phase of it, so that every phase is hit: there the run kills itself a
-random while after it has entered a function of that phase for the n-th time. The functions themselves are the real
-ones. A case's name is its seed: `pytest -m slow -k "uniform and 2-17"` repeats it, as nearly as time can be repeated.
+The run accumulates over micro-batches and mixes two weighed sources; in some cases it has loader processes too. Half of
+the instants are uniform in the wall time of a whole run. The others are uniform in one phase of it, so that every phase
+is hit: there the run kills itself a random while after it has entered a function of that phase for the n-th time. The
+functions themselves are the real ones. A case's name is its seed: `pytest -m slow -k "uniform and fsdp2-17"` repeats
+it, as nearly as time can be repeated.
 """
 
 import importlib
@@ -34,9 +35,14 @@ FLAGS: tuple[Any, ...] = (
     *("--data.train", "a.jsonl", "b.jsonl", "--data.weights", 2, 0.5, "--data.eval", "eval.jsonl"),
     *("--data.seq-len", 64, "--eval-every", 2, "--save-every", 1, "--keep", 2, "--keep-best"),
 )
-MESH: dict[int, tuple[Any, ...]] = {1: (), 2: ("--mesh.fsdp", 2)}
+LAYOUTS: dict[str, tuple[int, tuple[Any, ...]]] = {  # processes, and their flags
+    "one": (1, ()),
+    "fsdp2": (2, ("--mesh.fsdp", 2)),
+    "one-workers": (1, ("--data.workers", 2)),
+    "fsdp2-workers": (2, ("--mesh.fsdp", 2, "--data.workers", 2)),
+}
 PHASES = {
-    "tokenize": ("functional_trainer.data.chat:Tokenizer.encode_chat",),
+    "tokenize": ("functional_trainer.data.cache:_write",),
     "read": ("functional_trainer.data.loader:Loader.__next__",),
     "step": ("functional_trainer.step:gradient", "functional_trainer.step:apply_gradient"),
     "evaluate": ("functional_trainer.loop:evaluate",),
@@ -52,8 +58,13 @@ PHASES = {
     "replace": ("pathlib:Path.replace", "os:replace"),
     "delete": ("os:unlink", "os:rmdir"),
 }
-ANY_RANK = {"tokenize", "read", "step", "evaluate", "write"}
-"""Phases that every rank goes through; the others are the first's."""
+EVERY_RANK = {"read", "step", "evaluate", "write"}
+"""Phases that each rank goes through; the others are one rank's."""
+
+
+def command(out: Path, layout: str) -> tuple[Any, ...]:
+    """Return the flags of a run; its token cache is its own, so that it is written anew."""
+    return (*FLAGS, *LAYOUTS[layout][1], "--data.cache", f"{out.name}/cache", "--out", out.name)
 
 
 @dataclass(frozen=True)
@@ -134,26 +145,33 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wholes(place) -> dict[int, Whole]:
-    """Make a whole run for each number of processes; the first one only warms up the process that others fork from."""
-    found = {}
-    for world in (1, *MESH):
-        out = place / f"whole-{world}"
-        shutil.rmtree(out, ignore_errors=True)
-        begun = time.monotonic()
-        watches = [Watch(place / f"whole-{world}-{rank}.phases") for rank in range(world)]
-        run_ranks(place, world, *FLAGS, *MESH[world], "--out", out.name, setups=watches)
-        found[world] = Whole(out, time.monotonic() - begun, [spans(watch.file) for watch in watches])
-    return found
+def wholes(place) -> Callable[[str], Whole]:
+    """Give the whole run of a layout, made once."""
+    found: dict[str, Whole] = {}
+
+    def at(layout: str) -> Whole:
+        if not found:  # the process that others fork from is slow at first
+            run_ranks(place, 1, *command(place / "first", "one"))
+        if layout not in found:
+            out = place / f"whole-{layout}"
+            watches = [Watch(place / f"{out.name}-{rank}.phases") for rank in range(LAYOUTS[layout][0])]
+            begun = time.monotonic()
+            run_ranks(place, len(watches), *command(out, layout), setups=watches)
+            found[layout] = Whole(out, time.monotonic() - begun, [spans(watch.file) for watch in watches])
+        return found[layout]
+
+    return at
 
 
-def killed(place: Path, watches: list[Watch], out: Path, rng: random.Random, after: float | None) -> bool:
+def killed(
+    place: Path, layout: str, watches: list[Watch], out: Path, rng: random.Random, after: float | None
+) -> bool:  # fmt: skip
     """Start a run and kill it; return whether it was killed, not over before.
 
     The first victim is chosen by `after` seconds, or by the watches. Then torchrun's way: SIGTERM for the others, and
     SIGKILL some time later; or, one time in two, SIGKILL at once.
     """
-    ranks = start_ranks(place, len(watches), *FLAGS, *MESH[len(watches)], "--out", out.name, setups=watches)
+    ranks = start_ranks(place, len(watches), *command(out, layout), setups=watches)
     processes = [rank.process for rank in ranks]
     end = time.monotonic() + (60 if after is None else after)
     while time.monotonic() < end and all(process.exitcode is None for process in processes):
@@ -196,51 +214,59 @@ def same_run(out: Path, whole: Path) -> None:
     same_checkpoint(out / "checkpoints" / "best", whole / "checkpoints" / "best")
     for file in (whole / "hf").iterdir():
         assert (out / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
-    config = (out / "config.yaml").read_text().replace(f"out: {out.name}", f"out: {whole.name}")
+    config = (out / "config.yaml").read_text().replace(out.name, whole.name)
     assert config == (whole / "config.yaml").read_text()
 
 
-def resumed(place: Path, world: int, out: Path, whole: Path, what: str) -> None:
+def resumed(place: Path, layout: str, out: Path, whole: Path, what: str) -> None:
     """Resume a killed run and compare it with the whole one."""
     sound(out, whole)
-    printed = run_ranks(place, world, *FLAGS, *MESH[world], "--out", out.name)
+    printed = run_ranks(place, LAYOUTS[layout][0], *command(out, layout))
     went_on = next((line for line in printed.splitlines() if "resumed from" in line), "began anew")
     print(f"{what}; {went_on}")
     same_run(out, whole)
     shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("seed", range(25))
-@pytest.mark.parametrize("world", MESH)
-def test_uniform_in_the_run(place, wholes, world, seed):
-    whole, rng, out = wholes[world], random.Random(seed), place / f"uniform-{world}-{seed}"
-    watches = [Watch(place / f"{out.name}-{rank}.phases") for rank in range(world)]
+UNIFORM = {"one": 22, "fsdp2": 22, "one-workers": 5, "fsdp2-workers": 5}
+
+
+@pytest.mark.parametrize(("layout", "seed"), [(layout, seed) for layout, n in UNIFORM.items() for seed in range(n)])
+def test_uniform_in_the_run(place, wholes, layout, seed):
+    whole, rng, out = wholes(layout), random.Random(seed), place / f"uniform-{layout}-{seed}"
+    watches = [Watch(place / f"{out.name}-{rank}.phases") for rank in range(LAYOUTS[layout][0])]
     after = rng.uniform(0, whole.seconds)
-    while not killed(place, watches, out, rng, after):
+    while not killed(place, layout, watches, out, rng, after):
         shutil.rmtree(out)  # it was faster than the whole one
         after = rng.uniform(0, whole.seconds)
     where = [", ".join(sorted(hit(watch.file))) or "between phases" for watch in watches]
-    resumed(place, world, out, whole.out, f"seed {seed}, killed {after:.3f} s after the start: {' | '.join(where)}")
+    resumed(place, layout, out, whole.out, f"seed {seed}, killed {after:.3f} s after the start: {' | '.join(where)}")
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("world", MESH)
-def test_in_every_phase(place, wholes, world, phase, seed):
-    whole, out = wholes[world], place / f"in-{phase}-{world}-{seed}"
+@pytest.mark.parametrize("layout", ["one", "fsdp2"])
+def test_in_every_phase(place, wholes, layout, phase, seed):
+    whole, out, world = wholes(layout), place / f"in-{phase}-{layout}-{seed}", LAYOUTS[layout][0]
     rng = random.Random(f"{phase}-{seed}")
-    victim = rng.randrange(world) if phase in ANY_RANK else 0
-    lengths = [seconds for name, seconds in whole.calls[victim] if name == phase]
+    victims = [rng.randrange(world)] if phase in EVERY_RANK else list(range(world))
+    lengths = [seconds for rank in victims for name, seconds in whole.calls[rank] if name == phase]
     for shorter in range(12):
-        nth = rng.randint(1, len(lengths))
-        typical = sorted(lengths)[len(lengths) // 2]
+        nth, typical = rng.randint(1, len(lengths)), sorted(lengths)[len(lengths) // 2]
         delay = rng.uniform(0, typical) / 2**shorter if typical > 2e-3 else 0.0  # a thread needs time to start
-        watches = [Watch(place / f"{out.name}-{rank}.phases") for rank in range(world)]
-        watches[victim] = Watch(watches[victim].file, phase, nth, delay)
-        if killed(place, watches, out, rng, None) and phase in hit(watches[victim].file):
+        notes = [place / f"{out.name}-{rank}.phases" for rank in range(world)]
+        watches = [Watch(note, phase, nth, delay) if r in victims else Watch(note) for r, note in enumerate(notes)]
+        if killed(place, layout, watches, out, rng, None) and any(phase in hit(notes[rank]) for rank in victims):
             break
         shutil.rmtree(out)  # the call was over before its end
     else:
         pytest.fail(f"seed {seed}: 12 kills, none in {phase}")
-    what = f"seed {seed}, rank {victim} killed in call {nth} of {len(lengths)} of {phase}, {delay * 1e3:.2f} ms into it"
-    resumed(place, world, out, whole.out, what)
+    what = f"seed {seed}, killed in call {nth} of {len(lengths)} of {phase}, {delay * 1e3:.2f} ms into it"
+    resumed(place, layout, out, whole.out, what)
+
+
+def test_workers_change_nothing(wholes):
+    for layout in ("one", "fsdp2"):
+        plain, workers = wholes(layout).out, wholes(f"{layout}-workers").out
+        assert learned(workers) == learned(plain)
+        same_state(workers, plain)
