@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft test test-slow test-kills test-fuzz lint bench gpu-suite clean
+.PHONY: help sft test test-slow test-kills test-fuzz lint bench gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,9 @@ bench: $(VENV)/.dev  ## Time the CPU step against its floor and transformers
 
 gpu-suite: $(VENV)/.dev  ## Check and time every kernel and both models on a GPU (ARGS="--device cpu" at small sizes)
 	$(BIN)/python experiments/benchmarks/gpu_suite.py $(ARGS)
+
+docs: $(VENV)/.sft  ## Write what docs/ takes from the code: the tables of options and the picture of the schedules
+	$(BIN)/python experiments/docs.py
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -165,7 +165,7 @@ def _dataclass(cls: Any, data: Any, prefix: str, default: Any, problems: list[st
         elif name in data:
             kwargs[name] = _value(hints[name], data[name], f"{prefix}{name}", problems)
         elif start is dataclasses.MISSING:
-            problems.append(f"{prefix}{name}: missing, expected {_describe(hints[name])}")
+            problems.append(f"{prefix}{name}: missing, expected {describe(hints[name])}")
         else:
             kwargs[name] = start
     if len(problems) > before:
@@ -208,19 +208,20 @@ def _value(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
         return Path(value)
     elif hint is Any or type(value) is hint or (hint is type(None) and value is None):
         return value
-    problems.append(f"{key}: expected {_describe(hint)}, got {_show(value)}")
+    problems.append(f"{key}: expected {describe(hint)}, got {_show(value)}")
     return None
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """Say in a few words what values a type takes."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args)
+        return " or ".join(describe(a) for a in args)
     if origin is Literal:
         return " | ".join(map(str, args))
     if origin in (tuple, list):
         repeated = origin is list or args[-1:] == (...,)
-        return f"a list of {_describe(args[0])}" if repeated else f"[{', '.join(map(_describe, args))}]"
+        return f"a list of {describe(args[0])}" if repeated else f"[{', '.join(map(describe, args))}]"
     return "null" if hint is type(None) else "a path" if hint is Path else getattr(hint, "__name__", str(hint))
 
 

@@ -1,0 +1,117 @@
+"""Write what docs/ takes from the code: the tables of configuration.md, and schedules.png.
+
+python experiments/docs.py
+"""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
+
+from experiments.qwen3_moe_sft import Options
+from functional_trainer import config, optimizers
+from functional_trainer.loop import MAY_DIFFER
+from functional_trainer.options import OptimOptions, Source
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 1000
+"""Length of the run whose schedules are drawn."""
+BEGIN, END = "<!-- written by `make docs` from here -->\n\n", "\n<!-- to here -->\n"
+BAR = "\\|"  # a vertical bar inside a cell
+
+
+def helps(cls: type) -> dict[str, str]:
+    """Return the docstring below each field of a dataclass; a subclass's comes before its base's."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in itertools.pairwise(definition.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    return found
+
+
+def show(default: Any) -> str:
+    """Write a default as on the command line, nothing for none."""
+    if default is dataclasses.MISSING:
+        return "must be given"
+    words = default if isinstance(default, tuple) else () if default is None else (default,)
+    return " ".join(f"`{word}`" for word in words)
+
+
+def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield (dotted name, type, default, help) of the options of one section, those of its sections left out."""
+    hints, texts = get_type_hints(cls), helps(cls)
+    for field in dataclasses.fields(cls):
+        if not dataclasses.is_dataclass(hints[field.name]):
+            yield prefix + field.name, hints[field.name], field.default, texts.get(field.name, "")
+
+
+def sections() -> dict[str, type]:
+    """Return the dataclass of every section of the recipe's options, by the prefix of its names; "" is its own."""
+    hints = get_type_hints(Options)
+    return {"": Options} | {f"{k}.": v for k, v in hints.items() if dataclasses.is_dataclass(v)}
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """Lay out rows, the first of which is the head."""
+    head, *others = ["| " + " | ".join(cell.replace("|", BAR) for cell in row) + " |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *others]) + "\n"
+
+
+def flags(cls: type, prefix: str) -> str:
+    """Lay out the options of one section."""
+    rows = [("option", "value", "default", "meaning", "may differ")]
+    for name, hint, default, text in options(cls, prefix):
+        kind, free = config.describe(hint).removesuffix(" or null"), name.split(".")[0] in MAY_DIFFER
+        rows.append((f"`--{name.replace('_', '-')}`", kind, show(default), text, "yes" if free else ""))
+    return table(*rows)
+
+
+def tables() -> str:
+    """Return what is generated of configuration.md."""
+    parts = [f"## {f'`--{name}*`' if name else 'The run'}\n\n{flags(cls, name)}" for name, cls in sections().items()]
+    keys = [(f"`{name}`", config.describe(hint), show(default), text) for name, hint, default, text in options(Source)]
+    title = "## `datasets`, in a YAML file of `--data.train` or `--data.eval`"
+    return "\n".join([*parts, f"{title}\n\n{table(('key', 'value', 'default', 'meaning'), *keys)}"])
+
+
+def page(text: str) -> str:
+    """Return configuration.md with what stands between its marks written anew."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + tables() + END + rest.split(END)[1]
+
+
+def curves() -> dict[str, list[float]]:
+    """Return the learning rate of each step as a share of the peak, by schedule, at the default options."""
+    import torch
+
+    o, steps = OptimOptions(), torch.arange(STEPS)
+    shapes = get_args(get_type_hints(OptimOptions)["schedule"])
+    warmup = round(o.warmup * STEPS)
+    return {k: optimizers.schedule(k, 1.0, STEPS, warmup, o.floor, o.decay)(steps).tolist() for k in shapes}
+
+
+def main() -> None:
+    from matplotlib.figure import Figure
+
+    path = ROOT / "docs" / "configuration.md"
+    path.write_text(page(path.read_text("utf-8")), "utf-8")
+    figure = Figure(figsize=(7, 3), dpi=110, layout="constrained")
+    axis = figure.add_subplot(xlabel=f"step of {STEPS}", ylabel="learning rate / peak", ylim=(0, 1.05))
+    for (name, rates), style in zip(curves().items(), itertools.cycle(["-", "--", "-.", ":"])):
+        axis.plot(rates, style, label=name)
+    axis.legend()
+    figure.savefig(ROOT / "docs" / "schedules.png", metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""What README.md and docs/ tell a reader to type is typed here: commands, YAML and Python run, links and flags exist.
+
+Commands of the recipe really run, page after page in one folder that holds what they name, with options appended that
+only make them small. A command that no rule covers fails.
+"""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import models
+from experiments import compare, rules
+from experiments.first_light import tasks
+from experiments.qwen3_moe_sft import Options
+from functional_trainer import config
+from functional_trainer.options import Mix
+from sharding_rules import Rules
+from tests.experiments import sft_runs
+from tests.experiments.sft_runs import RECIPE, rows
+
+ROOT = Path(__file__).parents[1]
+FIRST = ["README.md", "docs/quickstart.md"]
+PAGES = [*FIRST, *sorted({f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - {*FIRST})]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+PYTHON, RUN = r"(\.venv/bin/)?python ", r"experiments/qwen3_moe_sft\.py"
+
+
+def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
+    """Return (language, text) of a page's fenced blocks, in order; all of them without `languages`."""
+    found = BLOCK.findall((ROOT / page).read_text("utf-8"))
+    return [block for block in found if block[0] in languages or not languages]
+
+
+def commands() -> list[str]:
+    """Return every distinct command of all pages, continuation lines joined and comments gone, in reading order."""
+    text = "\n".join(text for page in PAGES for _, text in blocks(page, "bash")).replace("\\\n", " ")
+    lines = [shlex.join(shlex.split(line, comments=True)) for line in text.splitlines()]
+    return list(dict.fromkeys(filter(None, lines)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """The folder that commands run in, with the models and the data that the pages name."""
+    place = tmp_path_factory.mktemp("docs")
+    for name in ("my_qwen3_folder", "Qwen3-30B-A3B"):
+        sft_runs.folder(place / name)
+    sft_runs.folder(place / "Qwen3-0.6B", "qwen3")
+    (place / "chats").mkdir()
+    for i, name in enumerate(("held_out.jsonl", "chats/one.jsonl", "chats.jsonl")):
+        sft_runs.chats(place / name, 40, seed=i)
+    with open(place / "chats.jsonl", "a") as file:
+        file.writelines(text for page in PAGES for _, text in blocks(page, "json"))
+    (place / "quiz.csv").write_text("question,answer\n" + "".join(f"Add {i} to 2.,{i + 2}\n" for i in range(30)))
+    (mix,) = (text for _, text in blocks("docs/data.md", "yaml"))
+    (place / "mix.yaml").write_text(mix)
+    return place
+
+
+# commands ------------------------------------------------------------------------------------------------------------
+
+
+def few_tasks() -> None:
+    """Let the shipped tasks be few."""
+    write = tasks.write
+    tasks.write = lambda folder, seed: write(folder, n_train=200, n_eval=20, seed=seed)
+
+
+def small(flags: list[str]) -> list[str]:
+    """Return the flags of a command and further ones that only make it small; what --config reads is small already."""
+    if "--config" in flags or "--help" in flags:
+        own = [] if "--steps" not in flags else ["--steps", str(int(flags[flags.index("--steps") + 1]) // 50)]
+        return flags + own
+    steps = int(flags[flags.index("--steps") + 1]) // 50 if "--steps" in flags else 2
+    few = ["--steps", str(steps), "--batch", "2", "--data.seq-len", "64", "--compile", "off"]
+    return [*flags, *few, *([] if "--data.train" in flags else ["--answers", "2"])]
+
+
+def ensure(place: Path, text: str) -> None:
+    """Make the runs that a command or a block names, if no command has made them."""
+    for name in re.findall(r"\bruns/\w+", text):
+        if not (place / name / "hf").exists():
+            data = ["--model.path", "Qwen3-0.6B", "--data.train", "chats.jsonl", "--steps", "200", "--answers", "2"]
+            sft_runs.run(place, *small([*data, "--out", name]))
+
+
+def recipe(words: list[str], place: Path) -> None:
+    flags = words[words.index("experiments/qwen3_moe_sft.py") + 1 :]
+    if "--help" in flags:
+        assert "--optim.lr" in sft_runs.run(place, *flags)
+        return
+    out = flags[flags.index("--out") + 1] if "--out" in flags else Options.out
+    given = [word for word in flags if word != out]
+    ensure(place, " ".join(given))
+    world = 2 if words[0] == "torchrun" else 1
+    if world == 1:
+        sft_runs.run(place, *small(flags), setup=few_tasks)
+    else:
+        sft_runs.run_ranks(place, world, *small(flags), *axes(flags))
+    steps = config.load(Options, place / out / "config.yaml").steps
+    assert rows(place / out)[-1]["step"] == steps and (place / out / "hf" / "config.json").exists()
+
+
+def axes(flags: list[str]) -> list[str]:
+    """Let two ranks stand for all that the command has."""
+    return ["--mesh.ep", "2", "--mesh.fsdp", "1"] if "--mesh.ep" in flags else ["--mesh.fsdp", "2"]
+
+
+def make(words: list[str], place: Path) -> None:
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+    if words[1] == "sft":
+        given = [word.removeprefix("ARGS=") for word in words[2:]]
+        recipe(["experiments/qwen3_moe_sft.py", *(flag for text in given for flag in shlex.split(text))], place)
+
+
+def compared(words: list[str], place: Path) -> None:
+    ensure(place, " ".join(words))
+    o = config.cli(compare.Options, doc="", argv=words[2:])
+    compare.main(o)
+    assert (place / o.picture).read_bytes().startswith(b"\x89PNG")
+
+
+def benchmark(words: list[str], place: Path) -> None:
+    """Its flags are accepted; tests/experiments/test_benchmarks.py runs it."""
+    module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+    config.cli(module.Options, doc="", argv=words[2:])
+
+
+def pip(words: list[str], place: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    known = {"-e", "--dry-run", "--ignore-installed", "--no-build-isolation"}
+    args = iter(words[2:])
+    for word in args:
+        if word in ("-c", "--extra-index-url"):
+            value = next(args)
+            assert word != "-c" or (ROOT / value).is_file(), value
+        elif extra := re.fullmatch(r"\.\[([\w,-]+)\]", word):
+            assert {*extra[1].split(",")} <= extras.keys(), word
+        else:
+            assert word == "." or word in known or re.fullmatch(r"[a-z][\w-]*", word), word
+
+
+def docker(words: list[str], place: Path) -> None:
+    """The image is one that a command builds, with arguments the Dockerfile has, and the recipe takes the flags."""
+    built = [shlex.split(command) for command in commands() if command.startswith("docker build ")]
+    tags = {command[command.index("-t") + 1] for command in built}
+    if words[1] == "build":
+        given = [words[i + 1].split("=")[0] for i, word in enumerate(words) if word == "--build-arg"]
+        assert {*given} <= {*re.findall(r"^ARG (\w+)=", (ROOT / "Dockerfile").read_text(), re.M)} and words[-1] == "."
+    else:
+        (at,) = (i for i, word in enumerate(words) if word in tags)
+        config.cli(Options, doc="", argv=words[at + 1 :])
+
+
+def activate(words: list[str], place: Path) -> None:
+    assert words[1:] == [f"{re.search(r'^VENV := (.*)$', (ROOT / 'Makefile').read_text(), re.M)[1]}/bin/activate"]
+
+
+def download(words: list[str], place: Path) -> None:
+    """There is no hub here: the program takes the flags, and the folder is one that later commands use."""
+    helped = subprocess.run([Path(sys.executable).parent / "hf", *words[1:2], "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and all(word in helped.stdout for word in words if word.startswith("--"))
+    assert (place / words[words.index("--local-dir") + 1] / "config.json").exists()
+
+
+def tensorboard(words: list[str], place: Path) -> None:
+    from tensorboard import default, program
+
+    board = program.TensorBoard(default.get_static_plugins())
+    board.configure(words)
+    ensure(place, "runs/mine")
+    assert list((place / board.flags.logdir).glob("*/tensorboard/events*"))
+
+
+RULES: dict[str, Callable[[list[str], Path], None]] = {
+    rf"{PYTHON}{RUN}( .*)?": recipe,
+    rf"torchrun --nproc-per-node \d+ {RUN} .*": recipe,
+    rf"{PYTHON}experiments/compare\.py .*": compared,
+    rf"{PYTHON}experiments/benchmarks/\w+\.py( .*)?": benchmark,
+    r"make [a-z-]+( .*)?": make,
+    r"pip install .*": pip,
+    r"docker (build|run) .*": docker,
+    r"source .*": activate,
+    r"hf download .*": download,
+    r"tensorboard .*": tensorboard,
+}
+
+
+@pytest.mark.parametrize("command", commands())
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_command_of_the_docs_works(command, place, monkeypatch):
+    monkeypatch.chdir(place)
+    bare = re.sub(r"^(time )?([A-Z_]+=\S+ )*", "", command)
+    (rule,) = [rule for pattern, rule in RULES.items() if re.fullmatch(pattern, bare)] or [None]
+    assert rule, f"no rule of this test covers: {command}"
+    rule(shlex.split(bare), place)
+
+
+@pytest.mark.slow
+def test_torchrun_itself_starts_the_first_such_command(place):
+    words = shlex.split(next(command for command in commands() if command.startswith("torchrun ")))
+    flags = [*small(words[4:]), *axes(words), "--out", "runs/torchrun"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", words[1], "2", RECIPE, *flags]
+    done = subprocess.run(torchrun, cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(place / "runs" / "torchrun")
+
+
+# code ----------------------------------------------------------------------------------------------------------------
+
+
+def module_of(text: str, path: str, monkeypatch) -> types.ModuleType:
+    """Run a block that begins with the path of a file as that module, in its package."""
+    name = path.removesuffix(".py").replace("/", ".")
+    package, _, last = name.rpartition(".")
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(text, path, "exec"), module.__dict__)
+    if package in sys.modules:
+        monkeypatch.setattr(sys.modules[package], last, module, raising=False)
+    return module
+
+
+def run_python(page: str, place: Path, monkeypatch) -> dict:
+    """Run a page's Python, plain blocks in one scope, those of files as modules; apply its diffs to the lists."""
+    monkeypatch.chdir(place)
+    scope: dict = {}
+    for language, text in blocks(page, "python", "diff"):
+        ensure(place, text)
+        path = re.match(r"# (\w+(?:/\w+)*\.py)\n", text)
+        if language == "diff":
+            apply(text, path[1], monkeypatch)
+        elif path is None:
+            exec(compile(text, page, "exec"), scope)
+        else:
+            module = module_of(text, path[1], monkeypatch)
+            for name in [name for name in vars(module) if name.startswith("test_")]:
+                getattr(module, name)()
+    return scope
+
+
+def apply(diff: str, path: str, monkeypatch) -> None:
+    """Take the new value of a dict that a diff changes; its old line is in the file."""
+    (old,), (new,) = (re.findall(rf"^[{sign}](.*)$", diff, re.M) for sign in "-+")
+    assert f"\n{old}\n" in (ROOT / path).read_text()
+    module = importlib.import_module(path.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."))
+    name, room = re.match(r"\w+", old)[0], "models" if path.startswith("models/") else "sharding_rules"
+    known = {m.rpartition(".")[2]: sys.modules[m] for m in list(sys.modules) if re.fullmatch(rf"{room}\.\w+", m)}
+    exec(new, (scope := known | {"Rules": Rules}))
+    assert getattr(module, name).items() < scope[name].items()
+    for key, value in scope[name].items():
+        monkeypatch.setitem(getattr(module, name), key, value)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "README.md"])
+def test_python_of_the_docs_runs(page, place, monkeypatch):
+    run_python(page, place, monkeypatch)
+
+
+def test_the_loss_of_the_readme_trains(place, monkeypatch):
+    scope = run_python("README.md", place, monkeypatch)
+    tokens = torch.randint(0, 384, (2, 17), generator=torch.Generator().manual_seed(0))
+    columns = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": torch.ones(2, 16, dtype=torch.long)}
+    batch = columns | {"positions": torch.arange(16).expand(2, -1), "weights": torch.ones(2, 16)}
+    losses = [float(scope["step"](scope["state"], batch)[1]["loss"]) for _ in range(15)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_new_family_trains_from_a_folder_and_is_placed(place, monkeypatch):
+    """What docs/extending.md promises of the family that it adds: rules for every path, training, saving."""
+    from tests.sharding_rules import golden
+
+    run_python("docs/extending.md", place, monkeypatch)
+    raw = sft_runs.SIZES | {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2}
+    paths = [*golden.parameters(raw), *golden.boundaries(raw)]
+    table = rules.RULES["exaone4"]
+    assert [table.spec(path) for path in paths] and not table.unused(paths)
+    source, target = place / "exaone", place / "exaone-again"
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
+    theirs.save_pretrained(source)
+    model, params = models.from_pretrained(source)
+    models.save_pretrained(model, params, target)
+    again = transformers.AutoModelForCausalLM.from_pretrained(target)
+    assert all(torch.equal(p, dict(theirs.named_parameters())[name]) for name, p in again.named_parameters())
+    with pytest.raises(ValueError, match="sliding_window must be null"):
+        models.from_config(raw | {"sliding_window": 7})
+
+
+def test_yaml_and_json_of_the_docs_are_read(tmp_path):
+    found = [(page, *block) for page in PAGES for block in blocks(page, "yaml", "json")]
+    assert len(found) >= 3
+    for page, language, text in found:
+        (tmp_path / "file.yaml").write_text(text)
+        if language == "json":
+            assert [json.loads(line)["messages"] for line in text.splitlines()], page
+        else:
+            config.load(Mix if text.startswith("datasets:") else Options, tmp_path / "file.yaml")
+
+
+# pages ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_no_block_that_nothing_runs(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert {language for language, _ in blocks(page)} <= {"bash", "python", "yaml", "json", "diff", "text"}
+    assert text.count("```") == 2 * len(blocks(page))
+    assert not re.search(r"^ {4,}\S", BLOCK.sub("", text), re.M), "an indented block escapes these tests: fence it"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_exists(page):
+    text = (ROOT / page).read_text("utf-8")
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+        if not link.startswith("http"):
+            target = ((ROOT / page).parent / link) if link else ROOT / page
+            assert target.exists(), link
+            titles = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}, anchor
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page):
+    """Files of the tree, make targets, and options: the recipe's, or of another program in a command of the page."""
+    text = (ROOT / page).read_text("utf-8")
+    for path in re.findall(
+        r"`((?:docs|experiments|functional_trainer|kernels|models|sharding_rules|tests)/[^` *]*)`", text
+    ):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target

@@ -1,0 +1,197 @@
+"""What docs/ says about options, metrics, schedules and the container is what the code does."""
+
+import copy
+import fnmatch
+import math
+import re
+import shlex
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from experiments import compare, docs
+from experiments.benchmarks import gpu_suite, sft_cpu
+from experiments.qwen3_moe_sft import Options
+from functional_trainer import config
+from functional_trainer.loop import claim
+from tests.experiments import sft_runs
+from tests.test_docs import PAGES, ROOT, pip
+
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+OTHERS = {"--config", "--help", "--build-arg"} | {
+    f"--{field.name.replace('_', '-')}" for module in (compare, sft_cpu, gpu_suite) for field in fields(module.Options)
+}
+"""Options that pages name and that are not the recipe's."""
+
+
+def known(prefix: str = "") -> set[str]:
+    """Return the flags of the recipe that begin with `--` and `prefix`."""
+    names = (name for start, cls in docs.sections().items() for name, *_ in docs.options(cls, start))
+    return {f"--{name.replace('_', '-')}" for name in names if name.startswith(prefix)}
+
+
+def cells(page: str) -> list[list[str]]:
+    """Return the rows of a page's tables, heads left out."""
+    lines = (ROOT / "docs" / page).read_text("utf-8").splitlines()
+    rows = [
+        line
+        for line, below in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("|") and not line.startswith("|---") and not below.startswith("|---")
+    ]
+    return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+# options -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_options_is_current():
+    assert docs.page(CONFIGURATION) == CONFIGURATION, "run `make docs`"
+
+
+def test_the_page_of_options_says_what_help_says(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        config.cli(Options, doc="", argv=["--help"])
+    helped = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
+    rows = [row for row in cells("configuration.md") if row[0].startswith("`--")]
+    assert {row[0].strip("`") for row in rows} == {*re.findall(r"(?<= )--[a-z.-]+(?= )", helped)} - {"--help"}
+    for flag, _, _, text, _ in rows:
+        assert text and text in helped, flag
+
+
+@pytest.mark.parametrize("prefix", docs.sections())
+def test_what_may_differ_when_a_run_is_resumed(prefix, tmp_path):
+    """Changed one at a time: `claim` takes over the run for those that the page says may differ, for no others."""
+    begun = Options(out=str(tmp_path))
+    (tmp_path / "metrics.jsonl").touch()
+    config.dump(begun, tmp_path / "config.yaml")
+    free = {row[0].strip("`") for row in cells("configuration.md") if row[-1] == "yes"}
+    for name, *_ in docs.options(docs.sections()[prefix], prefix):
+        if name in ("out", "resume"):  # these say which run it is
+            continue
+        changed = copy.deepcopy(begun)
+        section = getattr(changed, prefix.rstrip(".")) if prefix else changed
+        object.__setattr__(section, name.removeprefix(prefix), "another")
+        flag = f"--{name.replace('_', '-')}"
+        if flag in free:
+            assert claim(changed, main=False) is None
+        else:
+            with pytest.raises(ValueError, match=f"holds another run .*{re.escape(name)}"):
+                claim(changed, main=False)
+
+
+def test_options_named_beside_those_of_others_exist():
+    """Each of ours in the tables of docs/coming_from.md is taken by the command line, with its value if it has one."""
+    seen = set()
+    for theirs, ours, remark in cells("coming_from.md"):
+        spans = re.findall(r"`([^`]*)`", ours)
+        assert spans or ours in ("-", "always", "always on CPU"), (theirs, ours)
+        for span in [*spans, *re.findall(r"`(--[^`]*)`", remark)]:
+            if " " in span:
+                config.cli(Options, doc="", argv=shlex.split(span))
+            assert span.split()[0] in known(), (theirs, span)
+            seen.add(span.split()[0])
+    assert len(seen) > 25
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_named_in_prose_exist(page):
+    for span in re.findall(r"`(--[a-z][^`]*)`", (ROOT / page).read_text("utf-8")):
+        flag = span.split()[0]
+        assert known(flag[2:-1]) if flag.endswith("*") else flag in known() | OTHERS, span
+
+
+# schedules -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_drawn_schedules_are_those_of_the_defaults():
+    curves, n = docs.curves(), docs.STEPS
+    assert set(curves) == {"cosine", "linear", "wsd", "constant"} and n == 1000
+    for name, rates in curves.items():
+        assert len(rates) == n and rates[:100] == pytest.approx([(i + 1) / 100 for i in range(100)])
+        done = [max(0, (i - 100) / 900) for i in range(100, n)]
+        wanted = {
+            "cosine": [0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2 for x in done],
+            "linear": [1 - 0.9 * x for x in done],
+            "wsd": [1 - 0.9 * max(0, (i - 800) / 200) for i in range(100, n)],
+            "constant": [1.0] * 900,
+        }
+        assert rates[100:] == pytest.approx(wanted[name])
+    picture = (ROOT / "docs" / "schedules.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 60_000
+
+
+# metrics -------------------------------------------------------------------------------------------------------------
+
+SOON = {"eval_losses/SOURCE", "grad_norms/KIND", "weight_norms/KIND", "padding"}
+"""Keys with an entry that a run need not write yet."""
+
+
+def keys(row: dict) -> set[str]:
+    """Return the names of a row's values, those in dicts joined as in TensorBoard."""
+    parts = {k: v if isinstance(v, dict) and k != "nonfinite" else [""] for k, v in row.items()}
+    return {f"{k}/{i}".rstrip("/") for k, part in parts.items() for i in part}
+
+
+def test_the_glossary_has_every_key_of_a_run_and_no_other(tmp_path):
+    sft_runs.folder(tmp_path / "moe")
+    sft_runs.chats(tmp_path / "train.jsonl", 40)
+    data = ("--data.train", "train.jsonl", "--data.eval", "train.jsonl", "--data.seq-len", 64, "--batch", 2)
+    wild = ("--optim.lr", 1e30, "--optim.max-grad-norm", 0, "--max-skipped", 9)  # so that some values are not finite
+    sft_runs.run(tmp_path, "--model.path", "moe", *data, *wild, "--steps", 5, "--compile", "off", "--out", "run")
+    written = set().union(*map(keys, sft_runs.rows(tmp_path / "run")))
+    entries = {key for row in cells("metrics.md") for key in re.findall(r"^`([^`]+)`$", row[0])}
+    matches = {entry: fnmatch.filter(written, re.sub("[A-Z]+", "*", entry)) for entry in entries}
+    assert written == set().union(*matches.values())
+    assert {entry for entry, found in matches.items() if not found} <= SOON
+
+
+# the container -------------------------------------------------------------------------------------------------------
+
+INSTRUCTIONS = [
+    line.split(maxsplit=1)
+    for line in (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def test_the_container_copies_what_is_there_and_what_the_package_needs():
+    copied = {source for verb, rest in INSTRUCTIONS if verb == "COPY" for source in rest.split()[:-1]}
+    assert all((ROOT / source).exists() for source in copied)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert not [source for source in copied if any(fnmatch.fnmatch(source, pattern) for pattern in ignored)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    assert {
+        *wheel,
+        "experiments",
+        "constraints.txt",
+        "pyproject.toml",
+        project["project"]["readme"],
+        "LICENSE",
+    } == copied
+
+
+def test_the_container_has_a_python_that_fits_and_installs_the_pins():
+    arguments = dict(rest.split("=") for verb, rest in INSTRUCTIONS if verb == "ARG")
+    version = tuple(map(int, re.fullmatch(r"python:(\d+)\.(\d+)", arguments["BASE"]).groups()))
+    least = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert least == ">=3.11" and (3, 11) <= version <= (3, 12)
+    (command,) = (rest for verb, rest in INSTRUCTIONS if verb == "RUN" and "pip install" in rest)
+    assert command.startswith("--mount=type=cache,target=/root/.cache/pip ")
+    words = shlex.split(command[command.index("pip install") :])
+    pip(words, ROOT)
+    assert words[2:4] == ["-c", "constraints.txt"]
+
+
+def test_the_container_runs_the_recipe_and_not_as_root():
+    verbs = [verb for verb, _ in INSTRUCTIONS]
+    (entry,) = (rest for verb, rest in INSTRUCTIONS if verb == "ENTRYPOINT")
+    where = next(rest for verb, rest in INSTRUCTIONS if verb == "WORKDIR")
+    program, script = re.findall(r'"([^"]+)"', entry)
+    assert program == "python" and (ROOT / Path(script).relative_to(where)).is_file()
+    (user,) = (rest for verb, rest in INSTRUCTIONS if verb == "USER")
+    assert f"useradd --create-home --uid 1000 {user}" in [rest for verb, rest in INSTRUCTIONS if verb == "RUN"]
+    assert verbs.index("USER") > max(i for i, verb in enumerate(verbs) if verb in ("COPY", "RUN"))
