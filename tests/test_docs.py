@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,9 +26,9 @@ from experiments.first_light import tasks
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
 from functional_trainer.options import Mix
-from sharding_rules import Rules
 from tests.experiments import sft_runs
 from tests.experiments.sft_runs import RECIPE, rows
+from tests.sharding_rules import golden
 
 ROOT = Path(__file__).parents[1]
 FIRST = ["README.md", "docs/quickstart.md"]
@@ -77,12 +78,11 @@ def few_tasks() -> None:
 
 
 def small(flags: list[str]) -> list[str]:
-    """Return the flags of a command and further ones that only make it small; what --config reads is small already."""
-    if "--config" in flags or "--help" in flags:
-        own = [] if "--steps" not in flags else ["--steps", str(int(flags[flags.index("--steps") + 1]) // 50)]
-        return flags + own
-    steps = int(flags[flags.index("--steps") + 1]) // 50 if "--steps" in flags else 2
-    few = ["--steps", str(steps), "--batch", "2", "--data.seq-len", "64", "--compile", "off"]
+    """Return the flags of a command and further ones that only make it small; a --config is of such a run already."""
+    steps = ["--steps", str(int(flags[flags.index("--steps") + 1]) // 50)] if "--steps" in flags else []
+    if "--config" in flags:
+        return flags + steps
+    few = [*(steps or ["--steps", "2"]), "--batch", "2", "--data.seq-len", "64", "--compile", "off"]
     return [*flags, *few, *([] if "--data.train" in flags else ["--answers", "2"])]
 
 
@@ -162,6 +162,13 @@ def docker(words: list[str], place: Path) -> None:
         config.cli(Options, doc="", argv=words[at + 1 :])
 
 
+def copy(words: list[str], place: Path) -> None:
+    """What is copied is what the first run leaves behind."""
+    if not Path(words[1]).exists():
+        recipe(["experiments/qwen3_moe_sft.py"], place)
+    shutil.copy(*words[1:])
+
+
 def activate(words: list[str], place: Path) -> None:
     assert words[1:] == [f"{re.search(r'^VENV := (.*)$', (ROOT / 'Makefile').read_text(), re.M)[1]}/bin/activate"]
 
@@ -190,6 +197,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"make [a-z-]+( .*)?": make,
     r"pip install .*": pip,
     r"docker (build|run) .*": docker,
+    r"cp runs/\S+ \w+\.jsonl": copy,
     r"source .*": activate,
     r"hf download .*": download,
     r"tensorboard .*": tensorboard,
@@ -250,19 +258,20 @@ def run_python(page: str, place: Path, monkeypatch) -> dict:
 
 
 def apply(diff: str, path: str, monkeypatch) -> None:
-    """Take the new value of a dict that a diff changes; its old line is in the file."""
-    (old,), (new,) = (re.findall(rf"^[{sign}](.*)$", diff, re.M) for sign in "-+")
-    assert f"\n{old}\n" in (ROOT / path).read_text()
+    """Apply a diff to the text of a file, run that, and take over what its list then holds."""
+    text = (ROOT / path).read_text("utf-8")
+    removed, added = (re.findall(rf"^[{sign}](.*\n)", diff, re.M) for sign in "-+")
+    for old, new in zip(removed, added, strict=True):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    exec(compile(text, path, "exec"), (scope := {"__name__": path}))
     module = importlib.import_module(path.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."))
-    name, room = re.match(r"\w+", old)[0], "models" if path.startswith("models/") else "sharding_rules"
-    known = {m.rpartition(".")[2]: sys.modules[m] for m in list(sys.modules) if re.fullmatch(rf"{room}\.\w+", m)}
-    exec(new, (scope := known | {"Rules": Rules}))
-    assert getattr(module, name).items() < scope[name].items()
+    name = re.findall(r"^(\w+).* = \{", added[-1])[0]
     for key, value in scope[name].items():
         monkeypatch.setitem(getattr(module, name), key, value)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "README.md"])
+@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/metrics.md"])
 def test_python_of_the_docs_runs(page, place, monkeypatch):
     run_python(page, place, monkeypatch)
 
@@ -276,10 +285,12 @@ def test_the_loss_of_the_readme_trains(place, monkeypatch):
     assert losses[-1] < losses[0] / 2
 
 
-def test_the_new_family_trains_from_a_folder_and_is_placed(place, monkeypatch):
-    """What docs/extending.md promises of the family that it adds: rules for every path, training, saving."""
-    from tests.sharding_rules import golden
+def test_every_page_with_python_is_run():
+    assert {page for page in PAGES if blocks(page, "python")} == {*FIRST, "docs/metrics.md", "docs/extending.md"}
 
+
+def test_the_family_of_extending_has_a_rule_for_every_path_and_goes_back(place, monkeypatch):
+    """Its parity test and the loss beside it run with the page's blocks."""
     run_python("docs/extending.md", place, monkeypatch)
     raw = sft_runs.SIZES | {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2}
     paths = [*golden.parameters(raw), *golden.boundaries(raw)]
