@@ -71,7 +71,7 @@ def flags(cls: type, prefix: str) -> str:
     """Lay out the options of one section."""
     rows = [("option", "value", "default", "meaning", "may differ")]
     for name, hint, default, text in options(cls, prefix):
-        kind, free = config.describe(hint).removesuffix(" or null"), name.split(".")[0] in MAY_DIFFER
+        kind, free = config.describe(hint).removesuffix(" or null"), {name, name.split(".")[0]} & MAY_DIFFER
         rows.append((f"`--{name.replace('_', '-')}`", kind, show(default), text, "yes" if free else ""))
     return table(*rows)
 
