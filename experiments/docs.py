@@ -57,8 +57,11 @@ def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
 
 def sections() -> dict[str, type]:
     """Return the dataclass of every section of the recipe's options, by the prefix of its names; "" is its own."""
-    hints = get_type_hints(Options)
-    return {"": Options} | {f"{k}.": v for k, v in hints.items() if dataclasses.is_dataclass(v)}
+    found: dict[str, type] = {"": Options}
+    for name, hint in get_type_hints(Options).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found[f"{name}."] = hint
+    return found
 
 
 def table(*rows: tuple[str, ...]) -> str:
