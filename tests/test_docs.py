@@ -58,7 +58,7 @@ def place(tmp_path_factory) -> Path:
         sft_runs.folder(place / name)
     sft_runs.folder(place / "Qwen3-0.6B", "qwen3")
     (place / "chats").mkdir()
-    for i, name in enumerate(("held_out.jsonl", "chats/one.jsonl", "chats.jsonl")):
+    for i, name in enumerate(("held_out.jsonl", "chats/one.jsonl", "quiz.jsonl", "chats.jsonl")):
         sft_runs.chats(place / name, 40, seed=i)
     with open(place / "chats.jsonl", "a") as file:
         file.writelines(text for page in PAGES for _, text in blocks(page, "json"))

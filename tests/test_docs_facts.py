@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import compare, docs
-from experiments.benchmarks import gpu_suite, sft_cpu
+from experiments.benchmarks import gpu_suite, memory, sft_cpu
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
 from functional_trainer.loop import claim
@@ -22,7 +22,9 @@ from tests.test_docs import PAGES, ROOT, pip
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
 FLAGS = {f"--{name}".replace("_", "-") for at, cls in docs.sections().items() for name, *_ in docs.options(cls, at)}
 OTHERS = {"--config", "--help", "--build-arg"} | {
-    f"--{field.name}".replace("_", "-") for module in (compare, sft_cpu, gpu_suite) for field in fields(module.Options)
+    f"--{field.name}".replace("_", "-")
+    for module in (compare, sft_cpu, gpu_suite, memory)
+    for field in fields(module.Options)
 }
 """Options that pages name and that are not the recipe's."""
 
