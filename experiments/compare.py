@@ -32,7 +32,8 @@ def summary(run: str) -> dict[str, str]:
     """Say how a run ended; ValueError if the folder holds none."""
     from functional_trainer import metrics, page
 
-    if rows := list(metrics.read(Path(run) / "metrics.jsonl")):
+    rows, _ = metrics.history(run)
+    if rows:
         return page.summary(rows)
     raise ValueError(f"{run}: no run in this folder (no metrics.jsonl, or it is empty); give folders of runs")
 

@@ -1,7 +1,7 @@
 """From a recipe's data options to loaders: rows to tokens and loss mask, to packed rows."""
 
 from collections.abc import Callable
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ def load(
     """Return a loader of the training rows, one of each held-out source by its name, and held-out rows with a question.
 
     `o` has the fields of `RunOptions` and `data`. Without `data.train` the first-light tasks are written to the run
-    folder and read from there. Of the `questions` first held-out rows plain text is left out.
+    folder and read from there. `questions` is how many of the latter.
     """
     train, held_out = o.data.train, o.data.eval
     if not train:
@@ -53,11 +53,13 @@ def load(
         if counts.total():
             loaders[name] = Loader(documents.between(first, first + counts.total()), shuffle=False, epochs=1, **rows)
         first += counts.total()
-    first_rows = islice(chain.from_iterable(rows_of(part, held) for part in asked), questions)
-    return loader, loaders, [record for record in first_rows if record.messages]
+    chats = (part for part, counts in zip(asked, found, strict=True) if counts.keys() - {"text"})
+    records = (record for part in chats for record in rows_of(part, held) if record.messages)
+    return loader, loaders, list(islice(records, questions))
 
 
 def _names(parts: list) -> list[str]:
-    """Name sources by the stem of their paths, or by their paths where two stems are equal."""
-    stems = [Path(part.path).stem for part in parts]
-    return [part.path if stems.count(stem) > 1 else stem for part, stem in zip(parts, stems, strict=True)]
+    """Name sources by the stem of their paths, by their paths where stems are equal, and numbered where these are."""
+    names = [Path(part.path).stem for part in parts]
+    names = [part.path if names.count(name) > 1 else name for part, name in zip(parts, names, strict=True)]
+    return [f"{n} ({names[:i].count(n) + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]

@@ -46,8 +46,6 @@ def main(o: Options) -> None:
     run = recipe.start(o, answers)
     model, params = run.begin()
     questions = run.questions[:answers]
-    if answers and not questions:
-        raise ValueError(f"--answers {answers}: no held-out conversation to answer (--data.eval, --data.split)")
 
     # The objective, how it is optimized, and the step.
     coefficient = o.balance_coefficient

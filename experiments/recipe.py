@@ -95,4 +95,6 @@ def start(o: Any, answers: int) -> Run:
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
     read = data.load(o, tokenizer, model.config.vocab, rank, world, max(answers, samples), say)
+    if answers and not read[2]:
+        raise ValueError(f"--answers {answers}: no held-out conversation to answer (--data.eval, --data.split)")
     return Run(o, device, world, shard, resume, tokenizer, hf, model, *read, samples)

@@ -131,9 +131,9 @@ def train(
     with closing(loader), rows as metrics, stoppable() as asked, profiled(rows, options.profile, device) as tick:
         if resume is not None:
             metrics.print(f"resumed from {resume} at step {start} of {total_steps}; {total_steps - start} are left")
-        clock = time.perf_counter()
+        names, clock = list(kinds(trained(state))), time.perf_counter()
         for done in range(start + 1, total_steps + 1):
-            row, clock, stopped = _one(step, state, loader, model, asked, options, shard, device, clock)
+            row, clock, stopped = _one(step, state, loader, model, asked, options, shard, device, names, clock)
             evaluated = due(done, options.eval_every)
             if evaluated:
                 row |= _evaluated(model, loss, state, held_out, shard, device)
@@ -143,7 +143,7 @@ def train(
             _check_finite(done, row["skipped"], options, metrics)
             save = stopped or due(done, options.save_every)
             best = _save(options, done, state, loader, row.get("eval_loss", math.nan), best, save)
-            if save:
+            if save and not (stopped or done == total_steps):  # then the run is drawn as it closes
                 metrics.draw(age=60)
             tick()
             if stopped:
@@ -154,11 +154,11 @@ def train(
 
 def _one(
     step: Callable, state: TrainState, loader: Loader, model: Any, asked: Callable[[], bool], options: Any, shard,
-    device: torch.device, clock: float,
+    device: torch.device, names: list[str], clock: float,
 ) -> tuple[dict[str, Any], float, bool]:  # fmt: skip
     """Take one step; return its row of metrics, the time it ended, and whether some rank was asked to stop.
 
-    `clock` is when the step before ended: what lies between counts as "other".
+    `names` are the kinds of trained parameters; `clock` is when the step before ended: what lies between is "other".
     """
     begun, batch = time.perf_counter(), next(loader)
     placed = shard.put_batch({k: v.to(device, non_blocking=True) for k, v in batch.items()})
@@ -167,7 +167,7 @@ def _one(
     state, values = step(state, placed)
     row = {k: v.tolist() for k, v in values.items()}  # waits for the device
     if "grad_norms" in row:
-        row["grad_norms"] = dict(zip(kinds(trained(state)), row["grad_norms"], strict=True))
+        row["grad_norms"] = dict(zip(names, row["grad_norms"], strict=True))
     tokens, trained_tokens, cost, stop = sums.tolist()
     now = time.perf_counter()
     seconds, peak = now - clock, backend.peak_flops(device, getattr(torch, options.dtype), shard.world)

@@ -5,19 +5,20 @@ and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"los
 """
 
 import collections
-import hashlib
-import importlib.util
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+LATE = 1000  # steps whose load of experts is drawn at most
 RECENT = 50  # steps that the estimate of the remaining time looks back on
 
 
@@ -28,7 +29,7 @@ class Metrics:
     construction rows and events after `start_step` are dropped, a line torn by a kill too, so a resumed run leaves one
     row per step: log a step before saving its checkpoint, and check first that the folder holds this run. With
     `main=False` (other ranks) nothing is read or written. Without a terminal a plain line appears every `every` steps.
-    With `wandb`, a project's name, rows and `config` go to Weights & Biases as well; ValueError if it is not installed.
+    With `wandb`, a project's name, rows and `config` go to Weights & Biases as well.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Metrics:
         self.folder, self.total, self.last, self.main, self.every = Path(folder), total_steps, start_step, main, every
         self.clock: collections.deque[float] = collections.deque(maxlen=RECENT)
         self.eval_loss: float | None = None
-        self.drawn = time.monotonic()
+        self.drawn = time.monotonic(), 0.0
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
@@ -82,7 +83,7 @@ class Metrics:
             for name, value in _scalars(row, ""):
                 self.board.add_scalar(name, value, step)
             if self.wandb:
-                self.wandb.log(dict(_scalars(row, "")), step=step)
+                self.wandb.log({"step": step, **dict(_scalars(row, ""))})
         except OSError as error:
             reason = f"cannot write the metrics of step {step} to {self.folder}: {error.strerror}"
             raise OSError(error.errno, f"{reason}; make room there and resume") from None
@@ -105,20 +106,25 @@ class Metrics:
         self.print("  ".join(f"{k}: {v if len(v) < 60 else v[:57] + '...'}" for k, v in first.items()))
 
     def draw(self, age: float = 0.0) -> None:
-        """Draw the pictures and the page `index.html`, unless they were within `age` seconds; a failure is reported."""
+        """Draw the pictures and the page `index.html`; a failure is reported.
+
+        Not if that was within `age` seconds, or within 100 times as long as it took: a long run's takes longer.
+        """
         from functional_trainer import page, plots
 
-        if not self.main or time.monotonic() - self.drawn < age:
+        begun, (last, took) = time.monotonic(), self.drawn
+        if not self.main or age and begun - last < max(age, 100 * took):
             return
-        self.drawn = time.monotonic()
         try:
-            plots.loss(self.folder)
-            plots.norms(self.folder)
-            if dead := plots.load(self.folder):
+            rows, loads = history(self.folder)
+            plots.loss(self.folder, rows)
+            plots.norms(self.folder, rows)
+            if dead := plots.load(self.folder, loads):
                 self.print(f"experts that got next to no tokens lately: {dead}; see {self.folder}/experts.png")
-            page.write(self.folder, dead)
+            page.write(self.folder, rows, dead)
         except (OSError, ValueError) as error:
             self.print(f"the pictures and the page of {self.folder} are not drawn: {error}")
+        self.drawn = time.monotonic(), time.monotonic() - begun
 
     def close(self) -> None:
         """Close the files and draw the run."""
@@ -165,21 +171,41 @@ class Metrics:
 
 
 def _wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
-    """Start or continue the run of this folder."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"--wandb {project}: wandb is not installed; pip install wandb")
+    """Start or continue the run of this folder, whose id is kept there.
+
+    Steps are a value among others: wandb's own count would drop the rows that a resumed run repeats.
+    """
     import wandb
 
-    home = folder.resolve()
-    run: dict[str, Any] = {"project": project, "name": home.name, "dir": str(home), "config": dict(config or {})}
-    run |= {"id": hashlib.blake2b(str(home).encode(), digest_size=8).hexdigest(), "resume": "allow"}
-    return wandb.init(**run)
+    home, name = folder.resolve(), folder / "wandb-id"
+    if not name.exists():
+        name.write_text(secrets.token_hex(8))
+    run = wandb.init(
+        project=project, name=home.name, id=name.read_text(), resume="allow", dir=str(home), config=dict(config or {})
+    )
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def read(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a `metrics.jsonl`, without a last line torn by a kill; none if there is no file."""
     for line in _lines(Path(path)):
         yield json.loads(line)
+
+
+def history(folder: str | Path) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Return a run's rows without their long parts, and the load of experts (layers, E) in its last tenth.
+
+    At most LATE steps of the latter, so that a long run fits in memory.
+    """
+    loads: collections.deque[np.ndarray] = collections.deque(maxlen=LATE)
+    rows, count = [], 0
+    for row in read(Path(folder) / "metrics.jsonl"):
+        if row.get("load"):
+            loads.append(np.array(row["load"], np.float32))
+            count += 1
+        rows.append({key: value for key, value in row.items() if key not in ("load", "weight_norms")})
+    return rows, list(loads)[-math.ceil(count / 10) :] if count else []
 
 
 def truncate(path: str | Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """Options that recipes share, as frozen dataclasses: a field's docstring is its help text. Imports no torch."""
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,7 +22,7 @@ class Source:
     """One of the `datasets` of a YAML file."""
 
     path: str
-    """File, folder or glob; relative to the YAML file."""
+    """File, folder or glob, relative to the YAML file; or a dataset of the hub, owner/name."""
     type: Shape = "auto"
     columns: tuple[str, ...] = ()
     weight: float = 1.0
@@ -50,7 +51,7 @@ class Mix:
 @dataclass(frozen=True)
 class DataOptions:
     train: tuple[str, ...] = ()
-    """Files, folders, globs of JSONL, JSON, CSV, Parquet, Arrow, text; YAML of them (none: the project's own tasks)."""
+    """Files, folders, globs, datasets of the hub, YAML files of them (none: the project's own tasks); docs/data.md."""
     weights: tuple[float, ...] = ()
     """Times that an epoch sees each of --data.train (none: once)."""
     epochs: tuple[float, ...] = ()
@@ -74,7 +75,7 @@ class DataOptions:
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What happens to documents longer than a row; the log counts them."""
     workers: int = 0
-    """Processes that tokenize and fill batches ahead (0: a thread)."""
+    """Processes, of each rank, that tokenize and fill batches ahead (0: a thread)."""
     cache: str | None = None
     """Folder that keeps tokenized data, so that it is tokenized once (default: in the user's cache folder)."""
     answer_tokens: int = 32
@@ -89,6 +90,8 @@ class DataOptions:
             raise ValueError(f"--data.workers is {self.workers}; it must be at least 0")
         if not 0 <= self.split < 1 or self.split and (self.eval or not self.train):
             raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")
+        if (self.type != "auto" or self.columns) and not self.train:
+            raise ValueError("--data.type and --data.columns say how to read --data.train, which is not given")
         if self.eval and not self.train:
             raise ValueError("--data.eval is given without --data.train; give both (the shipped tasks have their own)")
 
@@ -238,6 +241,8 @@ class RunOptions:
     """Seed of the initial weights and of the order of the data."""
 
     def __post_init__(self):
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"--wandb {self.wandb}: wandb is not installed; pip install wandb")
         least = {"steps": 0, "epochs": 1, "batch": 1, "micro_batch": 0, "eval_every": 0, "save_every": 0, "keep": 1}
         least |= {"profile": 0}
         for name, bound in {**least, "max_skipped": 1, "seed": 0, "samples": 0}.items():

@@ -23,10 +23,9 @@ img { width: 100% }
 PICTURES = ("loss.png", "experts.png", "norms.png", "reward.png")
 
 
-def write(folder: str | Path, dead: str = "") -> Path:
-    """Write `<folder>/index.html` from what the folder holds; `dead` names experts without tokens."""
+def write(folder: str | Path, rows: list[dict[str, Any]], dead: str = "") -> Path:
+    """Write `<folder>/index.html` from the rows of its metrics and what it holds; `dead` names idle experts."""
     folder = Path(folder)
-    rows = list(read(folder / "metrics.jsonl"))
     title = escape(folder.resolve().name)
     parts = [f"<h1>{title}</h1>", _table(summary(rows).items())]
     if dead:

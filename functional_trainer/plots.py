@@ -1,20 +1,18 @@
-"""Pictures of a run, from its `metrics.jsonl`: loss.png, experts.png, norms.png, and several runs in one."""
+"""Pictures of a run: loss.png, experts.png, norms.png, and several runs in one, from the rows of `metrics.jsonl`."""
 
-import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from functional_trainer.metrics import read
+import numpy as np
 
-KEYS = ("step", "loss", "eval_loss", "lr")
+from functional_trainer.metrics import history
 
 
-def loss(folder: str | Path) -> Path:
-    """Draw `<folder>/loss.png` from its `metrics.jsonl`: train loss, raw and smoothed, eval loss, learning rate."""
+def loss(folder: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Draw `<folder>/loss.png`: train loss, raw and smoothed, eval loss, learning rate."""
     figure, axis = _figure()
-    rows = [{key: row.get(key) for key in KEYS} for row in read(Path(folder) / "metrics.jsonl")]
     _draw(axis, rows, "tab:blue", "tab:orange", "")
     lines = list(axis.lines)
     if rates := _column(rows, "lr"):
@@ -26,26 +24,17 @@ def loss(folder: str | Path) -> Path:
     axis.set_title(Path(folder).resolve().name)
     if lines:
         axis.legend(handles=lines, loc="upper right")
-    path = Path(folder) / "loss.png"
-    figure.savefig(path)
-    return path
+    figure.savefig(Path(folder) / "loss.png")
 
 
-def load(folder: str | Path, dead: float = 0.01) -> str:
-    """Draw `<folder>/experts.png`: each expert's share of tokens in the last tenth of the run, 1 being even.
+def load(folder: str | Path, loads: Sequence[Any], dead: float = 0.01) -> str:
+    """Draw `<folder>/experts.png`: each expert's share of the tokens of the steps that `loads` are of, 1 being even.
 
     Returns which experts had less than `dead`, by layer; empty if none had, or if there are no experts.
     """
-    import numpy as np
-
-    def loads() -> Iterator[list]:
-        return (row["load"] for row in read(Path(folder) / "metrics.jsonl") if row.get("load"))
-
-    count = sum(1 for _ in loads())
-    if not count:
+    if not loads:
         return ""
-    tail = islice(loads(), count - math.ceil(count / 10), None)
-    late = np.sum([np.array(load, dtype=float) for load in tail], axis=0)  # (layers, experts)
+    late = np.sum(loads, axis=0, dtype=float)  # (layers, experts)
     share = late * late.shape[1] / np.maximum(late.sum(1, keepdims=True), 1)
     figure, axis = _figure()
     axis.grid(False)
@@ -61,18 +50,18 @@ def load(folder: str | Path, dead: float = 0.01) -> str:
     return "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in rows if experts)
 
 
-def norms(folder: str | Path) -> None:
-    """Draw `<folder>/norms.png`: the norm of the gradient and of each kind of parameter's; nothing without rows."""
-    rows = [row for row in read(Path(folder) / "metrics.jsonl") if row.get("grad_norms")]
+def norms(folder: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Draw `<folder>/norms.png`: the norm of the gradient and of each kind of parameter's; nothing without them."""
+    rows = [row | row["grad_norms"] | {"all": row["grad_norm"]} for row in rows if row.get("grad_norms")]
     if not rows:
         return
     figure, axis = _figure()
-    steps = [row["step"] for row in rows]
-    for i, kind in enumerate(rows[-1]["grad_norms"]):
-        line = [row["grad_norms"].get(kind) or math.nan for row in rows]
-        style = ("-", "--", ":")[i // 10 % 3]
-        axis.plot(steps, _smooth(tuple(line)), linewidth=1, color=f"C{i % 10}", linestyle=style, label=kind)
-    axis.plot(steps, _smooth(tuple(row["grad_norm"] or math.nan for row in rows)), "k", linewidth=1.8, label="all")
+    for i, kind in enumerate([*rows[-1]["grad_norms"], "all"]):
+        style: dict[str, Any] = {"linewidth": 1, "color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+        style |= {"linewidth": 1.8, "color": "k", "linestyle": "-"} if kind == "all" else {}
+        if line := _column(rows, kind):  # without the steps where it is not finite
+            steps, values = zip(*line, strict=True)
+            axis.plot(steps, _smooth(values), label=kind, **style)
     axis.set(yscale="log", ylabel="norm of the gradient, smoothed", title=Path(folder).resolve().name)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="x-small")
     figure.savefig(Path(folder) / "norms.png")
@@ -82,7 +71,7 @@ def runs(folders: Sequence[str | Path], path: str | Path) -> None:
     """Draw the train loss, raw and smoothed, and the eval loss of several runs into one picture."""
     figure, axis = _figure()
     for i, folder in enumerate(folders):
-        rows = [{key: row.get(key) for key in KEYS} for row in read(Path(folder) / "metrics.jsonl")]
+        rows, _ = history(folder)
         _draw(axis, rows, f"C{i % 10}", f"C{i % 10}", f"{Path(folder).resolve().name}: ")
     if axis.lines:
         axis.legend(loc="upper right")
@@ -110,7 +99,7 @@ def _draw(axis: Any, rows: list[dict[str, Any]], color: str, eval_color: str, na
 
 
 def _column(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[key]) for row in rows if row[key] is not None]
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

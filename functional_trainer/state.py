@@ -106,13 +106,13 @@ def apply_gradient(
 
     `squares` and `update` are `sums_of_squares` and `update_block`, called for a block of leaves at a time.
     """
-    blocks: dict[str, list[tuple]] = {}
-    for (path, p), g in zip(trained(state).items(), grads, strict=True):
+    params, blocks = trained(state), dict[str, list[tuple]]()
+    for (path, p), g in zip(params.items(), grads, strict=True):
         blocks.setdefault(block(path), []).append((path, p, g))
     square: dict[str, torch.Tensor] = {}
     for leaves in blocks.values():
         square |= {path: x for (path, *_), x in zip(leaves, squares([g for *_, g in leaves]), strict=True)}
-    grad_norms = norms(square, trained(state), shard)
+    grad_norms = norms(square, params, shard)
     norm = torch.linalg.vector_norm(grad_norms)
     finite = torch.isfinite(norm)
     scale = clip / norm.clamp_min(clip) if clip else torch.ones_like(norm)
@@ -131,7 +131,7 @@ def apply_gradient(
     state.step.add_(1)
     state.updates.add_(finite.to(torch.int64))
     sizes = dict.fromkeys(scalars, 0)
-    for path, p in trained(state).items():
+    for path, p in params.items():
         sizes[groups[path]] += p.numel()
     lr = [scalars[group]["lr"] for group, size in sizes.items() if size == max(sizes.values())][0]
     counted = {"lr": lr, "skipped": state.skipped.clone(), "grad_norm": norm, "grad_norms": grad_norms}

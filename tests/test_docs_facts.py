@@ -92,7 +92,8 @@ def test_options_named_beside_those_of_others_exist():
         assert spans or ours in ("-", "always", "always on CPU"), (theirs, ours)
         for span in [*spans, *re.findall(r"`(--[^`]*)`", remark)]:
             if " " in span:
-                config.cli(Options, doc="", argv=shlex.split(span))
+                data = [] if span.startswith("--data.train") else ["--data.train", "chats.jsonl"]
+                config.cli(Options, doc="", argv=[*shlex.split(span), *data])
             assert span.split()[0] in FLAGS, (theirs, span)
             seen.add(span.split()[0])
     assert len(seen) > 25

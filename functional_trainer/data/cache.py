@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count, islice
@@ -73,22 +74,34 @@ def tokenized(rows: Rows, folder: str | Path | None = None, workers: int = 0) ->
     ValueError names file and place of the first bad row, OSError why the cache cannot be written.
     """
     root = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "functional_trainer").expanduser()
-    try:
+    with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
+        files_lock = FileLock(root / "files.lock")
+        files_lock.acquire()
+    try:
         home = root / key(rows, root)
-        with FileLock(f"{home}.lock"):
-            if not (home / "meta.json").exists():
+    finally:
+        files_lock.release()
+    with FileLock(f"{home}.lock"):
+        if not (home / "meta.json").exists():
+            with _writing(root):
                 shutil.rmtree(partial := home.with_suffix(".tmp"), ignore_errors=True)
                 partial.mkdir()
-                _write(rows, partial, workers)
-                partial.rename(home)
-    except OSError as error:
-        if error.filename and not Path(error.filename).is_relative_to(root):
-            raise  # of the data
-        reason = f"cannot write the token cache {root}: {error.strerror or error}; make room or choose another folder"
-        raise OSError(error.errno or errno.EIO, f"{reason} (--data.cache)") from None
+            _write(rows, partial, workers)
+            partial.rename(home)
     meta = json.loads((home / "meta.json").read_text())
     return load(home), [Counter(shapes) for shapes in meta["sources"]]
+
+
+@contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """Say of an OSError what could not be written, and what would help."""
+    try:
+        yield
+    except OSError as error:
+        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        reason = f"cannot write the token cache {root}: {error.strerror or error}"
+        raise OSError(error.errno or errno.EIO, f"{reason}; {room}choose another folder (--data.cache)") from None
 
 
 def load(folder: Path) -> Documents:
@@ -144,7 +157,7 @@ class _Known:
 
     def save(self) -> None:
         if self.new.keys() - self.old.keys():
-            partial = self.path.with_suffix(f".{hashlib.blake2b(repr(self.new).encode(), digest_size=4).hexdigest()}")
+            partial = self.path.with_suffix(".tmp")  # whoever calls holds the lock
             partial.write_text(json.dumps(self.old | self.new))
             partial.replace(self.path)
 
@@ -168,15 +181,17 @@ def _write(rows: Rows, folder: Path, workers: int) -> None:
             line = bar.add_task("tokenizing")
             files["offsets"].write(np.zeros(1, np.int64).data)
             for source, columns, seen in runs:
-                for name, column in columns.items():
-                    files[name].write((column[1:] + offset if name == "offsets" else column).data)
+                with _writing(folder.parent):
+                    for name, column in columns.items():
+                        files[name].write((column[1:] + offset if name == "offsets" else column).data)
                 offset += len(columns["tokens"])
                 shapes[source].update(seen)
                 bar.update(line, description=f"tokenized {sum(map(Counter.total, shapes)):,} rows, {offset:,} tokens")
     finally:
         runs.close()
-        for file in files.values():
-            file.close()
+        with _writing(folder.parent):
+            for file in files.values():
+                file.close()
     sizes = {name: (folder / f"{name}.bin").stat().st_size for name in COLUMNS}
     meta = {"bytes": sizes, "sources": shapes, "content": _map(folder, sizes).content}
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -54,9 +54,9 @@ def shuffled(slot: int, count: int, *seed: int) -> int:
     return index_shuffle(slot, max_index=count - 1, seed=_hash(seed), rounds=4)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)  # two for each of many sources
 def _permutation(count: int, seed: int) -> np.ndarray:
-    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.uint16)
 
 
 @lru_cache(maxsize=1024)
@@ -71,7 +71,7 @@ def mixed(shares: Sequence[Share], seed: int, shuffle: bool) -> Order:
     of each, at least one, until its passes are used up, and brings them in an order of its own.
     """
     take = [max(1, round(share.weight * share.size)) for share in shares]
-    most = [share.passes * share.size for share in shares]
+    most = [max(1, round(s.passes * s.size)) if s.passes < math.inf else math.inf for s in shares]
     firsts = [0, *accumulate(share.size for share in shares)]
 
     @lru_cache(maxsize=4)  # held pieces are of the epoch before

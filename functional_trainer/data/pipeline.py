@@ -67,11 +67,12 @@ def ahead(make: Make, workers: int, elements: int = 2) -> grain.DatasetIterator:
 
 
 def _end_with_the_parent(worker: int, workers: int) -> None:
-    """Let Ctrl-C, which reaches every process of a terminal, be the parent's; do not outlive it if it is killed."""
+    """Leave Ctrl-C and SIGTERM, which may reach every process of a job, to the parent; do not outlive it."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()  # type: ignore[union-attr]
         os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()

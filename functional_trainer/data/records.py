@@ -63,10 +63,12 @@ def datasets(given: list[Source]) -> list[Source]:
             raise ValueError(f"{outer.path}: give the limit and the epochs of its datasets in the file")
         for source in config.load(Mix, outer.path).datasets:
             path = Path(outer.path).parent / source.path
-            hub = not path.exists() and sources.HUB_NAME.fullmatch(source.path) and not sources.kind(path)
+            hub = sources.HUB_NAME.fullmatch(source.path) and sources.kind(path) not in sources.READERS
+            where = f"{sources.HUB}{source.path}" if hub and not path.exists() else str(path)
+            where = source.path if source.path.startswith(sources.HUB) else where
             changes: dict[str, Any] = {"type": outer.type} if source.type == "auto" else {}
             changes |= {"columns": source.columns or outer.columns, "weight": source.weight * outer.weight}
-            found.append(replace(source, path=source.path if hub else str(path), **changes))
+            found.append(replace(source, path=where, **changes))
     return found
 
 
@@ -121,6 +123,8 @@ def encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tup
         else:
             ids = tokenizer.encode(record.text) + tokenizer.document_end
             mask = [True] * len(ids)
+        if not any(mask[1:]) and record.text is not None:
+            raise ValueError("a text of one token trains nothing: give it more, or leave it out")
         if not any(mask[1:]):
             raise ValueError("no token of it is trained: the chat template marks no assistant text in it")
         if vocab_size is not None and max(ids) >= vocab_size:

@@ -25,11 +25,13 @@ Paths = str | Path | Iterable[str | Path]
 Row = tuple[str, Any]
 """Where it stands (file:line, or file[index]) and what it is."""
 
-NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # what `datasets` writes
+NOT_DATA = re.compile(r"(dataset_infos?|state|dataset_dict)\.json|cache-.*\.arrow")  # what `datasets` writes
+SPLIT = re.compile(r"(?<![^\W_])(train|test|validation|valid|val|dev|eval)(?![^\W\d_])", re.I)  # a word of its path
 TEXT = (".txt", ".md")  # in a folder of other data: a README, a licence
 BLOCK = 1 << 20  # characters of text, or of a JSON list, that are read at a time
 LONGEST = 1 << 28  # characters of a row of a JSON list
 SPACE = re.compile(r"[ \t\r\n]*")
+HUB = "hf://datasets/"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -39,27 +41,42 @@ def kind(file: Path) -> str:
 
 
 def files(paths: Paths) -> list[Path]:
-    """List the data files that files, folders and globs name; ValueError where there is none, or of no known kind."""
+    """List the data files that files, folders, globs and names of the hub stand for.
+
+    ValueError where there is none, one of no known kind, or a folder with a split for training and one held out.
+    """
     found: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        path = Path(path)
-        if path.is_file():
-            here = [path]
+        name, path = str(path), Path(path)
+        named_hub = name.startswith(HUB)
+        if named_hub or HUB_NAME.fullmatch(name) and kind(path) not in READERS and not path.exists():
+            owner, dataset, *inside = name.removeprefix(HUB).split("/")
+            home = Path(_hub(f"{owner}/{dataset}"))
+            here = _inside(home, name) if not inside else sorted(home.glob("/".join(inside)))
         elif path.is_dir():
-            here = sorted(f for f in path.rglob("*") if kind(f) in READERS and f.name not in NOT_DATA and f.is_file())
-            here = [file for file in here if kind(file) not in TEXT] or here
+            here = _inside(path, name)
         else:
-            here = sorted(f for f in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if f.is_file())
-        if not here and path.is_dir():
-            raise ValueError(f"{path}: no data file in this folder; expected {', '.join(READERS)}")
-        if not here and HUB_NAME.fullmatch(str(path)) and kind(path) not in READERS:
-            here = files(_hub(str(path)))
+            here = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        here = [file for file in here if file.is_file()]
         if not here:
-            raise ValueError(f"{path}: no such file; give a file, a folder, a glob or the name of a dataset of the hub")
+            if named_hub or path.is_dir():
+                raise ValueError(f"{name}: no data file in it; expected {', '.join(READERS)}")
+            raise ValueError(f"{name}: no such file; give a file, folder, glob or a dataset of the hub (owner/name)")
         if odd := next((file for file in here if kind(file) not in READERS), None):
             raise ValueError(f"{odd}: unknown kind {odd.suffix!r}; expected one of {', '.join(READERS)}")
         found += here
     return found
+
+
+def _inside(folder: Path, name: str) -> list[Path]:
+    """List the data files of a folder that was asked for as `name`."""
+    here = sorted(f for f in folder.rglob("*") if kind(f) in READERS and not NOT_DATA.fullmatch(f.name))
+    here = [file for file in here if kind(file) not in TEXT] or here
+    splits = {split[1] for file in here for split in SPLIT.finditer(str(file.relative_to(folder)))}
+    if "train" in splits and len(splits) > 1:
+        one = f"{name if name.startswith(HUB) or folder == Path(name) else HUB + name}/**/*train*"
+        raise ValueError(f"{name}: there are several splits in it ({', '.join(sorted(splits))}); give one, as {one}")
+    return here
 
 
 def _hub(name: str) -> str:

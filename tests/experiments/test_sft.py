@@ -580,3 +580,17 @@ def test_without_packing_every_width_trains(place):
     run(place, *BASE, "--data.packing", "none", "--data.seq-len", 256, "--out", "unpacked")
     padding = [row["padding"] for row in rows(place / "unpacked")]
     assert max(padding) < 0.8 and len(set(row["tokens"] for row in rows(place / "unpacked"))) > 1
+
+
+def test_one_file_held_out_in_two_ways_counts_twice(place):
+    """Each has a loss of its own, and the questions come from the one that asks."""
+    both = "datasets:\n- {path: both.jsonl, type: text}\n- {path: both.jsonl, type: prompt_completion}\n"
+    rows_of = [{"text": f"Add {i} to 2.", "prompt": f"Add {i} to 2.", "completion": str(i + 2)} for i in range(40)]
+    (place / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    (place / "both.yaml").write_text(both)
+    flags = ("--model.path", "moe", *SHORT[:-6], "--steps", 3, "--data.train", "both.yaml", "--data.split", 0.3)
+    printed = run(place, *flags, "--answers", 3, "--out", "both")
+    names = rows(place / "both")[-1]["eval_losses"].keys()
+    assert [name.endswith(f"both.jsonl ({i})") for i, name in enumerate(names, 1)] == [True, True]
+    assert "of 3 answers are exact" in printed
+    assert "--data.type and --data.columns say how" in run(place, "--data.type", "text", "--out", "no", status=2)

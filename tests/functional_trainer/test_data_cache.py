@@ -113,6 +113,24 @@ def test_whoever_comes_second_waits_and_reads(tmp_path):
     assert documents.folder == folder
 
 
+def begin_together(rows: Rows, cache: Path, barrier) -> None:
+    barrier.wait()
+    tokenized(rows, cache)
+
+
+def test_ranks_that_begin_together_share_one_cache(tmp_path):
+    rows = Rows([Source(str(write(tmp_path / f"{i}.jsonl", 20))) for i in range(4)], TOKENIZER)
+    for trial in range(4):
+        barrier = FORK.Barrier(8)
+        cache = tmp_path / f"cache-{trial}"
+        ranks = [FORK.Process(target=begin_together, args=(rows, cache, barrier)) for _ in range(8)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        assert [rank.exitcode for rank in ranks] == [0] * 8 and len(folders(cache)) == 1
+
+
 def test_what_is_wrong_is_said(tmp_path):
     rows = Rows([Source(str(write(tmp_path / "a.jsonl", 5)))], TOKENIZER)
     tokenized(rows, tmp_path / "cache")

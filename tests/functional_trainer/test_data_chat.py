@@ -413,7 +413,7 @@ def test_reads_files_folders_and_globs(folders, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read(tmp_path / "d.jsonl", ours)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no data file in this folder"):
+    with pytest.raises(ValueError, match="no data file in it"):
         read(tmp_path / "empty", ours)
 
 

@@ -3,6 +3,8 @@
 import json
 import math
 import multiprocessing
+import os
+import signal
 import time
 from collections import Counter
 from functools import partial
@@ -327,7 +329,8 @@ def test_sources_are_seen_as_often_as_they_weigh(shares, epochs, shuffle, seed):
         for i, share in enumerate(shares):
             own = [p - first[i] for p in here if first[i] <= p < first[i + 1]]
             take = max(1, round(share.weight * share.size))
-            assert len(own) == max(0, min(take, share.passes * share.size // 1 - epoch * take))
+            most = share.passes if math.isinf(share.passes) else max(1, round(share.passes * share.size))
+            assert len(own) == max(0, min(take, most - epoch * take))
             drawn[i] += own
     assert order.end == (order.begin(50) if all(share.passes < 9 for share in shares) else math.inf)
     for share, own in zip(shares, drawn, strict=True):
@@ -361,6 +364,18 @@ def test_workers_do_not_outlive_a_killed_process():
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
         time.sleep(0.05)
     assert len(workers) == 2 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_stop_of_the_whole_job_leaves_the_loader_working():
+    """SIGTERM to every process of the job: the parent finishes its step and saves, and may still take a batch."""
+    loader = Loader(documents_of([3] * 50), rows=1, seq_len=2, workers=2)
+    next(loader)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert sum(1 for _ in islice(loader, 20)) == 20
+    loader.close()
 
 
 def test_workers_change_nothing():

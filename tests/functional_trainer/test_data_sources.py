@@ -241,10 +241,10 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="none.jsonl: no such file; give a file, a folder, a glob or the name"):
+    with pytest.raises(ValueError, match="none.jsonl: no such file; give a file, folder, glob or a dataset"):
         sources.files("none.jsonl")
     (tmp_path / "dataset_info.json").write_text("{}")  # what `datasets` writes beside its .arrow files
-    with pytest.raises(ValueError, match="no data file in this folder; expected .jsonl"):
+    with pytest.raises(ValueError, match="no data file in it; expected .jsonl"):
         sources.files(tmp_path)
     (tmp_path / "notes.txt").write_text("alone")
     assert [f.name for f in sources.files(tmp_path)] == ["notes.txt"]
@@ -264,6 +264,36 @@ def test_a_dataset_of_the_hub_comes_from_its_cache_or_is_an_error_that_says_how(
     (home / "snapshots" / "abc" / "main").mkdir(parents=True)
     WRITERS["i.parquet"](home / "snapshots" / "abc" / "main" / "train.parquet", ALPACA)
     assert [f.name for f in sources.files("openai/gsm8k")] == ["train.parquet"]
+    WRITERS["i.parquet"](home / "snapshots" / "abc" / "main" / "test-00000.parquet", ALPACA)
+    with pytest.raises(
+        ValueError, match=r"several splits in it \(test, train\); give one, as hf://.*gsm8k/\*\*/\*train"
+    ):
+        sources.files("openai/gsm8k")
+    assert [f.name for f in sources.files("hf://datasets/openai/gsm8k/**/*train*")] == ["train.parquet"]
+    assert [f.name for f in sources.files("hf://datasets/openai/gsm8k/main/test*")] == ["test-00000.parquet"]
+    with pytest.raises(ValueError, match="gsm8k/socratic/.: no data file in it"):
+        sources.files("hf://datasets/openai/gsm8k/socratic/*")
+
+
+@pytest.mark.parametrize(
+    ("names", "several"),
+    [
+        (("train.jsonl", "test.jsonl"), True), (("train/a.jsonl", "validation/a.jsonl"), True),
+        (("data/train-00000-of-1.jsonl", "data/dev-0.jsonl"), True), (("training.jsonl", "testing.jsonl"), False),
+        (("train.jsonl", "train2.jsonl"), False), (("latest.jsonl", "train.jsonl"), False),
+        (("test.jsonl", "other.jsonl"), False), (("my_train.jsonl", "my_eval.jsonl"), True),
+    ],
+)  # fmt: skip
+def test_a_folder_with_several_splits_is_refused(tmp_path, names, several):
+    """Or a held-out file would be trained on; what `datasets` keeps of its own beside the data is none."""
+    for name in (*names, "cache-0123.arrow", "dataset_info.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    if several:
+        with pytest.raises(ValueError, match=r"several splits in it \(.*train.*\); give one, as .*/\*\*/\*train"):
+            sources.files(tmp_path)
+    else:
+        assert len(sources.files(tmp_path)) == 2
 
 
 VALUES = st.one_of(st.integers(), st.text(max_size=9), st.dictionaries(st.text(max_size=3), st.none()))
@@ -319,7 +349,8 @@ def test_sources_from_flags_and_from_a_file(tmp_path):
     data = DataOptions(train=(f"{tmp_path}/mix.yaml", "b.csv"), **flags)
     assert datasets(data.sources()) == [
         Source(f"{tmp_path}/a.jsonl", "alpaca", ("prompt=q",), 1.0, 2.0, 7),
-        Source("org/name", "messages", ("text=body",), 2.0), Source("b.csv", "messages", ("prompt=q",), 3.0, limit=5),
+        Source("hf://datasets/org/name", "messages", ("text=body",), 2.0),
+        Source("b.csv", "messages", ("prompt=q",), 3.0, limit=5),
     ]  # fmt: skip
     assert DataOptions(train=("a", "b"), epochs=(1, 2.5)).sources()[1] == Source("b", epochs=2.5)
     with pytest.raises(ValueError, match="mix.yaml: give the limit and the epochs of its datasets in the file"):

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from functional_trainer import metrics, page, plots
 from functional_trainer.metrics import Metrics
+from functional_trainer.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,6 +93,7 @@ def test_other_ranks_write_nothing(tmp_path):
 LOOP = """
 import sys
 from functional_trainer.metrics import Metrics
+from functional_trainer.options import RunOptions
 with Metrics(sys.argv[1], total_steps=10**6, every=10**6) as m:
     for step in range(1, 10**6):
         m.log(step, {"loss": 1 / step, "load": [[0.1] * 64] * 8})
@@ -128,7 +130,7 @@ def test_plain_lines_without_a_terminal(tmp_path):
 
 
 def test_the_time_left_leaves_out_the_first_step(tmp_path, monkeypatch):
-    console, now = quiet(), iter([0.0, 100.0, 102.0, 103.0, 104.0, 105.0])
+    console, now = quiet(), iter([0.0, 100.0, 102.0, 103.0, 104.0, 105.0, 106.0])
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
     with Metrics(tmp_path, total_steps=5003, every=1, console=console) as m:
         for step in (1, 2, 3):
@@ -267,25 +269,53 @@ def test_weights_and_biases_gets_the_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "run"
     log(folder, 1, 3, wandb="project", config={"lr": 0.5})
+    log(folder, 3, 4, wandb="project")  # a resumed run repeats a step
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.rglob("run-*.wandb")
-    log_, at, rows, configs = file.read_bytes(), 7, [], []  # LevelDB's log format behind a header; one block here
-    assert len(log_) < 32768
-    while at < len(log_):
-        _, length, kind = struct.unpack("<IHB", log_[at : at + 7])
-        assert kind == 1
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(log_[at + 7 : at + 7 + length])
-        at += 7 + length
-        rows += [{i.nested_key[0] if i.nested_key else i.key: json.loads(i.value_json) for i in record.history.item}]
-        updates = record.run.config.update
-        configs += [json.loads(u.value_json) for u in updates if u.key == "lr" or u.nested_key == ["lr"]]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses == pytest.approx([1, 1 / 2, 1 / 3]) and configs == [0.5]
+    rows, configs, ids = [], [], set()
+    for file in sorted(folder.rglob("run-*.wandb"), key=lambda file: file.stat().st_mtime_ns):
+        data, at = file.read_bytes(), 7  # LevelDB's log format behind a header; one block here
+        assert len(data) < 32768
+        while at < len(data):
+            _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+            assert kind == 1
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data[at + 7 : at + 7 + length])
+            at += 7 + length
+            items = record.history.item
+            rows += [{i.nested_key[0] if i.nested_key else i.key: json.loads(i.value_json) for i in items}]
+            updates = record.run.config.update
+            configs += [json.loads(u.value_json) for u in updates if u.key == "lr" or u.nested_key == ["lr"]]
+            ids |= {record.run.run_id} - {""}
+    seen = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert seen == [(step, pytest.approx(1 / step)) for step in (1, 2, 3, 3, 4)] and configs == [0.5]
+    assert ids == {(folder / "wandb-id").read_text()}
 
 
-def test_weights_and_biases_absent_is_said(tmp_path, monkeypatch):
+def test_weights_and_biases_absent_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--wandb project: wandb is not installed; pip install wandb"):
-        Metrics(tmp_path, total_steps=1, console=quiet(), wandb="project")
+        RunOptions(wandb="project")
+
+
+def test_norms_leave_out_only_the_steps_that_are_not_finite(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    norms = [None if step == 60 else 2.0 for step in range(1, 121)]
+    rows = [{"step": i, "grad_norm": x, "grad_norms": {"a": x, "b": 0.0}} for i, x in enumerate(norms, 1)]
+    plots.norms(tmp_path, rows)
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    assert lines["a"].get_xdata().tolist() == [i for i in range(1, 121) if i != 60] == lines["all"].get_xdata().tolist()
+    assert set(lines["a"].get_ydata()) == {2.0} and set(lines["b"].get_ydata()) == {0.0}
+
+
+def test_a_long_run_is_remembered_without_its_long_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "LATE", 3)
+    with Metrics(tmp_path, total_steps=50, console=quiet()) as m:
+        for step in range(1, 51):
+            m.log(step, {"loss": 1.0, "load": [[step, 0]], "weight_norms": {"embed": 1.0}})
+    rows, loads = metrics.history(tmp_path)
+    assert len(rows) == 50 and rows[-1] == {"step": 50, "loss": 1.0}
+    assert [int(load[0, 0]) for load in loads] == [48, 49, 50]
