@@ -106,7 +106,8 @@ def apply_gradient(
 
     `squares` and `update` are `sums_of_squares` and `update_block`, called for a block of leaves at a time.
     """
-    params, blocks = trained(state), dict[str, list[tuple]]()
+    params = trained(state)
+    blocks: dict[str, list[tuple]] = {}
     for (path, p), g in zip(params.items(), grads, strict=True):
         blocks.setdefault(block(path), []).append((path, p, g))
     square: dict[str, torch.Tensor] = {}
