@@ -75,7 +75,7 @@ assert torch.equal(replayed.hidden[real], output.hidden[real])
 
 
 # %%
-def train(coefficient: float, steps: int = 80):
+def train(coefficient: float, steps: int = 60):
     loss = losses.sft(balance_coefficient=coefficient)
     optimizer = optimizers.adamw(optimizers.schedule("cosine", peak=3e-3, total=steps, warmup=8))
     step, state = make_train_step(model, loss, optimizer), init_state(model.init(seed=0), optimizer)

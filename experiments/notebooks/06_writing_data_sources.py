@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from experiments.first_light import tasks
 from experiments.first_light.make_tokenizer import FOLDER
 from functional_trainer import config
-from functional_trainer.data import Documents, Loader, Tokenizer, records, rows_of
+from functional_trainer.data import Documents, Loader, Share, Tokenizer, datasets, records, rows_of
 from functional_trainer.options import DataOptions, Mix, Source
 
 folder = tempfile.TemporaryDirectory()
@@ -107,7 +107,7 @@ assert first.messages[1] == {"role": "assistant", "content": "20"}
 # %% [markdown]
 # ## A mixture
 # A YAML file lists sources; the recipe takes it as `--data.train mix.yaml`. A weight says how often an epoch sees a
-# source, a limit takes rows from its beginning.
+# source, a limit takes rows from its beginning. (The recipe tokenizes with `tokenized`, which keeps the tokens on disk.)
 
 # %%
 MIX = """
@@ -119,13 +119,13 @@ datasets:
     weight: 2
 """
 (here / "mix.yaml").write_text(MIX)
-sources = [Source(**vars(s) | {"path": f"{here}/{s.path}"}) for s in config.load(Mix, here / "mix.yaml").datasets]
+sources = datasets([Source(f"{here}/mix.yaml")])
 parts = [[tokenizer.encode_chat(r.messages, r.tools) for r in rows_of(source)] for source in sources]
-weighed = [(len(part), source.weight) for part, source in zip(parts, sources, strict=True)]
+weighed = [Share(len(part), source.weight) for part, source in zip(parts, sources, strict=True)]
 loader = Loader(Documents.of(sum(parts, [])), rows=4, seq_len=128, epochs=1, sources=weighed)
 chats = sum(int((b["segment_ids"].amax(1)).sum()) for b in loader)
 print(f"an epoch of sources {weighed} has {chats} conversations")
-assert weighed == [(40, 1.0), (50, 2.0)] and chats == 40 + 2 * 50
+assert weighed == [Share(40, 1.0), Share(50, 2.0)] and chats == 40 + 2 * 50
 
 # %% [markdown]
 # ## What errors look like
