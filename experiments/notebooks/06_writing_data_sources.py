@@ -107,7 +107,7 @@ assert first.messages[1] == {"role": "assistant", "content": "20"}
 # %% [markdown]
 # ## A mixture
 # A YAML file lists sources; the recipe takes it as `--data.train mix.yaml`. A weight says how often an epoch sees a
-# source, a limit takes rows from its beginning. (The recipe tokenizes with `tokenized`, which keeps the tokens on disk.)
+# source, a limit takes rows from its beginning. (The recipe tokenizes with `tokenized`, which keeps tokens on disk.)
 
 # %%
 MIX = """
