@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft test test-slow test-kills test-fuzz lint bench gpu-suite docs clean
+.PHONY: help sft test test-slow test-kills test-fuzz lint bench bench-trl gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,6 +33,9 @@ lint: $(VENV)/.dev  ## ruff and mypy
 bench: $(VENV)/.dev  ## Time the CPU step against its floor and transformers
 	$(BIN)/python experiments/benchmarks/sft_cpu.py $(ARGS)
 
+bench-trl: $(VENV)/.dev $(VENV)-trl/.made  ## Train end to end beside TRL's SFTTrainer, which gets a virtual environment
+	$(BIN)/python experiments/benchmarks/sft_end_to_end.py $(ARGS)
+
 gpu-suite: $(VENV)/.dev  ## Check and time every kernel and both models on a GPU (ARGS="--device cpu" at small sizes)
 	$(BIN)/python experiments/benchmarks/gpu_suite.py $(ARGS)
 
@@ -40,7 +43,7 @@ docs: $(VENV)/.sft  ## Write what docs/ takes from the code: the tables of optio
 	$(BIN)/python experiments/docs.py
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-trl .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " \
@@ -54,3 +57,9 @@ $(VENV)/.sft: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.sft
+
+TRL_PINS := experiments/benchmarks/trl-constraints.txt
+$(VENV)-trl/.made: $(TRL_PINS) constraints.txt | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-trl
+	PIP_CONSTRAINT="constraints.txt $(TRL_PINS)" $(VENV)-trl/bin/python -m pip install --quiet trl transformers jinja2
+	@touch $@

@@ -142,8 +142,7 @@ def make_train_step(
     flags |= {"trace_autograd_ops": True} if one_graph else {}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tag = torch.compiler.config.patch(cache_key_tag=kernels.SOURCE)  # type: ignore[attr-defined]
-        with torch._dynamo.config.patch(flags), tag:
+        with torch._dynamo.config.patch(flags), kernels.kept_on_disk():
             return state, run(state, batch)
 
     return train_step

@@ -6,12 +6,14 @@ nobody measured are never a default, except where they are the only one that sta
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config
 
 from kernels import attention as _attention
 from kernels import grouped_matmul as _grouped_matmul
@@ -21,8 +23,8 @@ from kernels.embedding import embedding
 from kernels.linear_logprob import linear_logprob
 
 __all__ = [
-    "BACKENDS", "EXPENSIVE", "attention", "embedding", "experts", "grouped_matmul", "linear_logprob", "promote",
-    "rms_norm", "rope", "swiglu",
+    "BACKENDS", "EXPENSIVE", "attention", "embedding", "experts", "grouped_matmul", "kept_on_disk", "linear_logprob",
+    "promote", "rms_norm", "rope", "swiglu",
 ]  # fmt: skip
 
 
@@ -39,6 +41,17 @@ EXPENSIVE = frozenset({
 })  # fmt: skip
 """Ops of a layer whose results selective recomputation keeps: products, attention and exchanges, for their cost; the
 router's choice, so that recomputed rows are those that the kept products saw, whatever a compiler does to near-ties."""
+
+
+@contextmanager
+def kept_on_disk() -> Iterator[None]:
+    """Let the compiler keep graphs on disk under the fingerprint of our ops, those with an autograd.Function too.
+
+    By default it leaves the latter out, and a layer has one; what they compute is traced and so part of a graph's key.
+    """
+    tag = torch.compiler.config.patch(cache_key_tag=SOURCE)  # type: ignore[attr-defined]
+    with tag, torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True):
+        yield
 
 
 class Backend(NamedTuple):

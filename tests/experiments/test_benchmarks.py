@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import models
-from experiments.benchmarks import gpu_checks, gpu_speed, gpu_suite, memory, sft_cpu
+from experiments.benchmarks import gpu_checks, gpu_speed, gpu_suite, memory, runs, sft_cpu, sft_end_to_end
 from experiments.benchmarks.live_bytes import LiveBytes, allocated
 from functional_trainer import flops, losses, tree
 from functional_trainer.step import evaluate, wrap_layer
@@ -253,3 +253,71 @@ def test_memory_measures_settings_that_agree(tmp_path):
 def test_memory_refuses_unknown_settings():
     result = run("memory.py", "--only", "remat everything")
     assert result.returncode == 1 and "there are plain, remat selective" in result.stderr
+
+
+# end to end, start-up -------------------------------------------------------------------------------------------------
+
+
+def test_end_to_end_judges_ours_as_the_recipe_does(tmp_path):
+    """The held-out loss that plain transformers has on a checkpoint is the one that the recipe logged there."""
+    folder, out = tmp_path / "place", tmp_path / "out.json"
+    small = ("--rounds", "0", "--rows", "40", "--held-out", "3", "--layers", "1", "--quiet", "99")
+    result = run("sft_end_to_end.py", "--contestants", "ours-off", *small, "--folder", str(folder), "--json", str(out))
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(out.read_text())
+    (seen,) = found["runs"]
+    logged = [json.loads(line) for line in (folder / "ours-off" / "metrics.jsonl").read_text().splitlines()]
+    expected = [row["eval_loss"] for row in logged if "eval_loss" in row]
+    (_, first), *curve = seen["curve"]
+    assert [loss for _, loss in curve] == pytest.approx(expected, abs=1e-4) and curve[-1][1] < first
+    assert 0 < seen["first_s"] < curve[0][0] < curve[-1][0] < seen["wall_s"] and seen["cold"]
+    assert seen["trained_tokens"] == sum(row["trained_tokens"] for row in logged) > 500
+    assert found["results"][0]["cold_wall_s"] == seen["wall_s"] and found["results"][0]["wall_s"] is None
+    again = run("sft_end_to_end.py", "--rows", "41", "--folder", str(folder))
+    assert again.returncode == 1 and "'rows': 40" in again.stderr
+
+
+def test_end_to_end_says_how_to_get_trl(tmp_path):
+    o = sft_end_to_end.Options(peer_python=tmp_path / "python")
+    with pytest.raises(ValueError, match="make bench-trl"):
+        sft_end_to_end.contestants(o)["trl-packed"](tmp_path / "run")
+
+
+def test_end_to_end_reads_speed_and_time_from_what_was_seen():
+    seconds = (5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 15.0, 16.0, 16.5)  # it evaluates and saves around step 6
+    rows = [{"step": i + 1, "s": s, "trained_tokens": 10 * (i + 1)} for i, s in enumerate(seconds)]
+    assert sft_end_to_end.steady(rows, {6}) == 80.0  # step 8 alone: 5 to 7 touch the pause, 9 is the last
+    assert sft_end_to_end.steady(rows[:2], set()) is None
+    curve = [(0.0, 7.0), (10.0, 3.0), (20.0, 3.5), (30.0, 1.0)]
+    assert sft_end_to_end.reached(curve, 5.0) == 5.0
+    assert sft_end_to_end.reached(curve, 2.25) == 25.0
+    assert sft_end_to_end.reached(curve, 0.5) is None
+
+
+def test_a_trainer_that_fails_is_an_error_with_its_own_words(tmp_path):
+    with pytest.raises(RuntimeError, match="status 3: no such model"):
+        script = "import sys; print('no such model'); sys.exit(3)"
+        runs.watch([sys.executable, "-c", script], tmp_path / "run", dict(os.environ))
+
+
+def test_startup_splits_the_time_to_the_first_step(tmp_path):
+    names = ("help", "import torch", "ours-off")
+    result = run(
+        "startup.py", "--rounds", "1", "--rows", "20", "--layers", "1", "--json", str(tmp_path / "out.json"),
+        "--contestants", *names,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = {(r["name"], r["caches"]): r for r in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert set(rows) == {("help", ""), ("import torch", ""), ("ours-off", "cold"), ("ours-off", "warm")}
+    assert rows["help", ""]["total_s"] < 2 and rows["import torch", ""]["total_s"] > 0.3
+    for state in ("cold", "warm"):
+        row = rows["ours-off", state]
+        assert row["total_s"] == pytest.approx(row["imports_s"] + row["load_s"] + row["step_s"])
+        assert min(row["imports_s"], row["load_s"], row["step_s"]) > 0
+
+
+def test_help_of_the_recipe_imports_no_torch():
+    command = [sys.executable, "-X", "importtime", BENCHMARKS.parent / "qwen3_moe_sft.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert result.returncode == 0 and "tyro" in imported and not {"torch", "grain"} & imported

@@ -245,6 +245,8 @@ def test_inductor_equals_the_uncompiled_step(form):
     optimizer = optimizers.adamw(optimizers.schedule("constant", 1e-3, 9), eps=1e-3)
     options = {"model": model, "dtype": torch.float32, "optimizer": optimizer}
     assert_same(run(2, compile=form, backend="inductor", **options), run(2, **options), 2e-5)
+    cache = counters["aot_autograd"]
+    assert cache["autograd_cache_hit"] + cache["autograd_cache_miss"] > 0 == cache["autograd_cache_bypass"]
 
 
 @pytest.mark.slow
@@ -344,6 +346,33 @@ def test_graphs_cached_on_disk_carry_the_fingerprint_of_the_ops():
     run(1, compile="layer", backend=backend)
     assert set(seen) == {kernels.SOURCE}
     assert torch.compiler.config.cache_key_tag == ""
+
+
+@pytest.mark.slow
+def test_graphs_cached_on_disk_know_what_an_autograd_function_does(tmp_path, monkeypatch):
+    """Two of one name that differ in their backward only: each gets its own graph, and the first one's is found."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def gradient(factor):
+        class Scaled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad * factor
+
+        torch._dynamo.reset()
+        x = torch.ones(3, requires_grad=True)
+        with kernels.kept_on_disk():
+            torch.compile(lambda x: Scaled.apply(x).sin(), fullgraph=True)(x).sum().backward()
+        cache = counters["aot_autograd"]
+        return float(x.grad[0] / torch.tensor(2.0).cos()), cache["autograd_cache_hit"], cache["autograd_cache_miss"]
+
+    found = [gradient(factor) for factor in (3.0, 5.0, 3.0)]
+    assert [value for value, _, _ in found] == pytest.approx([3, 5, 3])
+    assert [counts for _, *counts in found] == [[0, 1], [0, 2], [1, 2]]
 
 
 # state ---------------------------------------------------------------------------------------------------------------
