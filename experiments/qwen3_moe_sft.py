@@ -13,7 +13,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
 from functional_trainer import config
-from functional_trainer.options import DataOptions, MeshOptions, ModelOptions, OptimOptions, RunOptions
+from functional_trainer.options import DataOptions, MeshOptions, ModelOptions, OptimOptions, RunOptions, within
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Options(RunOptions):
     """Weight of the router balance loss (default: the model config's router_aux_loss_coef)."""
     answers: int | None = None
     """Held-out questions to answer greedily before and after (default: 512 of the shipped tasks, 0 of your data)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        within("", self, answers=(0, ""), balance_coefficient=(0, ""))
 
 
 def main(o: Options) -> None:

@@ -64,7 +64,12 @@ def save_best(folder: str | Path, tensors: Mapping[str, Tensor], extra: dict) ->
 def best_loss(folder: str | Path) -> float:
     """Return the held-out loss of a run folder's best checkpoint, inf if there is none."""
     path = _present(Path(folder) / "checkpoints" / "best")
-    return math.inf if path is None else json.loads((path / "extra.json").read_text())["eval_loss"]
+    if path is None:
+        return math.inf
+    loss = _extra(path).get("eval_loss")
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not math.isfinite(loss):
+        raise ValueError(f"{path}/extra.json: eval_loss is {loss!r}, expected a number; delete {path} to begin anew")
+    return loss
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -91,15 +96,13 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
 
     With `below` only what has a path below it is read, and `like` must be just that. Raises FileNotFoundError if `path`
     holds no checkpoint, and one ValueError that lists every missing, extra or mis-shaped tensor; nothing has been
-    written to `like` then.
+    written to `like` then. ValueError too for what is damaged, as far as can be seen: DCP keeps no checksum of numbers.
     """
     path = Path(path)
     if not (path / ".metadata").is_file() or not (path / "extra.json").is_file():
         here = ", ".join(p.name for _, _, p in sorted(_all(path)) + sorted(_all(path.parent))) or "none"
         raise FileNotFoundError(f"{path} is not a checkpoint folder (checkpoints/step-N of a run); near it: {here}")
-    reader = dcp.FileSystemReader(path)
-    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    had = {p: f"{m.properties.dtype} {list(m.size)}" for p, m in saved.items() if p.startswith(below)}
+    had = {p: kind for p, kind in _saved(path).items() if p.startswith(below)}
     want = {p: f"{t.dtype} {list(t.shape)}" for p, t in like.items()}
     problems = [
         f"{p}: {had.get(p, 'absent')} in the checkpoint, {want.get(p, 'absent')} in the model"
@@ -109,11 +112,42 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
     if problems:
         listed = "\n".join(f"  {p}" for p in problems)
         raise ValueError(f"{path} does not fit the model in {len(problems)} of {len(had | want)} tensors:\n{listed}")
-    tensors = dict(like)
+    tensors, extra = dict(like), _extra(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    return tensors, _decode((path / "extra.json").read_text())
+        try:
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
+        except (Exception, dcp.CheckpointException) as error:
+            raise _damaged(f"{path}: its tensors", error) from None
+    return tensors, extra
+
+
+def _saved(path: Path) -> dict[str, str]:
+    """Describe the tensors that a checkpoint's index lists: type and shape by path."""
+    try:
+        found: dict[str, Any] = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        partial = [p for p, m in found.items() if sum(math.prod(c.sizes) for c in m.chunks) != math.prod(m.size)]
+        if partial:
+            raise ValueError(f"it lists a part of {partial[0]}")
+        return {p: f"{m.properties.dtype} {list(m.size)}" for p, m in found.items()}
+    except Exception as error:  # it is a pickle
+        raise _damaged(f"{path}/.metadata", error) from None
+
+
+def _extra(path: Path) -> dict[str, Any]:
+    try:
+        extra = _decode((path / "extra.json").read_text("utf-8"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(f"{path}/extra.json", error) from None
+    if not isinstance(extra, dict):
+        raise _damaged(f"{path}/extra.json", TypeError("not an object"))
+    return extra
+
+
+def _damaged(what: str, error: BaseException) -> ValueError:
+    cause = _cause(error)
+    why = str(cause).strip().partition("\n")[0][:200]
+    return ValueError(f"{what} cannot be read ({type(cause).__name__}: {why}); copy it again or take another one")
 
 
 def _present(path: Path) -> Path | None:
@@ -210,11 +244,15 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
+def _cause(error: BaseException) -> BaseException:
+    """Return what failed on some rank, an OSError if there is one."""
+    causes = [c for c, _ in error.failures.values()] if isinstance(error, dcp.CheckpointException) else [error]
+    return next((c for c in causes if isinstance(c, OSError)), causes[0])
+
+
 def _explain(error: BaseException, final: Path, size: int) -> BaseException:
     """Turn whatever a failed save raised into the error to raise."""
-    if isinstance(error, dcp.CheckpointException):
-        causes = [cause for cause, _ in error.failures.values()]
-        error = next((c for c in causes if isinstance(c, OSError)), causes[0])
+    error = _cause(error)
     if not isinstance(error, OSError):
         return error
     where = next(p for p in final.parents if p.exists())

@@ -115,7 +115,7 @@ def train(
     """
     if resume is not None:
         _, extra = checkpoint.load(resume, tree.flatten(state))
-        loader.restore(extra["loader"])
+        loader.restore(extra.get("loader"))
     start, stopped = int(state.step), False
     if start > total_steps:
         raise ValueError(f"{resume} is at step {start}, the run would end at {total_steps}: raise --steps or --epochs")

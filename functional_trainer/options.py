@@ -1,6 +1,7 @@
 """Options that recipes share, as frozen dataclasses: a field's docstring is its help text. Imports no torch."""
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,6 +13,24 @@ class ModelOptions:
     """Hugging Face folder to start from (config.json, safetensors, tokenizer); overrides the preset."""
     preset: str = "tiny"
     """Architecture to start from random: tiny, 30b-a3b, 235b-a22b, dense-0.6b, dense-8b, dense-32b."""
+
+
+def within(section: str, options: Any, **bounds: tuple[float, str]) -> None:
+    """Check numbers by name, (least, "" or "below 1" or "at most 1"); ValueError names the flag. None is left alone."""
+    for name, (least, most) in bounds.items():
+        given = getattr(options, name)
+        for x in given if isinstance(given, tuple) else [] if given is None else [given]:
+            if not least <= x < math.inf or most == "below 1" and x >= 1 or most == "at most 1" and x > 1:
+                flag, right = name.replace("_", "-"), f"at least {least}" + f" and {most}" * bool(most)
+                raise ValueError(f"--{section}{flag} is {x}; it must be {right}")
+
+
+def regex(flag: str, pattern: str) -> None:
+    """Check a regular expression; ValueError names the flag."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{flag}: {pattern!r} is not a regular expression: {error}") from None
 
 
 Shape = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -86,8 +105,7 @@ class DataOptions:
             if (given := getattr(self, name)) and len(given) != len(self.train):
                 raise ValueError(f"--data.{name} are {len(given)} for {len(self.train)} of --data.train")
         self.sources()
-        if self.workers < 0:
-            raise ValueError(f"--data.workers is {self.workers}; it must be at least 0")
+        within("data.", self, seq_len=(1, ""), workers=(0, ""), answer_tokens=(1, ""))
         if not 0 <= self.split < 1 or self.split and (self.eval or not self.train):
             raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")
         if (self.type != "auto" or self.columns) and not self.train:
@@ -140,10 +158,7 @@ class OptimGroup:
             given |= new
         if not pattern or not given or "frozen" in given and len(given) > 1:
             raise ValueError(wrong)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"--optim.groups {text!r}: {pattern!r} is not a regular expression: {error}") from None
+        regex(f"--optim.groups {text!r}", pattern)
         return cls(pattern, **given)
 
 
@@ -185,8 +200,11 @@ class OptimOptions:
     def __post_init__(self):
         for text in self.groups:
             OptimGroup.parse(text)
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"--optim.ema is {self.ema}; it must be at least 0 and below 1")
+        for pattern in self.no_decay:
+            regex("--optim.no-decay", pattern)
+        fractions = dict.fromkeys(("betas", "momentum", "ema", "warmup"), (0, "below 1"))
+        others = dict.fromkeys(("lr", "eps", "weight_decay", "floor", "max_grad_norm"), (0, ""))
+        within("optim.", self, **fractions, **others, decay=(0, "at most 1"))
 
 
 @dataclass(frozen=True)
@@ -195,6 +213,9 @@ class MeshOptions:
     """Data-parallel processes that store parameters in shards (0: all that --mesh.ep leaves)."""
     ep: int = 1
     """Data-parallel processes over which experts are spread."""
+
+    def __post_init__(self):
+        within("mesh.", self, fsdp=(0, ""), ep=(1, ""))
 
 
 @dataclass(frozen=True)
@@ -243,12 +264,9 @@ class RunOptions:
     def __post_init__(self):
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"--wandb {self.wandb}: wandb is not installed; pip install wandb")
-        least = {"steps": 0, "epochs": 1, "batch": 1, "micro_batch": 0, "eval_every": 0, "save_every": 0, "keep": 1}
-        least |= {"profile": 0}
-        for name, bound in {**least, "max_skipped": 1, "seed": 0, "samples": 0}.items():
-            if (getattr(self, name) or 0) < bound:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {getattr(self, name)}; it must be at least {bound}")
+        none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
+        within("", self, **dict.fromkeys(none, (0, "")))
+        within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped"), (1, "")))
 
     def micro_batches(self, world: int) -> int:
         """Return the passes of a step on each of `world` devices; ValueError if they cannot be equal."""

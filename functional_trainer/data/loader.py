@@ -87,11 +87,24 @@ class Loader:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state` was taken; ValueError if data or settings are not the same."""
+        self._check(state)
         odd = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in self.stream.identity.items() if state.get(k) != v]
         if odd:
             raise ValueError(f"cannot resume the data stream: {'; '.join(odd)}. Use the run's settings or start anew")
         self.close()
         self.cursor, self.seen = Cursor(state["next"], tuple(state["held"])), dict(state["seen"])
+
+    def _check(self, state: Any) -> None:
+        """Raise ValueError for what cannot have come from `state`."""
+        try:
+            counts = [state["next"], *state["held"], *state["seen"].values()]
+            drawn = state["seen"]["seen_pieces"] + len(state["held"])
+            whole = state["seen"].keys() == self.seen.keys() and state["next"] == drawn
+            whole &= all(type(n) is int and n >= 0 for n in counts) and all(n < drawn for n in state["held"])
+        except (TypeError, KeyError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError("cannot resume the data stream: its place in the checkpoint is damaged; take another one")
 
     @property
     def stats(self) -> dict[str, int | float]:
