@@ -101,7 +101,8 @@ def watch(command: list[str], out: Path, env: dict[str, str]) -> dict[str, Any]:
     before, start = busy(), time.time()
     with open(log, "wb") as output:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
-    done, status, usage = 0, 0, None
+    done, status = 0, 0
+    usage: Any = None
     while not done:
         done, status, usage = os.wait4(process.pid, os.WNOHANG)
         now = time.time() - start

@@ -140,7 +140,7 @@ def held_out_loss(weights: Path, place: Path) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
     total, count = 0.0, 0
     for line in (place / "eval.jsonl").read_text("utf-8").splitlines():
-        chat = tokenizer.apply_chat_template(
+        chat: Any = tokenizer.apply_chat_template(
             json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True
         )
         ids, mask = torch.tensor(chat["input_ids"]), torch.tensor(chat["assistant_masks"])[1:] == 1
