@@ -85,7 +85,7 @@ class Loader:
         state = {"next": self.cursor.next, "held": list(self.cursor.held), "seen": dict(self.seen)}
         return state | self.stream.identity
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Any) -> None:
         """Go on after the batch at which `state` was taken; ValueError if data or settings are not the same."""
         self._check(state)
         odd = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in self.stream.identity.items() if state.get(k) != v]
