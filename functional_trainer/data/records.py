@@ -172,7 +172,7 @@ def _checked(message: Any, earlier: list[Message]) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"expected an object with 'role' and 'content', got {str(message)[:60]}")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    if role not in AFTER or role is None:
+    if not isinstance(role, str) or role not in AFTER:
         raise ValueError(f"unknown role {role!r}; it can be 'system', 'user', 'assistant' or 'tool'")
     before = earlier[-1] if earlier else {"role": None}
     if role not in AFTER[before["role"]]:

@@ -41,7 +41,7 @@ def _sharegpt(row: Mapping[str, Any]) -> list[Message]:
     for index, turn in enumerate(row["conversations"]):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise ValueError(f"turn {index}: expected an object with 'from' and 'value', got {str(turn)[:60]}")
-        if turn["from"] not in SPEAKERS:
+        if not isinstance(turn["from"], str) or turn["from"] not in SPEAKERS:
             raise ValueError(f"turn {index}: unknown speaker {turn['from']!r}; it can be {', '.join(SPEAKERS)}")
         turns.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
     return turns
@@ -49,7 +49,10 @@ def _sharegpt(row: Mapping[str, Any]) -> list[Message]:
 
 def _alpaca(row: Mapping[str, Any]) -> list[Message]:
     turns: list[Message] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for index, pair in enumerate(row.get("history") or []):
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError(f"'history' must be a list of questions and answers, got {str(history)[:60]}")
+    for index, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"'history' {index}: expected a question and its answer, got {str(pair)[:60]}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

@@ -246,6 +246,7 @@ def _columns(file: Path) -> Iterator[Row]:
                 batches = iter(pyarrow.ipc.open_stream(source))
         index = 0
         for batch in batches:
+            batch.validate(full=True)  # a damaged file would crash the process
             for start in range(0, batch.num_rows, 1024):
                 for row in batch.slice(start, 1024).to_pylist():
                     yield f"{file}[{index}]", row
