@@ -95,7 +95,10 @@ CASES = {  # where, the n-th time, the message, checkpoints that must be there t
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("tokens", "extra", "hf")
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(place, disk, case):
     where, nth, message, kept = CASES[case]
     flags = (*FLAGS, "--data.cache", "small/cache", "--out", "small/run")

@@ -27,7 +27,7 @@ PLAIN = config._plain(Options(data=dataclasses.replace(Options().data, train=("a
 
 
 def usable(o: Options) -> None:
-    """Assert that accepted options make an optimizer with sane learning rates, or do not fit the model."""
+    """Assert that accepted options make an optimizer with sane learning rates, or say why they do not."""
     assert all(not isinstance(x, float) or math.isfinite(x) for x in tree.leaves(dataclasses.asdict(o)))
     optimizer = tried(lambda: optimizers.from_options(o.optim, 100, SPECS), "--optim.", "warm-up")
     tried(lambda: renames(o.data.columns), "--data.columns")
