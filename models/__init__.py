@@ -51,7 +51,7 @@ def from_config(config: dict[str, Any] | str | Path) -> Model:
     """Build a model from a Hugging Face config dict, or from the config.json of a folder; no tensors are made."""
     config = config if isinstance(config, dict) else hf.read_config(config)
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not implemented; these are: {', '.join(FAMILIES)}")
     return FAMILIES[family].from_config(config)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functional_trainer.param import Param
 from functional_trainer.tree import Tree
 from models import layers
-from models.config import Reader
+from models.config import LAYERS, Reader
 from models.layers import Rope
 from models.model import Model
 
@@ -35,13 +35,13 @@ def read(hf: dict) -> Config:
     get = Reader(hf)
     get.only("hidden_act", "silu", "experts and MLPs are SwiGLU")
     get.only("attention_dropout", 0.0, "training has no dropout")
-    heads, depth = get.size("num_attention_heads", 32), get.size("num_hidden_layers", 32)
+    heads, depth = get.size("num_attention_heads", 32), get.size("num_hidden_layers", 32, most=LAYERS)
     window = get.window()
     first = get("max_window_layers", 28)
     kinds = get(
         "layer_types", ["sliding_attention" if window and i >= first else "full_attention" for i in range(depth)]
     )
-    if len(kinds) != depth or set(kinds) - {"full_attention", "sliding_attention"}:
+    if len(kinds) != depth or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise ValueError(
             f"config.json of qwen3: layer_types must name full_attention or sliding_attention {depth} times"
         )
@@ -56,10 +56,10 @@ def read(hf: dict) -> Config:
         hidden=get.size("intermediate_size", 22016),
         windows=tuple(window if k == "sliding_attention" else None for k in kinds),
         rope=get.rope(),
-        eps=get("rms_norm_eps", 1e-6),
+        eps=get.number("rms_norm_eps", 1e-6),
         tied=get("tie_word_embeddings", False),
         bias=get("attention_bias", False),
-        std=get("initializer_range", 0.02),
+        std=get.number("initializer_range", 0.02),
         hf=hf,
     )
     get.done()

@@ -6,7 +6,7 @@ from functional_trainer.hf import Name
 from functional_trainer.param import Param
 from functional_trainer.tree import Tree
 from models import layers
-from models.config import Reader
+from models.config import EXPERTS, LAYERS, Reader
 from models.layers import Rope
 from models.model import Model
 
@@ -44,11 +44,16 @@ def read(hf: dict) -> Config:
     get.only("hidden_act", "silu", "experts and MLPs are SwiGLU")
     get.only("attention_dropout", 0.0, "training has no dropout")
     get("max_window_layers"), get("layer_types")  # transformers' Qwen3-MoE does not read them either
-    dim, depth = get.size("hidden_size", 2048), get.size("num_hidden_layers", 24)
+    dim, depth = get.size("hidden_size", 2048), get.size("num_hidden_layers", 24, most=LAYERS)
     heads = get.size("num_attention_heads", 32)
     experts = get("num_experts", 128)
     experts = get("num_local_experts", experts)
+    if not 0 <= experts <= EXPERTS:
+        get.wrong("num_experts", experts, f"0 to {EXPERTS}")
     dense, every = get("mlp_only_layers", [], expect=list), get.size("decoder_sparse_step", 1)
+    if not all(type(i) is int for i in dense):
+        get.wrong("mlp_only_layers", dense, "a list of layer numbers")
+    get.number("router_aux_loss_coef", 1e-3)  # what recipes weigh the balance loss with
     window = get.window()
     config = Config(
         vocab=get.size("vocab_size", 151936),
@@ -64,10 +69,10 @@ def read(hf: dict) -> Config:
         normalize=get("norm_topk_prob", False),
         windows=(window,) * depth,
         rope=get.rope(),
-        eps=get("rms_norm_eps", 1e-6),
+        eps=get.number("rms_norm_eps", 1e-6),
         tied=get("tie_word_embeddings", False),
         bias=get("attention_bias", False),
-        std=get("initializer_range", 0.02),
+        std=get.number("initializer_range", 0.02),
         hf=hf,
     )
     if any(config.sparse) and config.top_k > experts:

@@ -32,6 +32,7 @@ FILES = (
     *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "additional_chat_templates"),
     "generation_config.json",
 )
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -84,7 +85,7 @@ class Tokenizer:
         self.backend.no_padding()
         config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
         self._add_tokens(config)
-        named = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+        named = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         self.special: dict[str, str] = {name: text for name, text in named.items() if isinstance(text, str)}
         for name, text in self.special.items():
             if self.backend.token_to_id(text) is None:
@@ -97,19 +98,28 @@ class Tokenizer:
     def _json(self, name: str) -> dict[str, Any]:
         file = self.folder / name
         try:
-            return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        except ValueError as error:
+            data = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not valid JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{file}: expected a JSON object, got {str(data)[:60]}")
+        return data
 
     def _add_tokens(self, config: dict[str, Any]) -> None:
         """Add the tokens that only tokenizer_config.json or added_tokens.json lists, at the ids listed there."""
-        flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-        listed: dict[int, dict] = {i: {"content": text} for text, i in self._json("added_tokens.json").items()}
-        listed |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-        for i, token in sorted(listed.items()):
+        decoder = config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise ValueError(f"{self.folder}: added_tokens_decoder is no object: {decoder!r}"[:200])
+        more = {str(i): {"content": text} for text, i in self._json("added_tokens.json").items()}
+        listed = {**more, **decoder}
+        for name, token in listed.items():
+            fits = isinstance(token, dict) and isinstance(token.get("content"), str) and name.isdecimal()
+            if not fits or not all(isinstance(token[k], bool) for k in FLAGS if k in token):
+                raise ValueError(f"{self.folder}: added token {name!r} is no id with a text and flags: {token!r}"[:200])
+        for i, token in sorted(((int(name), token) for name, token in listed.items()), key=lambda pair: pair[0]):
             text = token["content"]
             if self.backend.token_to_id(text) is None:
-                self.backend.add_tokens([tokenizers.AddedToken(text, **{k: token[k] for k in flags if k in token})])
+                self.backend.add_tokens([tokenizers.AddedToken(text, **{k: token[k] for k in FLAGS if k in token})])
             if self.backend.token_to_id(text) != i:
                 found = self.backend.token_to_id(text)
                 raise ValueError(f"{self.folder}: added token {text!r} should have id {i} but gets {found}")
@@ -118,16 +128,16 @@ class Tokenizer:
         """Compile the chat templates by name; a .jinja file wins over tokenizer_config.json."""
         given = config.get("chat_template") or {}
         sources = {"default": given} if isinstance(given, str) else {}
-        if isinstance(given, list):
-            sources = {named["name"]: named["template"] for named in given}
         files = {file.stem: file for file in (self.folder / "additional_chat_templates").glob("*.jinja")}
         if (self.folder / "chat_template.jinja").is_file():
             files["default"] = self.folder / "chat_template.jinja"
-        sources |= {name: file.read_text("utf-8") for name, file in files.items()}
-        self.marked = {name for name, source in sources.items() if GENERATION.search(source)}
         try:
+            if isinstance(given, list):
+                sources = {str(named["name"]): named["template"] for named in given}
+            sources |= {name: file.read_text("utf-8") for name, file in files.items()}
+            self.marked = {name for name, source in sources.items() if GENERATION.search(source)}
             return {name: environment().from_string(source) for name, source in sources.items()}
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{self.folder}: the chat template is not valid Jinja ({error})") from error
 
     @property
@@ -139,8 +149,10 @@ class Tokenizer:
     def eos_ids(self) -> list[int]:
         """List the ids that end a turn: the template's, the tokenizer's, generation_config.json's."""
         given = self._json("generation_config.json").get("eos_token_id")
-        ids = [self._turn_end, self.backend.token_to_id(self.special.get("eos_token", ""))]
-        ids += given if isinstance(given, list) else [given]
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in listed):
+            raise ValueError(f"{self.folder}/generation_config.json: eos_token_id is no id or ids: {given!r}"[:200])
+        ids = [self._turn_end, self.backend.token_to_id(self.special.get("eos_token", "")), *listed]
         return [i for i in dict.fromkeys(ids) if i is not None and self.backend.id_to_token(i) is not None]
 
     @property
