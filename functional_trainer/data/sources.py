@@ -126,6 +126,8 @@ def _text(file: Path) -> Iterator[Row]:
             head, end, rest = block.rpartition("\n") if more else (block, "", "")
             if not end:  # the last block, or a line longer than one
                 head, rest = block, ""
+            if "\0" in head:
+                raise ValueError(f"{file}: not UTF-8 text (it has zero bytes: perhaps it is UTF-16)")
             if head.strip():
                 yield (str(file) if not number and not more else f"{file}[{number}]"), {"text": head + end}
             number, block = number + 1, rest + more
@@ -238,11 +240,12 @@ def _columns(file: Path) -> Iterator[Row]:
         if kind(file) == ".parquet":
             batches = pyarrow.parquet.ParquetFile(file).iter_batches(1024)
         else:
-            source = pyarrow.memory_map(str(file))
+            source = pyarrow.OSFile(str(file))  # of a map, a damaged file kills the process
             try:
                 reader = pyarrow.ipc.open_file(source)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             except pyarrow.ArrowInvalid:
+                source.seek(0)
                 batches = iter(pyarrow.ipc.open_stream(source))
         index = 0
         for batch in batches:
