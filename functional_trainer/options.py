@@ -56,8 +56,8 @@ class Source:
             raise ValueError(f"weight is {self.weight}; it must be above 0")
         if not self.epochs > 0:
             raise ValueError(f"epochs is {self.epochs}; it must be above 0")
-        if self.limit < 0:
-            raise ValueError(f"limit is {self.limit}; it must not be negative")
+        if not 0 <= self.limit < 2**63:
+            raise ValueError(f"limit is {self.limit}; it must be at least 0 and below 2**63")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ FILES = (
     "generation_config.json",
 )
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
+SENTINELS = re.compile("([\U000f0000-\U000ffffd])")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -224,6 +225,8 @@ class Tokenizer:
 
     def spans(self, messages: list[Message], tools: list | None = None) -> tuple[str, list[Span]]:
         """Render the chat and find the [start, stop) characters of each assistant turn, end-of-turn token included."""
+        if found := SENTINELS.search(json.dumps([messages, tools], ensure_ascii=False, default=str)):
+            raise ValueError(f"the private-use character U+{ord(found[0]):X} marks turns here; take it out of the text")
         if self._template(tools) not in self.marked:
             return self._spans_by_sentinel(messages, tools)
         text, marks = _lift(self.render(messages, tools, mark_generation=True))
@@ -330,7 +333,7 @@ def _wrap(message: Message, index: int, before: bool, behind: bool) -> Message:
 
 def _lift(text: str) -> tuple[str, list[tuple[int, int]]]:
     """Take the sentinels out of `text`: the rest, and each sentinel's number and place in the rest."""
-    parts = re.split("([\U000f0000-\U000ffffd])", text)
+    parts = SENTINELS.split(text)
     clean, marks = "", []
     for chunk, sentinel in zip(parts[::2], [*parts[1::2], ""], strict=True):
         clean += chunk
