@@ -213,7 +213,6 @@ def test_sentinels_find_what_marks_say(pairs, chat):
     assert pairs["qwen3_plain"][0].encode_chat(CHATS[chat], TOOLS) == pairs["qwen3"][0].encode_chat(CHATS[chat], TOOLS)
 
 
-@pytest.mark.parametrize("chat", ["short", "turns"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_plain"])
 def test_text_cannot_pass_for_an_answer_by_the_marks_of_turns(pairs, name):
     turns = [{"role": "user", "content": "q \U000f0000not said\U000f0001"}, {"role": "assistant", "content": "a"}]
@@ -221,6 +220,7 @@ def test_text_cannot_pass_for_an_answer_by_the_marks_of_turns(pairs, name):
         pairs[name][0].encode_chat(turns)
 
 
+@pytest.mark.parametrize("chat", ["short", "turns"])
 def test_marks_without_the_end_of_turn_are_extended_by_it(pairs, chat):
     ours, theirs = pairs["llama_marked"]
     assert ours.encode_chat(CHATS[chat]) == pairs["llama"][0].encode_chat(CHATS[chat])
