@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import reprlib
 import sys
 import traceback
 import types
@@ -19,7 +20,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 import yaml
 
+from functional_trainer.errors import brief, listed
+
 T = TypeVar("T")
+INVALID = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What PyYAML raises; the built-in ones for a tag such as !!int before what is none."""
+SHORT = reprlib.Repr()  # a value in a message: nested aliases may stand for billions
+SHORT.maxstring = 80
 SCALARS = {
     "null": r"~|null|",
     "bool": r"true|false",
@@ -107,13 +114,13 @@ def load(cls: type[T], path: str | Path, default: T | None = None) -> T:
     """
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except INVALID as error:
+        raise ValueError(f"{path} is not valid YAML: {brief(error)}") from None
     problems: list[str] = []
     names = list(_names(cls))
     config = _dataclass(cls, data, "", default, problems, names)
     if problems:
-        raise ValueError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
+        raise ValueError(f"{path}:\n{listed(problems)}")
     return config
 
 
@@ -155,7 +162,8 @@ def _dataclass(cls: Any, data: Any, prefix: str, default: Any, problems: list[st
         problems.append(f"{prefix.rstrip('.') or 'the file'}: expected a mapping of options, got {_show(data)}")
         return None
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    problems += [f"{prefix}{key}: {_suggest(f'{prefix}{key}', names)}" for key in data if key not in fields]
+    unknown = [brief(f"{prefix}{key}", 80) for key in data if key not in fields]
+    problems += [f"{key}: {_suggest(key, names)}" for key in unknown]
     hints, before, kwargs = get_type_hints(cls), len(problems), {}
     for name, field in fields.items():
         start = getattr(default, name, None) if default is not None else _default(field)
@@ -202,7 +210,7 @@ def _value(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
         return {_value(args[0], k, key, problems): _value(args[1], v, f"{key}.{k}", problems) for k, v in value.items()}
     elif origin is Literal and any(value == a and type(value) is type(a) for a in args):
         return value
-    elif hint is float and type(value) in (int, float):
+    elif hint is float and (type(value) is float or type(value) is int and abs(value) < 10**308):
         return float(value)
     elif hint is Path and type(value) is str:
         return Path(value)
@@ -226,4 +234,4 @@ def describe(hint: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {value!r}"
+    return "null" if value is None else f"{type(value).__name__} {SHORT.repr(value)}"

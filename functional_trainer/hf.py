@@ -29,7 +29,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from functional_trainer import tree
+from functional_trainer import param, tree
+from functional_trainer.errors import brief, listed, read_json
 from functional_trainer.param import Param
 from functional_trainer.types import ONE_DEVICE
 
@@ -110,10 +111,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder} has no config.json: not a Hugging Face folder, or a save into it was interrupted")
-    config = _read_json(file)
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: wanted a JSON object, found {type(config).__name__}")
-    return config
+    return read_json(file)
 
 
 def load(
@@ -127,13 +125,17 @@ def load(
     """Read the parameters of a folder, leaf by leaf, in `dtype` (None: the file's), placed by `shard.put_leaf`.
 
     `variants` are the name maps the folder may be written in; the one that fits best is used and returned. Missing,
-    extra, duplicate and mis-shaped tensors and unknown dtypes are listed in one ValueError.
+    extra, duplicate and mis-shaped tensors and unknown dtypes are in one ValueError, which lists the first of them.
     """
     folder = Path(path)
     files, promised = _files(folder)
     with ExitStack() as stack:
         handles = {file: stack.enter_context(_open(file)) for file in files}
         entries, problems = _scan(handles, promised)
+        held, needed = sum(math.prod(e.shape) for e in entries.values()), param.count(specs)
+        if needed > 10 * held + 10**6:  # before each tensor of so large a model is named
+            what = f"config.json is of a model of {needed:.3g} parameters"
+            raise ValueError(f"{folder}: {what}, the files hold {held:.3g}")
         expanded = [expand(specs, names) for names in variants]
         best = min(range(len(variants)), key=lambda v: len(expanded[v].keys() ^ entries.keys()))
         slots = expanded[best]
@@ -142,9 +144,7 @@ def load(
             parts.setdefault(slot.path, []).append(name)
         problems += _mismatches(slots, entries) + _mixed(parts, entries, dtype) + _untied(slots, entries, handles)
         if problems:
-            raise ValueError(
-                f"{folder} does not fit the model, {len(problems)} problem(s):\n  " + "\n  ".join(problems)
-            )
+            raise ValueError(f"{folder} does not fit the model, {len(problems)} problem(s):\n{listed(problems)}")
         flat = {}
         for leaf_path, p in tree.flatten(specs).items():
             leaf = torch.empty(p.shape, dtype=dtype or DTYPES[entries[parts[leaf_path][0]].dtype], device=device)
@@ -194,13 +194,6 @@ def _any(folder: Path, suffix: str) -> bool:
     return next(folder.glob(f"*.{suffix}"), None) is not None
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-
-
 def _write_json(file: Path, value: Any, sort_keys: bool = False) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
@@ -222,14 +215,19 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             found = ", ".join(sorted(f.name for f in folder.glob("*.safetensors"))[:3])
             hint = f"it has {found} but not the index that says which tensor is where"
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: {hint}")
-    content = _read_json(index)
-    promised = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(promised, dict) or not promised:
+    promised = read_json(index).get("weight_map")
+    if not isinstance(promised, dict) or not promised or not all(_is_name(name) for name in promised.values()):
         raise ValueError(f'{index}: no "weight_map"; wanted {{"weight_map": {{tensor name: file name}}}}')
     files = [folder / name for name in sorted(set(promised.values()))]
-    if absent := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{folder}: {len(absent)} of {len(files)} files in {INDEX} are missing: {', '.join(absent)}")
+    if absent := [file.name for file in files if not file.is_file()]:
+        what = f"{len(absent)} of {len(files)} files in {INDEX} are missing"
+        raise ValueError(f"{folder}: {what}: {brief(', '.join(absent))}")
     return files, promised
+
+
+def _is_name(name: Any) -> bool:
+    """Whether `name` is that of a file of a folder, not a path out of it."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(name) < 256 and Path(name).name == name
 
 
 def _open(file: Path):
@@ -239,8 +237,8 @@ def _open(file: Path):
         with file.open("rb") as f:
             if f.read(11) == b"version htt":
                 raise ValueError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` there") from None
-        size = file.stat().st_size
-        raise ValueError(f"{file}: not a whole safetensors file, {size} bytes ({error}): copy it again") from None
+        what = f"not a whole safetensors file, {file.stat().st_size} bytes ({brief(error)})"
+        raise ValueError(f"{file}: {what}: copy it again") from None
 
 
 def _scan(handles: dict[Path, Any], promised: dict[str, str]) -> tuple[dict[str, Entry], list[str]]:

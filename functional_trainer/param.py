@@ -10,6 +10,7 @@ Letters before the colon are batch dims. Init, sharding, parameter counts, FLOPs
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +61,7 @@ def is_param(x) -> bool:
 
 def count(specs: tree.Tree) -> int:
     """Number of scalars in a tree of `Param`."""
-    return sum(torch.Size(p.shape).numel() for p in tree.leaves(specs))
+    return sum(math.prod(p.shape) for p in tree.leaves(specs))
 
 
 def init_leaf(path: str, p: Param, seed: int, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:
