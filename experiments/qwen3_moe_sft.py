@@ -63,7 +63,7 @@ def main(o: Options) -> None:
     devices, counts = f"{run.world} x {backend.describe(run.device)}", run.loader.pieces.stats
     run.say(f"{models.count(model):,} parameters on {devices}; data {counts}")
     run.say(f"{run.steps} steps of {o.batch} rows, {parts} micro-batches; compile {form}{graphs.get(form, '')}")
-    if questions and run.world == 1:
+    if questions and run.world == 1 and not run.resume:
         before = exact_match.score(run.answer(model, params, questions))
         run.say(f"before training {before:.1%} of {len(questions)} held-out answers are exact")
 

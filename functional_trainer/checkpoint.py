@@ -22,8 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from functional_trainer.errors import listed
-
 NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: the previous content while a new one takes its place
 HINTS = {
     errno.ENOSPC: "free some space, keep fewer checkpoints (--keep) or move the run to a larger disk (--out)",
@@ -97,7 +95,7 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
     """Read a checkpoint into the tensors of `like`, in place and bit for bit, and return (tensors, extra).
 
     With `below` only what has a path below it is read, and `like` must be just that. Raises FileNotFoundError if `path`
-    holds no checkpoint, and one ValueError about every missing, extra or mis-shaped tensor; nothing has been
+    holds no checkpoint, and one ValueError that lists every missing, extra or mis-shaped tensor; nothing has been
     written to `like` then. ValueError too for what is damaged, as far as can be seen: DCP keeps no checksum of numbers.
     """
     path = Path(path)
@@ -112,8 +110,8 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
         if had.get(p) != want.get(p)
     ]
     if problems:
-        count = f"{len(problems)} of {len(had | want)}"
-        raise ValueError(f"{path} does not fit the model in {count} tensors:\n{listed(problems)}")
+        listed = "\n".join(f"  {p}" for p in problems)
+        raise ValueError(f"{path} does not fit the model in {len(problems)} of {len(had | want)} tensors:\n{listed}")
     tensors, extra = dict(like), _extra(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 import yaml
 
-from functional_trainer.errors import brief, listed
+from functional_trainer.errors import brief
 
 T = TypeVar("T")
 INVALID = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -120,7 +120,7 @@ def load(cls: type[T], path: str | Path, default: T | None = None) -> T:
     names = list(_names(cls))
     config = _dataclass(cls, data, "", default, problems, names)
     if problems:
-        raise ValueError(f"{path}:\n{listed(problems)}")
+        raise ValueError(f"{path}:\n" + "\n".join(f"  {brief(p)}" for p in problems))
     return config
 
 

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from functional_trainer import param, tree
-from functional_trainer.errors import brief, listed, read_json
+from functional_trainer.errors import brief, read_json
 from functional_trainer.param import Param
 from functional_trainer.types import ONE_DEVICE
 
@@ -125,7 +125,7 @@ def load(
     """Read the parameters of a folder, leaf by leaf, in `dtype` (None: the file's), placed by `shard.put_leaf`.
 
     `variants` are the name maps the folder may be written in; the one that fits best is used and returned. Missing,
-    extra, duplicate and mis-shaped tensors and unknown dtypes are in one ValueError, which lists the first of them.
+    extra, duplicate and mis-shaped tensors and unknown dtypes are listed in one ValueError.
     """
     folder = Path(path)
     files, promised = _files(folder)
@@ -144,7 +144,9 @@ def load(
             parts.setdefault(slot.path, []).append(name)
         problems += _mismatches(slots, entries) + _mixed(parts, entries, dtype) + _untied(slots, entries, handles)
         if problems:
-            raise ValueError(f"{folder} does not fit the model, {len(problems)} problem(s):\n{listed(problems)}")
+            raise ValueError(
+                f"{folder} does not fit the model, {len(problems)} problem(s):\n  " + "\n  ".join(map(brief, problems))
+            )
         flat = {}
         for leaf_path, p in tree.flatten(specs).items():
             leaf = torch.empty(p.shape, dtype=dtype or DTYPES[entries[parts[leaf_path][0]].dtype], device=device)

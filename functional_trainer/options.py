@@ -43,7 +43,9 @@ class Source:
     path: str
     """File, folder or glob, relative to the YAML file; or a dataset of the hub, owner/name."""
     type: Shape = "auto"
+    """What rows look like (docs/data.md); auto is --data.type, else the columns of a file's first row decide."""
     columns: tuple[str, ...] = ()
+    """Names of columns, OURS=THEIRS (none: --data.columns)."""
     weight: float = 1.0
     """Times that an epoch sees it."""
     epochs: float = float("inf")

@@ -52,7 +52,8 @@ def from_config(config: dict[str, Any] | str | Path) -> Model:
     config = config if isinstance(config, dict) else hf.read_config(config)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"config.json: model_type {repr(family)[:80]} is not implemented; these are: {', '.join(FAMILIES)}")
+        these = ", ".join(FAMILIES)
+        raise ValueError(f"config.json: model_type {repr(family)[:80]} is not implemented; these are: {these}")
     return FAMILIES[family].from_config(config)
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 from typing import Any, NoReturn
 
+from functional_trainer.errors import brief
 from models.layers import Rope
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Reader:
 
     def wrong(self, key: str, value: Any, right: str) -> NoReturn:
         """Raise the ValueError that says so."""
-        raise ValueError(f"config.json of {self.family}: {key} is {repr(value)[:80]}, expected {right}")
+        raise ValueError(f"config.json of {self.family}: {key} is {brief(repr(value), 80)}, expected {right}")
 
     def size(self, key: str, default: int, most: int = 2**31 - 1) -> int:
         """Return an integer from 1 to `most`."""
@@ -65,9 +66,8 @@ class Reader:
         """Refuse any value but `allowed` (or null)."""
         value = self(key, allowed)
         if value != allowed:
-            raise ValueError(
-                f"config.json of {self.family}: {key} = {value!r} is not supported ({why}); use {allowed!r}"
-            )
+            shown = brief(repr(value), 80)
+            raise ValueError(f"config.json of {self.family}: {key} = {shown} is not supported ({why}); use {allowed!r}")
 
     def window(self) -> int | None:
         """Return the sliding window, None where it is off; an absent key means 4096 and a null one none."""
@@ -84,9 +84,8 @@ class Reader:
         used = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
         longest = self.size("max_position_embeddings", 32768)
         if any(isinstance(v, dict) for v in given.values()) or kind not in ("default", "linear", "yarn"):
-            raise ValueError(
-                f"config.json of {self.family}: rope {given} is not supported; default, linear and yarn are"
-            )
+            why = f"rope {brief(given)} is not supported; default, linear and yarn are"
+            raise ValueError(f"config.json of {self.family}: {why}")
         if given.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"config.json of {self.family}: partial_rotary_factor must be 1 for this family")
         if kind == "default":

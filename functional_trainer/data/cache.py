@@ -76,12 +76,9 @@ def tokenized(rows: Rows, folder: str | Path | None = None, workers: int = 0) ->
     root = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "functional_trainer").expanduser()
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        files_lock = FileLock(root / "files.lock")
-        files_lock.acquire()
-    try:
+        (root / "files.lock").touch()
+    with FileLock(root / "files.lock"):
         home = root / key(rows, root)
-    finally:
-        files_lock.release()
     with FileLock(f"{home}.lock"):
         if not (home / "meta.json").exists():
             with _writing(root):

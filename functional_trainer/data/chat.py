@@ -24,6 +24,8 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+from functional_trainer.errors import brief, read_json
+
 Message = dict[str, Any]
 Span = tuple[int, int]
 SENTINEL = 0xF0000  # first of a private plane of 65534 characters
@@ -81,7 +83,7 @@ class Tokenizer:
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:
-            raise ValueError(f"{file}: not a tokenizer file of the `tokenizers` library ({error})") from error
+            raise ValueError(f"{file}: not a tokenizer file of the `tokenizers` library ({brief(error)})") from error
         self.backend.no_truncation()
         self.backend.no_padding()
         config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
@@ -98,13 +100,7 @@ class Tokenizer:
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.folder / name
-        try:
-            data = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"{file}: expected a JSON object, got {str(data)[:60]}")
-        return data
+        return read_json(file) if file.is_file() else {}
 
     def _add_tokens(self, config: dict[str, Any]) -> None:
         """Add the tokens that only tokenizer_config.json or added_tokens.json lists, at the ids listed there."""
@@ -139,7 +135,7 @@ class Tokenizer:
             self.marked = {name for name, source in sources.items() if GENERATION.search(source)}
             return {name: environment().from_string(source) for name, source in sources.items()}
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{self.folder}: the chat template is not valid Jinja ({error})") from error
+            raise ValueError(f"{self.folder}: the chat template is not valid Jinja ({brief(error)})") from error
 
     @property
     def vocab_size(self) -> int:
@@ -207,7 +203,7 @@ class Tokenizer:
         try:
             return template.render(messages=[_plain(m) for m in messages], tools=tools, documents=None, **given)
         except Exception as error:  # templates run arbitrary expressions
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+            raise ValueError(f"the chat template refuses these messages: {brief(error)}") from error
 
     def prompt(self, messages: list[Message], tools: list | None = None) -> list[int]:
         """Encode the chat with the generation prompt behind it."""

@@ -13,6 +13,7 @@ from functional_trainer.data import sources
 from functional_trainer.data.chat import Message, Tokenizer
 from functional_trainer.data.shapes import COLUMNS, SHAPES, recognise
 from functional_trainer.data.sources import Paths
+from functional_trainer.errors import brief
 from functional_trainer.options import Mix, Source
 
 
@@ -91,7 +92,7 @@ def records(paths: Paths, shape: str = "auto", columns: tuple[str, ...] = ()) ->
                 here = recognise(row) if here == "auto" else here
                 yield _record(row, here, where)
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+                raise ValueError(f"{where}: {brief(error)}") from error
 
 
 class Within(NamedTuple):
@@ -134,7 +135,7 @@ def encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tup
                 f"use the model's own tokenizer or a model with at least {tokenizer.vocab_size} rows"
             )
     except ValueError as error:
-        raise ValueError(f"{record.where}: {error}") from error
+        raise ValueError(f"{record.where}: {brief(error)}") from error
     return ids, mask
 
 

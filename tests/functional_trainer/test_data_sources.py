@@ -107,6 +107,23 @@ SHAPES = {
 }  # fmt: skip
 
 
+GRAPHGEN = {
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+}
+
+
+@pytest.mark.parametrize("shape", GRAPHGEN)
+def test_what_graphgen_writes_is_recognised(tmp_path, shape):
+    """Its output_data_format Alpaca, Sharegpt and ChatML: a list of such rows in a .json file of an output folder."""
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "qa.json").write_text(json.dumps([GRAPHGEN[shape]] * 3, ensure_ascii=False, indent=4))
+    assert [(r.shape, said(r)) for r in records(tmp_path / "output")] == [
+        (shape, [("user", "q"), ("assistant", "a")])
+    ] * 3
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("kind", ["a.jsonl", "i.parquet"])
 def test_every_shape_is_recognised(tmp_path, name, kind):

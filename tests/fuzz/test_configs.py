@@ -70,7 +70,8 @@ def values_broken(changes: list) -> None:
         flat, given = _flat(config._plain(found)), _flat(value)
         assert not {key: (x, flat.get(key)) for key, x in given.items() if x is not None and flat.get(key) != x}
     elif len(paths) == 1:
-        assert str(paths[0][-1]).replace("_", "-") in found.message.replace("_", "-") or "mapping" in found.message
+        name = [key for key in paths[0] if isinstance(key, str)][-1]  # that of a list, not the place in it
+        assert name.replace("_", "-") in found.message.replace("_", "-") or "mapping" in found.message
 
 
 def _flat(value: Any) -> dict[str, Any]:

@@ -1,7 +1,5 @@
-"""Broken Hugging Face folders: the model and the tokenizer that the files hold, or one message that names a file.
-
-Safetensors have no checksum of numbers: what changes there is let pass, if it has the right shape. A config that asks
-for more memory than the test has is an error too, before any of it is taken.
+"""Folders of a model and its tokenizer with broken JSON, weights' headers included, and wrong files: what they hold, or
+one message that names a file; and never more memory than the files are worth. test_models.py breaks single parts.
 """
 
 import json
@@ -18,7 +16,7 @@ from hypothesis import strategies as st
 import models
 from functional_trainer import hf, tree
 from functional_trainer.data.chat import Tokenizer
-from tests.fuzz.broken import Damage, Refused, apply, change, damage, tried, twice
+from tests.fuzz.broken import Refused, apply, change, tried, twice
 from tests.models import small
 
 SHIPPED = Path(__file__).parents[2] / "experiments" / "first_light" / "tokenizer"
@@ -83,15 +81,6 @@ def test_a_whole_folder_is_loaded():
         assert not any(isinstance(found, Refused) for found in opened(number, lambda folder: None))
 
 
-def config_broken(number: int, changes: list) -> None:
-    """A model with whole weights and an accepted config computes numbers."""
-    value, _ = apply(CONFIGS[number], changes)
-    loaded, tokenizer = opened(number, lambda folder: (folder / "config.json").write_text(json.dumps(value)))
-    assert isinstance(tokenizer, Tokenizer)
-    if not isinstance(loaded, Refused):
-        assert models.logits(*loaded, torch.tensor([[1, 2, 0]])).isfinite().all(), value
-
-
 def json_broken(number: int, name: str, changes: list) -> None:
     """Change the values of a JSON file, or of the JSON header of a safetensors file."""
     content, rest = FOLDERS[number][name], b""
@@ -102,13 +91,6 @@ def json_broken(number: int, name: str, changes: list) -> None:
     new = json.dumps(value).encode()
     new = len(new).to_bytes(8, "little") + new + rest if rest else new
     opened(number, lambda folder: (folder / name).write_bytes(new))
-
-
-def bytes_broken(number: int, name: str, damages: list[Damage]) -> None:
-    content = FOLDERS[number][name]
-    for one in damages:
-        content = one(content)
-    opened(number, lambda folder: (folder / name).write_bytes(content))
 
 
 def files_broken(number: int, name: str, how: str, other: str) -> None:
@@ -130,10 +112,8 @@ def files_broken(number: int, name: str, how: str, other: str) -> None:
 
 some = st.lists(change, min_size=1, max_size=3)
 how = st.sampled_from(["gone", "folder", "link", "swap"])
-test_config_quickly, test_config = twice(config_broken, 200, which, some)
 test_json_quickly, test_json = twice(json_broken, 200, which, names, some)
-test_bytes_quickly, test_bytes = twice(bytes_broken, 150, which, names, st.lists(damage, min_size=1, max_size=2))
-test_files_quickly, test_files = twice(files_broken, 50, which, names, how, names)
+test_files_quickly, test_files = twice(files_broken, 100, which, names, how, names)
 
 
 @pytest.mark.parametrize("huge", [10**6, 10**9, 2**31 - 1, 10**30])
