@@ -85,6 +85,8 @@ class Run:
 def start(o: Any, answers: int) -> Run:
     """Join the other processes, claim the run folder, read the data; `answers` is how many questions are wanted."""
     device = backend.setup(o.device)
+    if o.compile != "off":
+        backend.probe_compiler(device)
     rank, world = backend.join(device)
     grid = mesh.make(mesh.Mesh(o.mesh.fsdp, o.mesh.ep), device, world)
     resume = claim(o, main=rank == 0)

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import resource
+import threading
 from pathlib import Path
 
 import torch
@@ -68,6 +69,24 @@ def keep_host_memory() -> None:
     libc.mallopt(trim_threshold, (1 << 31) - 1)
     libc.mallopt(arena_max, 1)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator at its first large allocation
+
+
+def probe_compiler(device: torch.device) -> None:
+    """Begin to ask, in threads, what vector instructions the host's C++ compiler and cores have, if it will be used.
+
+    Inductor asks before its first kernel, one question after another: 9 s on 2 cores where its cache on disk is empty.
+    Asked in two threads while data and model are read, it costs a third of that (docs/benchmarks.md, "Start-up").
+    """
+    if device.type != "cpu" or platform.machine() != "x86_64":
+        return
+    import torch._inductor.codecache  # here, not in the threads: setuptools changes sys.meta_path under other imports
+    import torch.utils.cpp_extension  # noqa: F401
+    from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
+
+    cores = set(x86_isa_checker())
+    have = [isa for isa in supported_vec_isa_list if set(str(isa).split()) <= cores]
+    for half in (have[::2], have[1::2]):
+        threading.Thread(target=lambda isas: [bool(isa) for isa in isas], args=(half,), daemon=True).start()
 
 
 def join(device: torch.device) -> tuple[int, int]:

@@ -76,7 +76,8 @@ def trl(place: Path, out: Path, python: Path, config: dict[str, Any]) -> list[st
 
 def caches(folder: Path) -> dict[str, str]:
     """Return the environment of a process that keeps what it compiles, tokenizes and converts in `folder`."""
-    there = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "cache", "HF_HOME": "huggingface"}
+    there = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp", "XDG_CACHE_HOME": "cache", "HF_HOME": "hub"}
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)  # Inductor's precompiled headers are always there
     offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     return os.environ | offline | {key: str(folder / name) for key, name in there.items()}
 
