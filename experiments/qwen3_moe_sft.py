@@ -56,7 +56,7 @@ def main(o: Options) -> None:
     coefficient = run.hf.get("router_aux_loss_coef", 1e-3) if coefficient is None else coefficient
     loss = losses.sft(o.balance, coefficient)
     optimizer = optimizers.from_options(o.optim, run.steps, model.specs)
-    form, parts = "layer" if o.compile == "auto" else o.compile, o.micro_batches(run.world)
+    form, parts = "layer" if o.compile == "auto" else o.compile, o.micro_batches(run.shard.data[1])
     how: dict[str, Any] = {"micro_batches": parts, "clip": o.optim.max_grad_norm, "compile": form, "remat": o.remat}
     step = make_train_step(model, loss, optimizer, shard=run.shard, **how)
     graphs = {"step": ": one graph" if parts == 1 and o.remat == "none" else ": two graphs, gradient and update"}

@@ -88,15 +88,16 @@ def start(o: Any, answers: int) -> Run:
     if o.compile != "off":
         backend.probe_compiler(device)
     rank, world = backend.join(device)
-    grid = mesh.make(mesh.Mesh(o.mesh.fsdp, o.mesh.ep), device, world)
+    sizes = {axis: getattr(o.mesh, axis) for axis in ("dp", "fsdp", "ep", "cp", "tp")}
+    grid = mesh.make(mesh.Mesh(**sizes), device, world)
     resume = claim(o, main=rank == 0)
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "first_light" / "tokenizer")
     hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
-    shard = Sharder(RULES[hf["model_type"]], grid) if grid else types.ONE_DEVICE
+    shard = Sharder.of(RULES[hf["model_type"]], grid, model.specs) if grid else types.ONE_DEVICE
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
-    read = data.load(o, tokenizer, model.config.vocab, rank, world, max(answers, samples), say)
+    read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)
     if answers and not read[2]:
         raise ValueError(f"--answers {answers}: no held-out conversation to answer (--data.eval, --data.split)")
     return Run(o, device, world, shard, resume, tokenizer, hf, model, *read, samples)

@@ -172,7 +172,7 @@ def _one(
     now = time.perf_counter()
     seconds, peak = now - clock, backend.peak_flops(device, getattr(torch, options.dtype), shard.world)
     row |= {"tokens": int(tokens), "trained_tokens": int(trained_tokens), "tokens_per_s": tokens / seconds}
-    row |= {"padding": 1 - tokens / (batch["tokens"].numel() * shard.world), "mfu": flops.mfu(cost, seconds, peak)}
+    row |= {"padding": 1 - tokens / (batch["tokens"].numel() * shard.data[1]), "mfu": flops.mfu(cost, seconds, peak)}
     row |= {"memory_bytes": backend.peak_memory(device)}
     row |= {"time": {"data": fed - begun, "step": now - fed, "other": begun - clock}}
     return row, now, stop > 0

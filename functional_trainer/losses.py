@@ -22,7 +22,8 @@ class Loss:
     """A training objective.
 
     `terms(output, unembed, batch, shard)` returns (sums by term, further sums to report). `weights(batch)` returns what
-    each term (and each reported sum that is a mean) is divided by. `coefficients` default to 1.
+    each term (and each reported sum that is a mean) is divided by, if by anything. All are sums over the tokens at hand: on a mesh each
+    rank's share, which the step adds up. `coefficients` default to 1.
     `update(buffers, sums)` returns the next buffers from the reported sums of the whole batch.
     """
 
@@ -42,15 +43,20 @@ def logprobs(
     With a boolean `mask` (B, S) both are zeros where it is false, and the others' work is spared where that is free.
     """
 
-    def run(hidden, weight, targets, *masks):
-        return kernels.linear_logprob(
-            hidden, weight, targets, unembed.bias, unembed.softcap, temperature, entropy, *masks
-        )
+    vocab, part = "params/unembed", shard.part("params/unembed", 0)
+    given = output.hidden, unembed.weight, batch["targets"], *(() if mask is None else (mask,))
 
-    columns = "batch/columns"
-    given = (shard(output.hidden, "act/block_in"), unembed.weight, batch["targets"], *(() if mask is None else (mask,)))
-    ins = ("act/block_in", "params/unembed", *(columns,) * (len(given) - 2))
-    return shard.local(run, ins, (columns, columns))(*given)
+    def run(hidden, weight, targets, *masks):
+        options = unembed.bias, unembed.softcap, temperature, entropy, *masks
+        if part[1] == 1:
+            return kernels.linear_logprob(hidden, weight, targets, *options)
+        first = part[0] * weight.shape[0]
+        return kernels.vocabulary_part(hidden, weight, targets, *options, first=first)[:, :, None]
+
+    ins = "act/residual > act/block_in", vocab, *("batch/columns > act/rows" for _ in given[2:])
+    if part[1] == 1:
+        return shard.local(run, ins, ("act/rows > batch/columns",) * 2)(*given)
+    return kernels.combine_vocabulary(shard.local(run, ins, ("act/vocab > batch/columns",))(*given), entropy, mask)
 
 
 def pooled_balance(aux: Sums) -> torch.Tensor:
@@ -71,18 +77,15 @@ def sft(balance: Literal["per_sequence", "hf", "none"] = "per_sequence", balance
     def terms(output: Output, unembed: Unembed, batch: Batch, shard) -> tuple[Sums, Sums]:
         logp_BS, _ = logprobs(output, unembed, batch, shard, mask=batch["weights"] != 0)
         sums = {"nll": -(logp_BS * batch["weights"]).sum()}
-        aux = {k: shard.replicate(v) for k, v in output.aux.items()}
+        aux = output.aux
         if aux and balance == "per_sequence":
             sums["balance"] = aux["balance"].mean()
         elif aux and balance == "hf":
-            sums["balance"] = pooled_balance(aux)
+            sums["balance"] = shard.share(pooled_balance({k: shard.replicate(v) for k, v in aux.items()}))
         return sums, {k: v.detach() for k, v in aux.items() if k == "load"}
 
     def weights(batch: Batch) -> Sums:
-        tokens = (batch["segment_ids"] != 0).sum()
-        return {
-            "nll": batch["weights"].sum(dtype=torch.float64),
-            "balance": tokens if balance == "per_sequence" else tokens * 0 + 1,
-        }
+        weights = {"nll": batch["weights"].sum(dtype=torch.float64)}
+        return weights | ({} if balance == "hf" else {"balance": (batch["segment_ids"] != 0).sum()})
 
     return Loss(terms, weights, {"balance": balance_coefficient}, accumulates=balance != "hf")

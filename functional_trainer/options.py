@@ -211,13 +211,23 @@ class OptimOptions:
 
 @dataclass(frozen=True)
 class MeshOptions:
+    dp: int = 1
+    """Data-parallel devices that hold the same parameters; fsdp below them makes it HSDP."""
     fsdp: int = 0
-    """Data-parallel processes that store parameters in shards (0: all that --mesh.ep leaves)."""
+    """Data-parallel devices that store parameters in shards (0: all that the others leave)."""
     ep: int = 1
-    """Data-parallel processes over which experts are spread."""
+    """Data-parallel devices over which experts are spread."""
+    cp: int = 1
+    """Devices that share the tokens of a row (Ulysses)."""
+    tp: int = 1
+    """Devices that share heads, hidden units and the vocabulary."""
+    pp: int = 1
+    """Pipeline stages; there are none yet, so 1."""
 
     def __post_init__(self):
-        within("mesh.", self, fsdp=(0, ""), ep=(1, ""))
+        within("mesh.", self, fsdp=(0, ""), **dict.fromkeys(("dp", "ep", "cp", "tp", "pp"), (1, "")))
+        if self.pp != 1:
+            raise ValueError(f"--mesh.pp {self.pp}: pipeline stages do not exist yet; use fsdp, ep, cp and tp")
 
 
 @dataclass(frozen=True)

@@ -64,21 +64,30 @@ def count(specs: tree.Tree) -> int:
     return sum(math.prod(p.shape) for p in tree.leaves(specs))
 
 
-def init_leaf(path: str, p: Param, seed: int, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:
-    """Draw one tensor of `p.shape`.
+Part = tuple[slice, ...]
+"""A part of a tensor, one slice a dim."""
+
+
+def init_leaf(
+    path: str, p: Param, seed: int, dtype: torch.dtype = torch.float32, device=None, part: Part | None = None
+) -> torch.Tensor:
+    """Draw one tensor of `p.shape`, or a part of it.
 
     Each slice along the leading dim has its own 64-bit seed, hash(seed, path, slice): values do not depend on the mesh,
-    on the order of leaves or on which slices this process needs. Draws happen on the host in float32.
+    on the order of leaves or on which slices this process needs. Draws happen on the host in float32, one slice held
+    at a time.
     """
+    first, *inner = part or tuple(slice(0, size) for size in p.shape)
+    shape = [s.stop - s.start for s in (first, *inner)]
     if p.init == "ones":
-        return torch.ones(p.shape, dtype=dtype, device=device)
+        return torch.ones(shape, dtype=dtype, device=device)
     if p.init == "zeros":
-        return torch.zeros(p.shape, dtype=dtype, device=device)
-    out, gen = torch.empty(p.shape), torch.Generator()
-    for i in range(p.shape[0]):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    out, whole, gen = torch.empty(shape), torch.empty(p.shape[1:]), torch.Generator()
+    for row, i in zip(out, range(first.start, first.stop), strict=True):
         digest = hashlib.blake2b(f"{seed}:{path}:{i}".encode(), digest_size=8).digest()
         gen.manual_seed(int.from_bytes(digest, "little", signed=True))
-        out[i].normal_(0.0, p.std, generator=gen)
+        row.copy_(whole.normal_(0.0, p.std, generator=gen)[tuple(inner)])
     return out.to(dtype=dtype, device=device)
 
 

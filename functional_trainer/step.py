@@ -50,45 +50,37 @@ def wrap_layer(model: Any, *, compile: bool, remat: Remat, backend: str = "induc
             return inner(p, x, rows, **options)
 
     if compile:
-        compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
-
-        def layer(p, x, rows, **options):
-            return options["shard"].outputs(*compiled(p, x, rows, **options))
-
+        layer = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
     return replace(model, layer=layer)
 
 
 def evaluate(model: Any, loss: Loss, params: tree.Tree, batch: Batch, buffers: tree.Tree, shard=ONE_DEVICE):
-    """Return the loss's sums (by term, whole tensors on every rank) and its reported sums."""
+    """Return the loss's sums by term and its reported sums, over all ranks."""
     output = model.apply(params, batch, shard, buffers)
     sums, reported = loss.terms(output, model.unembed(params, shard), batch, shard)
-    return {k: shard.replicate(v) for k, v in sums.items()}, reported
+    return tree.map(shard.replicate, sums), tree.map(shard.replicate, reported)
 
 
 def total_weights(loss: Loss, batch: Batch, shard=ONE_DEVICE) -> Metrics:
     """Return the loss's weights over all devices, 1 where there is nothing to weigh (the sum is then 0 too)."""
-    weights = {k: shard.replicate(v) for k, v in loss.weights(batch).items()}
+    weights = tree.map(shard.replicate, loss.weights(batch))
     return {k: torch.where(v == 0, 1, v) for k, v in weights.items()}
 
 
 def objective(model: Any, loss: Loss, shard, params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
     """Return the sum of coefficient * sum / weight, each sum / weight, and the loss's reported sums."""
     sums, reported = evaluate(model, loss, params, batch, buffers, shard)
-    means = {k: v / weights[k] for k, v in sums.items()}
+    means = {k: v / weights.get(k, 1) for k, v in sums.items()}
     return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
 
 
-def gradient(
-    value_of: Callable, shard, params: tree.Tree, paths: dict, batch: Batch, weights: Metrics, buffers: tree.Tree
-):
+def gradient(value_of: Callable, params: tree.Tree, paths: dict, batch: Batch, weights: Metrics, buffers: tree.Tree):
     """Return this rank's part of the gradient of each of `paths`, in their order, the means of the loss's terms and its
     reported sums."""
     leaves = {path: x.detach().requires_grad_(path in paths) for path, x in tree.flatten(params).items()}
     value, means, reported = value_of(tree.unflatten(leaves, params), batch, weights, buffers)
-    wanted = [leaves[path] for path in paths]
-    grads = torch.autograd.grad(value, wanted)
-    parts = [shard.storage(shard.like(g, p)) for g, p in zip(grads, wanted, strict=True)]
-    return parts, tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
+    grads = torch.autograd.grad(value, [leaves[path] for path in paths])
+    return list(grads), tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
 
 
 def add(total: tuple, more: tuple) -> tuple:
@@ -123,9 +115,10 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch):
         weights = total_weights(loss, batch, shard)
-        params = state.params if model.dtype is None else tree.map(lambda p: p.to(model.dtype), state.params)
+        params = tree.map(shard.storage, state.params)
+        params = params if model.dtype is None else tree.map(lambda p: p.to(model.dtype), params)
         first, *others = shard.micro(batch, micro_batches)
-        grad = partial(gradient, value_of, shard, params, trained(state), weights=weights, buffers=state.buffers)
+        grad = partial(gradient, value_of, params, trained(state), weights=weights, buffers=state.buffers)
         grads, means, reported = grad(batch=first)
         if others:  # summed in the masters' precision and in storage of their own
             grads = [g.to(p.dtype, copy=True) for g, p in zip(grads, trained(state).values(), strict=True)]

@@ -7,6 +7,7 @@ import torch
 
 from functional_trainer import tree
 from functional_trainer.optimizers import alone
+from functional_trainer.param import Part
 
 Batch = dict[str, torch.Tensor]
 """Named per-token columns, each (B, S): tokens, targets, segment_ids (0 = padding), positions, weights, ..."""
@@ -31,41 +32,43 @@ class Unembed(NamedTuple):
 class OneDevice:
     """The identity sharder: what `sharding_rules.Sharder` is on a mesh, on one device.
 
-    A model receives one of the two as `shard` and never learns which.
+    A model receives one of the two as `shard` and never learns which. In a step tensors are plain: this rank's part.
     """
 
     rank, world = 0, 1
-
-    def __call__(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """Constrain an activation to the placement that its name maps to."""
-        return x
+    data = 0, 1
+    """Which of how many sets of rows of a batch this process reads."""
 
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
         """Return the parameters below `prefix` as the maths uses them: cast to `dtype`, gathered over storage axes."""
         return params if dtype is None else tree.map(lambda w: w.to(dtype), params)
 
     def local(self, fn: Callable, ins: tuple[str, ...], outs: tuple[str, ...]) -> Callable:
-        """Run `fn` on local shards; `ins` and `outs` name each operand's placement."""
+        """Run `fn` on this rank's parts; `ins` and `outs` name the placement of each operand and result.
+
+        "a > b" comes placed as a and is wanted as b, or is made as a and left as b. "sum:a" is made as each rank's
+        share of a sum. "sum" alone stays one: a rank's share, as if summed over the rank's own tokens of the batch.
+        """
         return fn
 
-    def group(self, name: str, dim: int) -> Any:
-        """Return the process group over which dim `dim` of the tensor called `name` is sharded, None if it is whole."""
+    def part(self, name: str, dim: int) -> tuple[int, int]:
+        """Return which part of dim `dim` of the tensor called `name` is this rank's, and of how many."""
+        return 0, 1
+
+    def group(self, name: str, dim: int) -> str | None:
+        """Return the name of the process group over which dim `dim` of `name` is sharded, None if it is whole."""
         return None
 
     def replicate(self, x: torch.Tensor) -> torch.Tensor:
-        """Finish a pending sum and give every rank the whole tensor, as a plain tensor."""
+        """Add the ranks' shares of a sum."""
+        return x
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """Make what all ranks have alike a share of a sum."""
         return x
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum a plain tensor over all ranks."""
-        return x
-
-    def outputs(self, x: torch.Tensor, aux: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Pass a compiled layer's outputs on, so that the loss may leave any of `aux` unused."""
-        return x, aux
-
-    def like(self, x: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-        """Bring a gradient to the placement of its parameter."""
+        """Add what each process counts in the rows that it reads."""
         return x
 
     def storage(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,12 +91,12 @@ class OneDevice:
         """Gather one parameter whole."""
         return x
 
-    def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Place one freshly drawn parameter."""
-        return make()
+    def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[Part], torch.Tensor]) -> torch.Tensor:
+        """Place one parameter, of which `make` draws a part."""
+        return make(tuple(slice(0, size) for size in shape))
 
     def put_batch(self, batch: Batch) -> Batch:
-        """Wrap this rank's rows as the global batch."""
+        """Return this rank's part of rows that it read."""
         return batch
 
     def micro(self, batch: Batch, parts: int) -> list[Batch]:

@@ -20,11 +20,12 @@ from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels.elementwise import promote, rms_norm, rope, swiglu
 from kernels.embedding import embedding
-from kernels.linear_logprob import linear_logprob
+from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabulary_part
+from kernels.moe import all_gather
 
 __all__ = [
-    "BACKENDS", "EXPENSIVE", "attention", "embedding", "experts", "grouped_matmul", "kept_on_disk", "linear_logprob",
-    "promote", "rms_norm", "rope", "swiglu",
+    "BACKENDS", "EXPENSIVE", "all_gather", "attention", "combine_vocabulary", "embedding", "experts", "grouped_matmul",
+    "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "vocabulary_part",
 ]  # fmt: skip
 
 

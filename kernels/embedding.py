@@ -9,12 +9,11 @@ import torch.nn.functional as F
 
 
 @torch.library.custom_op("functional_trainer::embedding", mutates_args=())
-def embedding(weight_VD: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return weight[tokens], (..., D) for integer `tokens` (...)."""
+def _embedding(weight_VD: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.embedding(tokens, weight_VD)
 
 
-@embedding.register_fake
+@_embedding.register_fake
 def _(weight_VD, tokens):
     return weight_VD.new_empty(*tokens.shape, weight_VD.shape[1])
 
@@ -39,4 +38,16 @@ def _backward(ctx, grad):
     return _embedding_grad(grad, ctx.saved_tensors[0], ctx.rows), None
 
 
-embedding.register_autograd(_backward, setup_context=_setup)
+_embedding.register_autograd(_backward, setup_context=_setup)
+
+
+def embedding(weight_VD: torch.Tensor, tokens: torch.Tensor, part: tuple[int, int] = (0, 1)) -> torch.Tensor:
+    """Return weight[tokens], (..., D) for integer `tokens` (...).
+
+    `part` = (i, n) says that the weight is the i-th of n parts of the vocabulary; other parts' tokens give zeros.
+    """
+    if part[1] == 1:
+        return _embedding(weight_VD, tokens)
+    local = tokens - part[0] * weight_VD.shape[0]
+    inside = (local >= 0) & (local < weight_VD.shape[0])
+    return _embedding(weight_VD, torch.where(inside, local, 0)) * inside[..., None]

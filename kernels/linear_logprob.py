@@ -1,9 +1,13 @@
 """Linear layer, log-softmax, gather and entropy in one op that never holds the logits.
 
-With z = softcap(h W^T + b) / temperature, chunk by chunk over tokens:
+With z = softcap(h W^T + b) / temperature, p = softmax(z), chunk by chunk over tokens:
 
-    logp = z[target] - logsumexp(z)          entropy = logsumexp(z) - sum softmax(z) z
-    dz   = dlogp (onehot - p) - dentropy p (log p + entropy)
+    lse = logsumexp(z)        mean = sum p z        logp = z[target] - lse        entropy = lse - mean
+    dz  = dtarget onehot + p (dlse + dmean (1 + z - mean))
+
+W may be a part of the vocabulary: the three numbers of the parts are combined without their logits,
+
+    lse = logsumexp(lse_part)      z[target] = sum of the part that has it      mean = sum exp(lse_part - lse) mean_part
 
 FLOPs: 2TDV forward, 6TDV backward (the logits of a chunk are computed again). Bytes held: the logits of
 one chunk of tokens. Matmuls run in the inputs' dtype, everything after them in at least float32; the
@@ -56,6 +60,13 @@ def _put_back(x: torch.Tensor, rows: torch.Tensor | None, mask: torch.Tensor | N
     return x if mask is None else torch.where(mask.view(-1, *(1,) * (x.ndim - 1)), x, 0)
 
 
+def _inside(targets: torch.Tensor, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return targets as rows of this part (0 where they are in another) and whether they are in it."""
+    local = targets - first
+    inside = (local >= 0) & (local < rows)
+    return torch.where(inside, local, 0)[:, None], inside
+
+
 @torch.library.custom_op("functional_trainer::linear_logprob", mutates_args=())
 def _forward(
     hidden: torch.Tensor,
@@ -63,55 +74,62 @@ def _forward(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     mask: torch.Tensor | None,
+    first: int,
     softcap: float,
     temperature: float,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probability and entropy (zeros unless asked for), each (T,)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return lse, the target's logit (0 if another part has it) and mean (zeros unless asked for), each (T,)."""
     rows, (hidden, targets) = _asked(mask, hidden, targets)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logp, ent = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(2))
+    lse, target, mean = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
     for s in _chunks(hidden):
-        log_p = _logits(hidden[s], w, bias, softcap, temperature).log_softmax(-1)
-        logp[s] = log_p.gather(-1, targets[s, None])[:, 0]
+        z = _logits(hidden[s], w, bias, softcap, temperature)
+        local, inside = _inside(targets[s], first, w.shape[0])
+        target[s] = torch.where(inside, z.gather(-1, local)[:, 0], 0)
+        lse[s] = z.logsumexp(-1)
         if entropy:
-            ent[s] = -(log_p.exp() * log_p).sum(-1)
-    return _put_back(logp, rows, mask), _put_back(ent, rows, mask)
+            mean[s] = (z.softmax(-1) * z).sum(-1)
+    return _put_back(lse, rows, mask), _put_back(target, rows, mask), _put_back(mean, rows, mask)
 
 
 @_forward.register_fake
-def _(hidden, w, targets, bias, mask, softcap, temperature, entropy):
+def _(hidden, w, targets, bias, mask, first, softcap, temperature, entropy):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
 
 
 @torch.library.custom_op("functional_trainer::linear_logprob_grad", mutates_args=())
 def _grad(
-    dlogp: torch.Tensor,
-    dent: torch.Tensor,
+    dlse: torch.Tensor,
+    dtarget: torch.Tensor,
+    dmean: torch.Tensor,
     hidden: torch.Tensor,
     w: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     mask: torch.Tensor | None,
+    first: int,
     softcap: float,
     temperature: float,
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if mask is not None and not mask.is_cpu:
-        dlogp, dent = torch.where(mask, dlogp, 0), torch.where(mask, dent, 0)
-    rows, (dlogp, dent, hidden, targets) = _asked(mask, dlogp, dent, hidden, targets)
-    dhidden, dw = torch.empty_like(hidden), torch.zeros_like(w, dtype=dlogp.dtype)
-    dbias = torch.zeros_like(w[:, 0], dtype=dlogp.dtype)
+        dlse, dtarget, dmean = (torch.where(mask, d, 0) for d in (dlse, dtarget, dmean))
+    rows, (dlse, dtarget, dmean, hidden, targets) = _asked(mask, dlse, dtarget, dmean, hidden, targets)
+    dhidden, dw = torch.empty_like(hidden), torch.zeros_like(w, dtype=dlse.dtype)
+    dbias = torch.zeros_like(w[:, 0], dtype=dlse.dtype)
     for s in _chunks(hidden):
         h = hidden[s]
         z = _logits(h, w, bias, softcap, temperature)
         p = z.softmax(-1)
-        dz = p * -dlogp[s, None] if entropy else p.mul_(-dlogp[s, None])
-        dz.scatter_add_(1, targets[s, None], dlogp[s, None])  # one index per row: no two additions meet
+        local, inside = _inside(targets[s], first, w.shape[0])
         if entropy:
-            log_p = z.log_softmax(-1)
-            dz -= dent[s, None] * p * (log_p - (p * log_p).sum(-1, keepdim=True))
+            mean = (p * z).sum(-1, keepdim=True)
+            dz = p * (dlse[s, None] + dmean[s, None] * (1 + z - mean))
+        else:
+            dz = p.mul_(dlse[s, None])
+        dz.scatter_add_(1, local, torch.where(inside, dtarget[s], 0)[:, None])  # one a row: no two additions meet
         dz = dz / temperature if temperature != 1.0 else dz
         if softcap:
             dz = dz * (1 - (z * (temperature / softcap)).square())
@@ -124,7 +142,7 @@ def _grad(
 
 
 @_grad.register_fake
-def _(dlogp, dent, hidden, w, targets, bias, mask, softcap, temperature, entropy):
+def _(dlse, dtarget, dmean, hidden, w, targets, bias, mask, first, softcap, temperature, entropy):
     return torch.empty_like(hidden), torch.empty_like(w), w.new_empty(w.shape[0])
 
 
@@ -133,13 +151,45 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(hidden, w, targets, bias, mask)
 
 
-def _backward(ctx, dlogp, dent):
+def _backward(ctx, *grads):
     hidden, w, targets, bias, mask = ctx.saved_tensors
-    grads = _grad(dlogp.contiguous(), dent.contiguous(), hidden, w, targets, bias, mask, *ctx.options)
-    return *grads[:2], None, (None if bias is None else grads[2]), None, None, None, None
+    dhidden, dw, dbias = _grad(*(g.contiguous() for g in grads), hidden, w, targets, bias, mask, *ctx.options)
+    return dhidden, dw, None, (None if bias is None else dbias), None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup)
+
+
+def vocabulary_part(
+    hidden: torch.Tensor,
+    w_VD: torch.Tensor,
+    targets: torch.Tensor,
+    bias_V: torch.Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    mask: torch.Tensor | None = None,
+    first: int = 0,
+) -> torch.Tensor:
+    """Return (..., 3): lse, the target's logit and mean over the rows of the vocabulary from `first` on that W has."""
+    flat, flat_mask = hidden.reshape(-1, hidden.shape[-1]), None if mask is None else mask.reshape(-1)
+    options = first, float(softcap or 0.0), float(temperature), entropy
+    three = _forward(flat, w_VD, targets.reshape(-1), bias_V, flat_mask, *options)
+    return torch.stack(three, -1).view(*targets.shape, 3)
+
+
+def combine_vocabulary(
+    parts_P3: torch.Tensor, entropy: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probability and entropy (zeros unless asked for, or where `mask` is false), (...), of P parts."""
+    lse_P, target_P, mean_P = parts_P3.unbind(-1)
+    lse = lse_P.logsumexp(-1)
+    logp, ent = target_P.sum(-1) - lse, torch.zeros_like(lse)
+    if entropy:
+        ent = lse - ((lse_P - lse[..., None]).exp() * mean_P).sum(-1)
+    if mask is not None:
+        logp, ent = torch.where(mask, logp, 0), torch.where(mask, ent, 0)
+    return logp, ent
 
 
 def linear_logprob(
@@ -157,7 +207,6 @@ def linear_logprob(
     `hidden` is (..., D); `entropy=False` skips the second result, which is then zeros. Where the boolean `mask` (...)
     is false both results are zero and no gradient flows.
     """
-    flat, flat_mask = hidden.reshape(-1, hidden.shape[-1]), None if mask is None else mask.reshape(-1)
-    options = float(softcap or 0.0), float(temperature), entropy
-    logp, ent = _forward(flat, w_VD, targets.reshape(-1), bias_V, flat_mask, *options)
-    return logp.view(targets.shape), ent.view(targets.shape)
+    three = vocabulary_part(hidden, w_VD, targets, bias_V, softcap, temperature, entropy, mask)
+    lse, target, mean = three.unbind(-1)
+    return target - lse, lse - mean if entropy else torch.zeros_like(lse)

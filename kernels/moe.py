@@ -110,6 +110,13 @@ def experts(
     return Combine.apply(y_RD * weights_R[:, None], order_R, inverse_R, slots)
 
 
+def all_gather(x: torch.Tensor, group: str, ways: int) -> torch.Tensor:
+    """Return equal tensors of all ranks of a group, one after the other along a new first dim; not differentiable."""
+    ops = torch.ops._c10d_functional
+    whole = ops.wait_tensor(ops.all_gather_into_tensor(x.detach().contiguous(), ways, group))
+    return whole.view(ways, *x.shape)
+
+
 def _exchange(x_RD, counts_E, local: int, mlp: Callable, group) -> torch.Tensor:
     """Send rows to the ranks that hold their experts, apply them there, and bring the results back."""
     ways = counts_E.shape[0] // local

@@ -114,29 +114,28 @@ def _qkv(x_BSD, cos_BSh, sin_BSh, q, k, v, q_norm, k_norm, *biases, eps: float):
 def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard, cache: dict | None) -> torch.Tensor:
     """Apply attention within segments. With a cache the new keys are written into it in place and all are attended."""
     keys = ("q", "k", "v", "q_norm", "k_norm") + (("q_bias", "k_bias", "v_bias") if "q_bias" in p else ())
-    ins = ("act/block_in", "act/rope", "act/rope", *(f"{LAYER}/attn/{k}" for k in keys))
-    qkv = shard.local(partial(_qkv, eps=eps), ins, ("act/heads",) * 3)
+    ins = ("act/residual > act/block_in", "act/rope", "act/rope", *(f"{LAYER}/attn/{k}" for k in keys))
+    qkv = shard.local(partial(_qkv, eps=eps), ins, ("act/heads", "act/kv_heads", "act/kv_heads"))
     q, k, v = qkv(x_BSD, rows["cos"], rows["sin"], *(p[k] for k in keys))
+    segments, positions = rows["segment_ids"], rows["positions"]
     if cache is not None:
         here = slice(rows["start"], rows["start"] + k.shape[1])
         cache["k"][:, here], cache["v"][:, here] = k, v
-        k, v = cache["k"], cache["v"]
-        out_BSNH = kernels.attention(
-            q, k, v, rows["segment_ids"], rows["positions"], rows["key_segment_ids"], rows["key_positions"], window
-        )
+        held = rows["key_segment_ids"], rows["key_positions"]
+        out_BSNH = kernels.attention(q, cache["k"], cache["v"], segments, positions, *held, window)
     else:
-        attend = shard.local(
-            partial(kernels.attention, window=window), ("act/attn",) * 3 + ("act/attn_rows",) * 2, ("act/attn",)
-        )
-        q, k, v = (shard(t, "act/attn") for t in (q, k, v))
-        out_BSNH = shard(attend(q, k, v, rows["segment_ids"], rows["positions"]), "act/heads")
+        ins = "act/heads > act/attn", *("act/kv_heads > act/kv_attn",) * 2, *("act/attn_rows",) * 2
+        attend = shard.local(partial(kernels.attention, window=window), ins, ("act/attn > act/heads",))
+        out_BSNH = attend(q, k, v, segments, positions)
     project = shard.local(
         lambda o_BSNH, w_DNH: F.linear(o_BSNH.flatten(2), w_DNH.flatten(1)),
         ("act/heads", f"{LAYER}/attn/o"),
-        ("sum:act/block_in",),
+        ("sum:act/block_in > act/residual",),
     )
-    y_BSD = shard(project(out_BSNH, p["o"]), "act/residual")
-    return y_BSD + p["o_bias"] if "o_bias" in p else y_BSD
+    y_BSD = project(out_BSNH, p["o"])
+    if "o_bias" not in p:
+        return y_BSD
+    return shard.local(torch.add, ("act/residual", f"{LAYER}/attn/o_bias"), ("act/residual",))(y_BSD, p["o_bias"])
 
 
 # MLP -----------------------------------------------------------------------------------------------------------------
@@ -154,10 +153,10 @@ def mlp(p: Tree, x_BSD, shard) -> torch.Tensor:
     """Apply a SwiGLU MLP."""
     run = shard.local(
         lambda x, gate_up, down: F.linear(kernels.swiglu(F.linear(x, gate_up.flatten(0, 1))), down),
-        ("act/block_in", f"{LAYER}/mlp/gate_up", f"{LAYER}/mlp/down"),
-        ("sum:act/block_in",),
+        ("act/residual > act/block_in", f"{LAYER}/mlp/gate_up", f"{LAYER}/mlp/down"),
+        ("sum:act/block_in > act/residual",),
     )
-    return shard(run(x_BSD, p["gate_up"], p["down"]), "act/residual")
+    return run(x_BSD, p["gate_up"], p["down"])
 
 
 # routed experts ------------------------------------------------------------------------------------------------------
@@ -172,18 +171,39 @@ def moe_specs(dim: int, experts: int, hidden: int, std: float) -> Tree:
     }
 
 
-def document_fractions(chosen_BSE: torch.Tensor, segment_ids_BS: torch.Tensor) -> torch.Tensor:
-    """Return, for every token, the mean of `chosen` over its document, (B, S, E), from differences of running sums."""
+def document_fractions(chosen_BSE: torch.Tensor, segment_ids_BS: torch.Tensor, group=None, ways=1) -> torch.Tensor:
+    """Return, for every token, the mean of `chosen` over its document, (B, S, E), from differences of running sums.
+
+    Where S is a part of rows that `group` shares, documents that cross its borders are added up over ranks: each says
+    what it has of its first and its last one. Segment ids rise along a row. Differentiates nothing.
+    """
     border_BS = F.pad(segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1], (1, 0))
     run_BS = border_BS.cumsum(1)
     first_BS, last_BS = torch.searchsorted(run_BS, run_BS), torch.searchsorted(run_BS, run_BS, right=True)
-    sums_BSE = F.pad(chosen_BSE.cumsum(1), (0, 0, 1, 0))
-    index = lambda at_BS: at_BS[..., None].expand(-1, -1, chosen_BSE.shape[-1])  # noqa: E731
+    counted_BSE = F.pad(chosen_BSE, (0, 1), value=1.0)  # the last column counts tokens
+    sums_BSE = F.pad(counted_BSE.cumsum(1), (0, 0, 1, 0))
+    index = lambda at_BS: at_BS[..., None].expand(-1, -1, sums_BSE.shape[-1])  # noqa: E731
     total_BSE = sums_BSE.gather(1, index(last_BS)) - sums_BSE.gather(1, index(first_BS))
-    return total_BSE / (last_BS - first_BS)[..., None]
+    if group is not None:
+        total_BSE = total_BSE + _elsewhere(total_BSE, segment_ids_BS, group, ways)
+    return total_BSE[..., :-1] / total_BSE[..., -1:]
 
 
-def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool):
+def _elsewhere(total_BSE: torch.Tensor, segment_ids_BS: torch.Tensor, group, ways: int) -> torch.Tensor:
+    """Return what other ranks have of each token's document."""
+    ends_B2E, ids_B2 = total_BSE[:, [0, -1]], segment_ids_BS[:, [0, -1]]
+    once_B2 = torch.stack([torch.ones_like(ids_B2[:, 0], dtype=torch.bool), ids_B2[:, 0] != ids_B2[:, 1]], 1)
+    mine = torch.cat([ids_B2[..., None].to(total_BSE.dtype), ends_B2E * once_B2[..., None]], -1)
+    all_PB2E = kernels.all_gather(mine, group, ways)
+    ids_PB2, sums_PB2E = all_PB2E[..., 0], all_PB2E[..., 1:]
+    same_BSP2 = segment_ids_BS[:, :, None, None] == ids_PB2.movedim(0, 1)[:, None]
+    over_BSE = torch.einsum("bspk,pbke->bse", same_BSP2.to(total_BSE.dtype), sums_PB2E)
+    own_BS2 = segment_ids_BS[..., None] == ids_B2[:, None]
+    own_BSE = torch.einsum("bsk,bke->bse", own_BS2.to(total_BSE.dtype), ends_B2E * once_B2[..., None])
+    return over_BSE - own_BSE
+
+
+def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool, group, ways: int):
     """Choose experts, or take the `given` ids (B, S, K); return weights and ids, (B, S, K), the id E at padding,
     and three sums over tokens:
 
@@ -200,7 +220,7 @@ def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool
         top_BSK = top_BSK / top_BSK.sum(-1, keepdim=True)
     prob_BSE = prob_BSE * real_BS1
     chosen_BSE = (id_BSK[..., None] == torch.arange(E, device=x_BSD.device)).sum(2).to(prob_BSE.dtype) * real_BS1
-    balance = E * (document_fractions(chosen_BSE, segment_ids_BS) * prob_BSE).sum()
+    balance = E * (document_fractions(chosen_BSE, segment_ids_BS, group, ways) * prob_BSE).sum()
     id_BSK = torch.where(real_BS1, id_BSK, E)
     return top_BSK.to(x_BSD.dtype), id_BSK, chosen_BSE.sum((0, 1)), prob_BSE.sum((0, 1)), balance
 
@@ -211,32 +231,39 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     `rows["routed_experts"]` (B, S, K), if there, replaces the choice of experts, not their weights.
     """
     given = (rows["routed_experts"],) if "routed_experts" in rows else ()
-    tokens, router = "act/tokens", f"{LAYER}/moe/router"
+    tokens, moved, router = "act/tokens", "act/residual > act/tokens", f"{LAYER}/moe/router"
+    across = {"group": shard.group(tokens, 1), "ways": shard.part(tokens, 1)[1]}
     route = shard.local(
-        partial(_route, top_k=top_k, normalize=normalize),
-        (tokens, "act/token_rows", router, *("act/tokens" for _ in given)),
+        partial(_route, top_k=top_k, normalize=normalize, **across),
+        (moved, "act/token_rows", router, *("batch/columns > act/tokens" for _ in given)),
         (tokens, tokens, "sum", "sum", "sum"),
     )
-    weights_BSK, id_BSK, load_E, prob_E, balance = route(x_BSD, rows["segment_ids"], p["router"], *given)
+    weights_BSK, id_BSK, load_E, prob_E, balance = route(x_BSD, rows["token_segment_ids"], p["router"], *given)
     n_experts, group = p["router"].shape[0], shard.group(f"{LAYER}/moe/gate_up", 0)
 
     def experts(x_BSD, weights_BSK, id_BSK, gate_up, down):
         flat = (x_BSD.flatten(0, 1), weights_BSK.flatten(0, 1), id_BSK.flatten(0, 1))
         return kernels.experts(*flat, gate_up, down, n_experts, group).view(x_BSD.shape)
 
-    run = shard.local(experts, (tokens,) * 3 + (f"{LAYER}/moe/gate_up", f"{LAYER}/moe/down"), (tokens,))
-    y_BSD = shard(run(x_BSD, weights_BSK, id_BSK, p["gate_up"], p["down"]), "act/residual")
+    ins = (moved, tokens, tokens, f"{LAYER}/moe/gate_up", f"{LAYER}/moe/down")
+    run = shard.local(experts, ins, ("sum:act/tokens > act/residual",))
+    y_BSD = run(x_BSD, weights_BSK, id_BSK, p["gate_up"], p["down"])
     return y_BSD, {"load": load_E, "prob": prob_E, "balance": balance}
 
 
 # the skeleton --------------------------------------------------------------------------------------------------------
 
 
+def norm(x_BSD, scale_D, name: str, eps: float, shard) -> torch.Tensor:
+    """Apply RMSNorm to the residual with the parameter called `name`."""
+    return shard.local(partial(kernels.rms_norm, eps=eps), ("act/residual", name), ("act/residual",))(x_BSD, scale_D)
+
+
 def block(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard, cache, feed: Callable):
     """Apply pre-norm attention and `feed(p, x) -> (y, aux)`, each added to the residual."""
-    h_BSD = shard(kernels.rms_norm(x_BSD, p["attn_norm"], eps), "act/block_in")
+    h_BSD = norm(x_BSD, p["attn_norm"], f"{LAYER}/attn_norm", eps, shard)
     x_BSD = x_BSD + attention(p["attn"], h_BSD, rows, eps, window, shard, cache)
-    y_BSD, aux = feed(p, kernels.rms_norm(x_BSD, p["mlp_norm"], eps))
+    y_BSD, aux = feed(p, norm(x_BSD, p["mlp_norm"], f"{LAYER}/mlp_norm", eps, shard))
     return x_BSD + y_BSD, aux
 
 

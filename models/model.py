@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from functional_trainer import param
 from functional_trainer.hf import Name
 from functional_trainer.tree import Tree
 from functional_trainer.types import ONE_DEVICE, Batch, Output, Unembed
+from models import layers
+
+COLUMNS = "batch/columns"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Model:
         """Draw a parameter tree."""
 
         def one(path: str, p: param.Param):
-            return shard.init_leaf(path, p.shape, lambda: param.init_leaf(path, p, seed, dtype, device))
+            return shard.init_leaf(path, p.shape, lambda part: param.init_leaf(path, p, seed, dtype, device, part))
 
         return param.tree.map_with_path(one, self.specs, is_leaf=param.is_param)
 
@@ -47,17 +51,25 @@ class Model:
         `init_cache` the new keys are appended to it in place.
         """
         c = self.config
+
+        def place(column_BS: torch.Tensor, name: str) -> torch.Tensor:
+            return shard.local(lambda x: x, (f"{COLUMNS} > {name}",), (name,))(column_BS)
+
         embed = shard.weights({"embed": params["embed"]}, "params", self.dtype)["embed"]
-        x_BSD = shard.local(kernels.embedding, ("params/embed", "batch/columns"), ("act/block_in",))(
+        look_up = partial(kernels.embedding, part=shard.part("params/embed", 0))
+        x_BSD = shard.local(look_up, ("params/embed", f"{COLUMNS} > act/rows"), ("sum:act/block_in > act/residual",))(
             embed, batch["tokens"]
         )
-        x_BSD = shard(x_BSD, "act/residual")
+        rows = {
+            "segment_ids": place(batch["segment_ids"], "act/attn_rows"),
+            "positions": place(batch["positions"], "act/attn_rows"),
+            "token_segment_ids": place(batch["segment_ids"], "act/token_rows"),
+        }
         tables = shard.local(
-            lambda positions_BS: c.rope.tables(positions_BS, c.head_dim, embed.dtype), ("batch/columns",),
+            lambda positions_BS: c.rope.tables(positions_BS, c.head_dim, embed.dtype), (f"{COLUMNS} > act/rows",),
             ("act/rope", "act/rope"),
         )  # fmt: skip
-        cos, sin = tables(batch["positions"])
-        rows = {"segment_ids": batch["segment_ids"], "positions": batch["positions"], "cos": cos, "sin": sin}
+        rows["cos"], rows["sin"] = tables(batch["positions"])
         rows |= _append_rows(cache, batch)
         stats: list[dict] = []
         for i, p in enumerate(params["layers"]):
@@ -69,7 +81,7 @@ class Model:
             )  # fmt: skip
             stats += [aux] if aux else []
         scale = shard.weights({"norm": params["norm"]}, "params", self.dtype)["norm"]
-        hidden = kernels.rms_norm(x_BSD, scale, c.eps)
+        hidden = layers.norm(x_BSD, scale, "params/norm", c.eps, shard)
         aux = {k: torch.stack([s[k] for s in stats]) for k in stats[0]} if stats else {}
         return Output(hidden, aux, cache)
 

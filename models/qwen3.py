@@ -91,7 +91,7 @@ def from_config(hf: dict) -> Model:
         p = shard.weights(p, layers.LAYER, dtype)
 
         def feed(p, h_BSD):
-            return layers.mlp(p["mlp"], shard(h_BSD, "act/block_in"), shard), {}
+            return layers.mlp(p["mlp"], h_BSD, shard), {}
 
         return layers.block(p, x_BSD, rows, c.eps, window, shard, cache, feed)
 

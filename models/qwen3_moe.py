@@ -122,8 +122,7 @@ def from_config(hf: dict) -> Model:
 
         def feed(p, h_BSD):
             if "moe" not in p:
-                return layers.mlp(p["mlp"], shard(h_BSD, "act/block_in"), shard), {}
-            h_BSD = shard(h_BSD, "act/tokens")
+                return layers.mlp(p["mlp"], h_BSD, shard), {}
             return layers.moe(p["moe"], h_BSD, rows, c.top_k, c.normalize, shard)
 
         return layers.block(p, x_BSD, rows, c.eps, window, shard, cache, feed)

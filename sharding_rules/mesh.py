@@ -1,5 +1,6 @@
 """Named mesh axes and the mesh they make of the processes."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,24 +14,27 @@ AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
 class Mesh:
     """How processes are arranged; sizes multiply to their number."""
 
+    dp: int = 1
+    """Data-parallel ranks that hold the same parameters; with fsdp below them it is HSDP."""
     fsdp: int = 0
     """Data-parallel ranks over which parameters and optimizer state are stored in shards (0: all that are left)."""
     ep: int = 1
     """Data-parallel ranks over which experts are spread; tokens travel to them by all-to-all."""
+    cp: int = 1
+    """Ranks that share the tokens of a row; attention has whole rows of some heads (Ulysses, arxiv 2309.14509)."""
+    tp: int = 1
+    """Ranks that share heads, hidden units and the vocabulary, and the tokens of a row in between."""
 
 
 def make(sizes: Mesh, device: torch.device, world: int) -> DeviceMesh | None:
-    """Build the device mesh, outer to inner (fsdp, ep), axes of size one left out; None for a single process."""
-    fsdp = sizes.fsdp or world // max(sizes.ep, 1)
-    if fsdp * sizes.ep != world:
+    """Build the device mesh, outer to inner, axes of size one left out; None for a single process."""
+    axes = {axis: getattr(sizes, axis) for axis in AXES if axis != "pp"}
+    others = math.prod(n for axis, n in axes.items() if axis != "fsdp")
+    axes["fsdp"] = axes["fsdp"] or max(world // others, 1)
+    if (asked := math.prod(axes.values())) != world:
+        given = " x ".join(f"--mesh.{axis} {n}" for axis, n in axes.items() if n > 1 or axis == "fsdp")
         raise ValueError(
-            f"--mesh.fsdp {fsdp} x --mesh.ep {sizes.ep} is {fsdp * sizes.ep} processes, but {world} were started "
-            f"(torchrun --nproc-per-node {fsdp * sizes.ep} ...)"
+            f"{given} is {asked} processes, but {world} were started (torchrun --nproc-per-node {asked} ...)"
         )
-    axes = {name: n for name, n in (("fsdp", fsdp), ("ep", sizes.ep)) if n > 1}
-    if not axes:
-        return None
-    mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    if len(axes) > 1:
-        mesh._flatten()  # lets a sum over all axes be one collective, with one order of additions
-    return mesh
+    axes = {name: n for name, n in axes.items() if n > 1}
+    return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes)) if axes else None

@@ -3,42 +3,29 @@
 A rule maps a path to a `P` with one entry per tensor dim. A plain axis holds in use and at rest; `zero(...)` axes shard
 storage only: the tensor is gathered over them before use and its gradient reduce-scattered. Optimizer state follows
 its parameter. The first `fullmatch` wins and a path without a rule is an error: there is no catch-all.
-
-`Sharder` binds a table to a mesh. Tensors at boundaries are DTensors; maths runs in `local` regions on plain shards.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor, zeros
-
-from functional_trainer import tree
 from sharding_rules.mesh import AXES
 
 Entry = str | tuple[str, ...] | None
-Placements = tuple[Placement, ...]
 
 
 class P(tuple):
-    """Mesh axes per tensor dim: `P("ep", None, zero("fsdp"))`; ValueError for axes unknown, repeated or misordered."""
+    """Mesh axes per dim, outer to inner: `P("ep", None, zero("fsdp"))`; ValueError for axes unknown or repeated."""
 
     def __new__(cls, *entries: Entry):
-        named = [axes_of(entry) for entry in entries]
-        flat = [axis for axes in named for axis in axes]
+        flat = [axis for entry in entries for axis in axes_of(entry)]
+        spare = {axis for entry in entries if isinstance(entry, repeat) for axis in entry}
         if odd := [axis for axis in flat if axis not in AXES]:
             raise ValueError(f"P{entries}: {odd[0]!r} is not a mesh axis; these are: {', '.join(AXES)}")
-        if twice := [axis for axis in flat if flat.count(axis) > 1]:
+        stored = [axis for entry in entries if isinstance(entry, zero) for axis in entry]
+        if twice := [axis for axis in flat if flat.count(axis) > 1 + (axis in spare and axis in stored)]:
             raise ValueError(f"P{entries}: axis {twice[0]!r} is used twice; it can shard one dim")
-        for axes in named:
-            if axes != (right := tuple(sorted(axes, key=AXES.index))):
-                raise ValueError(f"P{entries}: axes that share a dim come outer to inner, so {axes} is to be {right}")
         return super().__new__(cls, entries)
 
     def __repr__(self) -> str:
@@ -60,8 +47,42 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+class repeat(tuple):
+    """Axes that shard a dim as far as it goes: where it is shorter than they are, neighbouring ranks have the same part.
+
+    It is for the key and value heads of grouped-query attention. A parameter is then whole along these axes but for
+    those that a `zero` of the same row names, and each rank takes its part at use.
+    """
+
+    def __new__(cls, *axes: str):
+        return super().__new__(cls, axes)
+
+    def __repr__(self) -> str:
+        return f"repeat({', '.join(map(repr, self))})"
+
+
+class Short(repeat):
+    """`repeat` of a dim that is shorter than the axes are."""
+
+
 class optional(str):
     """A pattern that some models of the family have no path for."""
+
+
+Held = tuple[tuple[str, ...], ...]
+"""The axes of a mesh that shard each dim of a tensor, outer to inner."""
+
+
+def held(spec: P, axes: Iterable[str], *, use: bool) -> Held:
+    """Return what a rule says on a mesh with these axes, in use or at rest."""
+    taken = {axis for e in spec if not isinstance(e, (zero, Short)) for axis in axes_of(e)}
+
+    def of(entry: Entry) -> tuple[str, ...]:
+        if isinstance(entry, Short) or use and isinstance(entry, zero):
+            return ()
+        return tuple(a for a in axes_of(entry) if a in axes and not (isinstance(entry, zero) and a in taken))
+
+    return tuple(map(of, spec))
 
 
 @dataclass(frozen=True)
@@ -70,191 +91,96 @@ class Rules:
 
     table: tuple[tuple[str, P], ...]
 
-    def spec(self, path: str) -> P:
-        """Return the entries of the first row that matches the whole path; ValueError if none does."""
-        for pattern, spec in self.table:
+    def row(self, path: str) -> int:
+        """Return the place of the first row that matches the whole path; ValueError if none does."""
+        for i, (pattern, _) in enumerate(self.table):
             if re.fullmatch(pattern, path):
-                return spec
+                return i
         raise ValueError(f"no sharding rule matches {path!r}; add a row for it")
+
+    def spec(self, path: str) -> P:
+        """Return the entries of the row of `path`."""
+        return self.table[self.row(path)][1]
+
+    def fit(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> "Rules":
+        """Return the table for parameters of these shapes (by path, "params/..."): with `repeat` where it is needed.
+
+        ValueError lists every parameter that has no row or that its row does not fit.
+        """
+        rows, wrong = list(self.table), []
+        for path, shape in shapes.items():
+            for dim, entry in enumerate(spec := self.spec(path)):
+                ways = math.prod(sizes.get(axis, 1) for axis in axes_of(entry))
+                if isinstance(entry, repeat) and shape[dim] < ways and ways % shape[dim] == 0:
+                    row = self.row(path)
+                    rows[row] = rows[row][0], P(*spec[:dim], Short(*entry), *spec[dim + 1 :])
+        fitted = Rules(tuple(rows))
+        for path, shape in shapes.items():
+            try:
+                fitted.where(path, sizes, use=False, shape=shape)
+            except ValueError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return fitted
 
     def unused(self, paths: Iterable[str]) -> list[str]:
         """Return the patterns, `optional` ones aside, that are the first match of none of `paths`."""
-        hit = {next((p for p, _ in self.table if re.fullmatch(p, path)), None) for path in paths}
-        return [p for p, _ in self.table if p not in hit and not isinstance(p, optional)]
+        hit = {next((i for i, (p, _) in enumerate(self.table) if re.fullmatch(p, path)), None) for path in paths}
+        return [p for i, (p, _) in enumerate(self.table) if i not in hit and not isinstance(p, optional)]
 
+    def where(
+        self, name: str, sizes: Mapping[str, int], *, use: bool = True, shape: tuple[int, ...] | None = None
+    ) -> Held:
+        """Return the axes that shard each dim of a tensor on a mesh with these sizes, in use or at rest.
 
-def placements(spec: P, mesh: DeviceMesh, *, use: bool = False) -> Placements:
-    """Translate per-tensor-dim entries to per-mesh-axis DTensor placements; `use` leaves the `zero` axes out."""
-    held = [() if use and isinstance(entry, zero) else axes_of(entry) for entry in spec]
-    dim_of = {axis: dim for dim, axes in enumerate(held) for axis in axes}
-    return tuple(Shard(dim_of[a]) if a in dim_of else Replicate() for a in mesh.mesh_dim_names or ())
-
-
-class _Outputs(torch.autograd.Function):
-    """Identity whose first output is always used; the gradient of another that is not is zeros, as a DTensor.
-
-    AOTAutograd would make them plain tensors and fail (https://github.com/pytorch/pytorch/issues/173123).
-    """
-
-    @staticmethod
-    def forward(ctx, *xs: DTensor):
-        ctx.set_materialize_grads(False)
-        ctx.like = [(x.device_mesh, x.shape, x.dtype) for x in xs]
-        return tuple(x.view_as(x) for x in xs)
-
-    @staticmethod
-    def backward(ctx, *grads: DTensor | None):
-        return tuple(
-            zeros(shape, dtype=dtype, device_mesh=mesh) if g is None else g
-            for g, (mesh, shape, dtype) in zip(grads, ctx.like, strict=True)
-        )
-
-
-def _around(mesh: DeviceMesh, held: Placements, fn: Callable, x: torch.Tensor, batch: int) -> torch.Tensor:
-    """Gather a part over the axes that split matrices, apply `fn`, and return this rank's part of the result."""
-    whole = [p if p.is_shard() and p.dim < batch else Replicate() for p in held]  # type: ignore[attr-defined]
-    gathered = DTensor.from_local(x, mesh, held, run_check=False).redistribute(placements=whole)
-    made = DTensor.from_local(fn(gathered.to_local()), mesh, whole, run_check=False)
-    return made.redistribute(placements=held).to_local()
-
-
-@dataclass(frozen=True, eq=False)
-class Sharder:
-    """`functional_trainer.types.OneDevice` on a mesh (without axes of size one); see there for each method."""
-
-    rules: Rules
-    mesh: DeviceMesh
-
-    def __post_init__(self):
-        names = self.mesh.mesh_dim_names or ()
-        if not names or list(names) != sorted(set(names) & set(AXES), key=AXES.index):
-            raise ValueError(f"mesh axes {names} are not some of {AXES} in this order")
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
-    @property
-    def world(self) -> int:
-        return self.mesh.size()
-
-    def where(self, name: str, *, use: bool = True, shape: tuple[int, ...] | None = None) -> Placements:
-        """Return the placements of a name; ValueError if the rule does not fit `shape` or a dim does not divide."""
-        spec = self.rules.spec(name)
-        placed = placements(spec, self.mesh, use=use)
+        ValueError if no row matches, the row does not fit `shape`, or a dim does not divide.
+        """
+        spec = self.spec(name)
+        where = held(spec, sizes, use=use)
         if shape is None:
-            return placed
+            return where
         if len(spec) != len(shape):
             raise ValueError(f"{name}: shape {tuple(shape)} has {len(shape)} dims, its rule {spec} {len(spec)}")
-        for dim, size in enumerate(shape):
-            ways = math.prod([self.mesh.size(i) for i, p in enumerate(placed) if p == Shard(dim)])
-            if size % ways:
+        for dim, (size, axes) in enumerate(zip(shape, where, strict=True)):
+            if size % (ways := math.prod(sizes[axis] for axis in axes)):
                 raise ValueError(
                     f"{name}: dim {dim} of {tuple(shape)} does not divide into {ways} shards (rule {spec}); "
                     f"change the mesh or the rule"
                 )
-        return placed
+        return where
 
-    def __call__(self, x: DTensor, name: str) -> DTensor:
-        return x.redistribute(placements=self.where(name, shape=x.shape))
 
-    def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
-        def gather(path: str, w: Any) -> DTensor:
-            w = w if dtype is None else w.to(dtype)
-            return w.redistribute(placements=self.where(f"{prefix}/{path}"))
+def dims(where: Held) -> dict[str, int]:
+    """Return the dim that each axis shards."""
+    return {axis: dim for dim, axes in enumerate(where) for axis in axes}
 
-        return tree.map_with_path(gather, params)
 
-    def local(self, fn: Callable, ins: tuple[str, ...], outs: tuple[str, ...]) -> Callable:
-        """Run `fn` on local shards, gradients' placements derived.
+def route(start: Held, end: Held) -> list[tuple[str, int | None, int | None]]:
+    """Order a change of placement, axis by axis: (axis, dim that it leaves, dim that it joins).
 
-        Along an axis on which any operand is sharded the ranks compute different things. There a replicated input gets
-        only its rank's share of the gradient, so the gradient is Partial; an output that is not sharded must be called
-        "sum" or "sum:name" and is Partial, since a replicated one would be counted once per rank.
-        """
-        names = [n.removeprefix("sum").removeprefix(":") for n in outs]
-        whole = (Replicate(),) * self.mesh.ndim
-        placed_ins = [self.where(n) for n in ins]
-        placed_outs = [self.where(n) if n else whole for n in names]
-        varies = [any(p[i].is_shard() for p in placed_ins + placed_outs) for i in range(self.mesh.ndim)]
-        grads = [
-            tuple(Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True))
-            for placed in placed_ins
-        ]
-        axes = self.mesh.mesh_dim_names or ()
-        for out, placed in zip(outs, placed_outs, strict=True):
-            lost = [a for a, p, v in zip(axes, placed, varies, strict=True) if v and p.is_replicate()]
-            if lost and not out.startswith("sum"):
-                raise ValueError(f"{out} is whole on axis {lost[0]!r} that splits one of {ins}: call it 'sum:{out}'")
-        results = [
-            tuple(Partial() if v and p.is_replicate() else p for p, v in zip(placed, varies, strict=True))
-            for placed in placed_outs
-        ]
+    An axis that joins a dim becomes its innermost, and only the innermost can leave, so not every order of axes can
+    become every other; ValueError if this one cannot. What makes parts smaller comes first, for less is sent after it.
+    """
+    count = max(len(start), len(end))
+    now, goal = ([list(where[i]) if i < len(where) else [] for i in range(count)] for where in (start, end))
+    came, goes = dims(start), dims(end)
+    changes = {a: (came.get(a), goes.get(a)) for a in (*came, *goes) if came.get(a) != goes.get(a)}
 
-        def run(*args: DTensor):
-            parts = []
-            for x, name, grad in zip(args, ins, grads, strict=True):
-                placed = self.where(name, shape=x.shape)
-                x = x if x.placements == placed else x.redistribute(placements=placed)
-                parts.append(x.to_local(grad_placements=grad))
-            made = fn(*parts)
-            made = (made,) if len(results) == 1 else made
-            made = [DTensor.from_local(y, self.mesh, p, run_check=False) for y, p in zip(made, results, strict=True)]
-            return made[0] if len(results) == 1 else tuple(made)
+    def ready(axis: str) -> bool:
+        leaves, joins = changes[axis]
+        out = leaves is None or now[leaves][-1] == axis
+        return out and (joins is None or [*now[joins], axis] == goal[joins][: len(now[joins]) + 1])
 
-        return run
-
-    def group(self, name: str, dim: int) -> Any:
-        axes = [i for i, p in enumerate(self.where(name)) if p == Shard(dim)]
-        if len(axes) > 1:
-            raise ValueError(f"{name}: dim {dim} is sharded over {len(axes)} mesh axes; one is supported")
-        return self.mesh.get_group(axes[0]) if axes else None
-
-    def replicate(self, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(x, DTensor):
-            return x
-        return x.redistribute(placements=[Replicate()] * self.mesh.ndim).to_local()
-
-    def total(self, x: torch.Tensor) -> torch.Tensor:
-        return self.replicate(DTensor.from_local(x, self.mesh, [Partial()] * self.mesh.ndim))
-
-    def outputs(self, x: DTensor, aux: dict[str, DTensor]) -> tuple[DTensor, dict[str, DTensor]]:
-        x, *values = _Outputs.apply(x, *aux.values())
-        return x, dict(zip(aux, values, strict=True))
-
-    def like(self, x: DTensor, ref: DTensor) -> DTensor:
-        return x.redistribute(placements=ref.placements)
-
-    def storage(self, x: DTensor) -> torch.Tensor:
-        return x.to_local()
-
-    def around(self, p: DTensor) -> Callable:
-        return partial(_around, self.mesh, tuple(p.placements))
-
-    def squares(self, squares: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
-        shares = []
-        for x, p in zip(squares, params, strict=True):
-            copies = math.prod([self.mesh.size(i) for i, q in enumerate(p.placements) if q.is_replicate()])
-            shares.append(x / copies)
-        return self.total(torch.stack(shares))
-
-    def put_leaf(self, path: str, x: torch.Tensor) -> DTensor:
-        placed = self.where(f"params/{path}", use=False, shape=tuple(x.shape))
-        return distribute_tensor(x, self.mesh, placed, src_data_rank=None)
-
-    def full(self, x: DTensor) -> torch.Tensor:
-        return x.full_tensor()
-
-    def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> DTensor:
-        return self.put_leaf(path, make())
-
-    def put_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, DTensor]:
-        placed = self.where("batch/columns")
-        return {k: DTensor.from_local(v, self.mesh, placed) for k, v in batch.items()}
-
-    def micro(self, batch: dict[str, DTensor], parts: int) -> list[dict[str, DTensor]]:
-        local = {k: v.to_local() for k, v in batch.items()}
-        rows = next(iter(local.values())).shape[0]
-        if rows % parts:
-            raise ValueError(f"{rows} rows per device cannot be split into {parts} equal micro-batches")
-        return [self.put_batch({k: v.unflatten(0, (parts, -1))[i] for k, v in local.items()}) for i in range(parts)]
+    done = []
+    while able := sorted(filter(ready, changes), key=lambda a: (changes[a][0] is not None) + (changes[a][1] is None)):
+        axis = able[0]
+        leaves, joins = changes.pop(axis)
+        if leaves is not None:
+            now[leaves].pop()
+        if joins is not None:
+            now[joins].append(axis)
+        done.append((axis, leaves, joins))
+    if now != goal:
+        raise ValueError(f"{start} cannot become {end}: only the innermost axis of a dim can leave it, and none turn")
+    return done

@@ -8,8 +8,6 @@
 # %%
 import math
 import re
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -17,7 +15,7 @@ import models
 from experiments.rules import RULES
 from functional_trainer import flops, param, tree
 from functional_trainer.param import Param
-from sharding_rules import P, Rules, Sharder, zero
+from sharding_rules import P, Rules, zero
 
 
 def refused(call, words):
@@ -89,42 +87,37 @@ assert all(len(rules.spec(path)) == len(shape) for path, shape in paths.items())
 
 # %% [markdown]
 # ## Where a model of 30 billion would live
-# 32 devices, 4 that store shards times 8 that share the experts. A layout needs the mesh's names and sizes only, so
-# this stands in for it. At rest everything is split 32 ways; in use experts are split by `ep`, and the rest is whole.
+# 32 devices, 4 that store shards times 8 that share the experts. A layout needs no devices, only the sizes of the mesh.
+# At rest everything is split 32 ways; in use experts are split by `ep`, and the rest is whole.
 
 
 # %%
-def on(rules, **sizes):
-    mesh: Any = SimpleNamespace(mesh_dim_names=tuple(sizes), size=lambda axis: list(sizes.values())[axis])
-    return Sharder(rules, mesh)
-
-
-def share(shard, path, *, use):
+def share(rules, sizes, path, *, use):
     """Return how many elements of a parameter one device holds."""
-    ways = [shard.mesh.size(i) for i, p in enumerate(shard.where(path, use=use, shape=paths[path])) if p.is_shard()]
-    return math.prod(paths[path]) // math.prod(ways)
+    axes = [axis for dim in rules.where(path, sizes, use=use, shape=paths[path]) for axis in dim]
+    return math.prod(paths[path]) // math.prod(sizes[axis] for axis in axes)
 
 
-shard = on(rules, fsdp=4, ep=8)
+sizes = {"fsdp": 4, "ep": 8}
 print(f"{'MB in bfloat16':30} {'all':>8} {'at rest':>8} {'in use':>8}")
 for path in [path for path in paths if "/layers/" not in path or "/layers/0/" in path]:
-    sizes = math.prod(paths[path]), share(shard, path, use=False), share(shard, path, use=True)
-    print(f"{path:30}", *(f"{2 * size / 1e6:8.2f}" for size in sizes))
+    elements = math.prod(paths[path]), share(rules, sizes, path, use=False), share(rules, sizes, path, use=True)
+    print(f"{path:30}", *(f"{2 * count / 1e6:8.2f}" for count in elements))
 
-at_rest = sum(share(shard, path, use=False) for path in paths)
+at_rest = sum(share(rules, sizes, path, use=False) for path in paths)
 print(
     f"one device holds {16 * at_rest / 1e9:.1f} of {16 * models.count(model) / 1e9:.0f} GB: weights, gradients, moments"
 )
 assert at_rest < 1.001 * models.count(model) / 32
-assert share(shard, "params/layers/0/moe/down", use=True) == 128 // 8 * 2048 * 768
+assert share(rules, sizes, "params/layers/0/moe/down", use=True) == 128 // 8 * 2048 * 768
 
 # %% [markdown]
 # ## A layout of one's own
 # It is one more row, before the others. This one keeps the routers whole everywhere, and takes nothing else along.
 
 # %%
-mine = on(Rules(((r"params/layers/\w+/moe/router", P(None, None)), *rules.table)), fsdp=4, ep=8)
-changed = [path for path in paths if share(mine, path, use=False) != share(shard, path, use=False)]
+mine = Rules(((r"params/layers/\w+/moe/router", P(None, None)), *rules.table))
+changed = [path for path in paths if share(mine, sizes, path, use=False) != share(rules, sizes, path, use=False)]
 print(f"{len(changed)} tensors moved, the first is {changed[0]}")
 assert changed == [path for path in paths if path.endswith("router")]
 
@@ -135,7 +128,7 @@ assert changed == [path for path in paths if path.endswith("router")]
 
 # %%
 refused(lambda: rules.spec("params/layers/0/moe/bias"), "no sharding rule matches")
-refused(lambda: share(on(rules, fsdp=4, ep=3), "params/layers/0/moe/down", use=False), "does not divide into 3")
+refused(lambda: share(rules, {"fsdp": 4, "ep": 3}, "params/layers/0/moe/down", use=False), "does not divide into 3")
 refused(lambda: P("expert", None), "is not a mesh axis")
 refused(lambda: P("ep", zero("ep")), "is used twice")
 refused(lambda: P(("ep", "fsdp")), "outer to inner")

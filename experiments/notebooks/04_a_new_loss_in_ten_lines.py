@@ -47,17 +47,16 @@ def log_z_and_mean(h_BSD, w_VD, targets_BS, logp_BS):
 def smooth(epsilon: float = 0.1, z: float = 1e-4) -> Loss:
     def terms(output, unembed, batch, shard):
         logp_BS, _ = losses.logprobs(output, unembed, batch, shard)
-        names, column = ("act/block_in", "params/unembed", "batch/columns", "batch/columns"), "batch/columns"
-        hidden = shard(output.hidden, "act/block_in")
-        log_z_BS, mean_BS = shard.local(log_z_and_mean, names, (column, column))(
-            hidden, unembed.weight, batch["targets"], logp_BS
+        ins = "act/residual > act/block_in", "params/unembed", *("batch/columns > act/rows",) * 2
+        log_z_BS, mean_BS = shard.local(log_z_and_mean, ins, ("act/rows > batch/columns",) * 2)(
+            output.hidden, unembed.weight, batch["targets"], logp_BS
         )
         smoothed_BS = (1 - epsilon) * logp_BS + epsilon * mean_BS
         sums = {"smoothed": -(smoothed_BS * batch["weights"]).sum()}
         sums |= {"z": (log_z_BS.square() * (batch["segment_ids"] != 0)).sum()}
         sure = (logp_BS.detach().exp() > 0.5) * batch["weights"]
         reported = {"sure": sure.sum(), "nll": -(logp_BS.detach() * batch["weights"]).sum()}
-        return sums, {name: shard.replicate(x) for name, x in reported.items()}
+        return sums, reported
 
     def weights(batch):
         return {"smoothed": batch["weights"].sum(), "z": (batch["segment_ids"] != 0).sum()}

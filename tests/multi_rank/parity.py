@@ -16,15 +16,23 @@ from sharding_rules.mesh import Mesh, make
 
 ROWS, LENGTH, STEPS = 8, 12, 3
 CPU = torch.device("cpu")
-MESHES = {"fsdp2": Mesh(fsdp=2, ep=1), "ep2": Mesh(fsdp=1, ep=2), "fsdp2xep2": Mesh(fsdp=2, ep=2)}
+MESHES: dict[str, Mesh] = {}
+"""By name: "fsdp2 x ep2"."""
+for sizes in (
+    *("dp2", "fsdp2", "ep2", "cp2", "tp2"),
+    *("dp2 x fsdp2", "dp2 x ep2", "dp2 x cp2", "dp2 x tp2", "fsdp2 x ep2", "fsdp2 x cp2", "fsdp2 x tp2"),
+    *("ep2 x cp2", "ep2 x tp2", "cp2 x tp2", "fsdp4", "ep4", "cp4", "tp4"),
+    *("dp2 x fsdp2 x ep2", "fsdp2 x cp2 x ep2", "fsdp2 x cp2 x tp2", "ep2 x cp2 x tp2"),
+):
+    MESHES[sizes] = Mesh(**({"fsdp": 1} | {axis[:-1]: int(axis[-1]) for axis in sizes.split(" x ")}))
 RULES = {"qwen3": qwen3.RULES, "qwen3_moe": qwen3_moe.RULES}
 DENSE = models.PRESETS["dense-0.6b"] | {
-    "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4,
+    "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6,
     "num_hidden_layers": 2, "vocab_size": 40, "attention_bias": True,
 }  # fmt: skip
 MOE = models.PRESETS["tiny"] | {
-    "hidden_size": 24, "intermediate_size": 20, "moe_intermediate_size": 14, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "head_dim": 4, "num_hidden_layers": 2, "vocab_size": 40, "num_experts": 8,
+    "hidden_size": 24, "intermediate_size": 20, "moe_intermediate_size": 14, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "head_dim": 6, "num_hidden_layers": 2, "vocab_size": 40, "num_experts": 8,
     "num_experts_per_tok": 2,
 }  # fmt: skip
 ONE_EXPERT = {"num_experts_per_tok": 1, "norm_topk_prob": False}
@@ -99,6 +107,12 @@ def batch(case: Case) -> dict[str, torch.Tensor]:
     return columns | {"segment_ids": segments, "weights": (weights * (segments != 0)).float()}
 
 
+def own_rows(case: Case, shard) -> dict[str, torch.Tensor]:
+    """Return the rows that a rank reads."""
+    part, ways = shard.data
+    return {k: v.chunk(ways)[part].contiguous() for k, v in batch(case).items()}
+
+
 def recording(optimizer: optimizers.Optimizer) -> optimizers.Optimizer:
     """Keep each leaf's last gradient beside its moments."""
 
@@ -117,7 +131,7 @@ def sharder(config: dict[str, Any], mesh: str | None):
     if mesh is None:
         return ONE_DEVICE
     grid = make(MESHES[mesh], CPU, torch.distributed.get_world_size())
-    return Sharder(RULES[config["model_type"]], grid)
+    return Sharder.of(RULES[config["model_type"]], grid, models.from_config(config).specs)
 
 
 def start(case: Case, shard):
@@ -144,11 +158,11 @@ def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
     """Run `STEPS` steps; return metrics of each, gradients of the first and parameters after the last, all whole."""
     shard = sharder(case.config, mesh)
     _, step, state = start(case, shard)
-    rows = {k: v.chunk(shard.world)[shard.rank].contiguous() for k, v in batch(case).items()}
+    rows = own_rows(case, shard)
     seen = {}
     for i in range(STEPS):
         state, metrics = step(state, shard.put_batch(rows))
-        seen |= {f"{i}/{k}": shard.replicate(v).clone() for k, v in metrics.items()}
+        seen |= {f"{i}/{k}": v.clone() for k, v in metrics.items()}
         if i == 0:
             seen |= {f"grads/{path}": shard.full(m["grad"]).clone() for path, m in state.moments.items()}
     kept = {"params": state.params} | ({"ema": ema(state)} if case.mixed else {})
@@ -159,7 +173,7 @@ def exchanges(remat: str) -> int:
     """Count the all-to-alls of a step on ep2 whose layers are recomputed as `remat` says."""
     case, shard = Case(MOE, options={"remat": remat}), sharder(MOE, "ep2")
     _, step, state = start(case, shard)
-    rows = {k: v.chunk(shard.world)[shard.rank].contiguous() for k, v in batch(case).items()}
+    rows = own_rows(case, shard)
     with CommDebugMode() as seen:
         step(state, shard.put_batch(rows))
     return seen.get_comm_counts()[torch.ops.c10d_functional.all_to_all_single]

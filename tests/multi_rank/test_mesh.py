@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.tensor import Partial, Shard
 
 import models
 from functional_trainer import tree
 from tests.multi_rank import launch, layout, parity
 
-WORLDS = {2: ["fsdp2", "ep2"], 4: ["fsdp2xep2"]}
+WORLDS = {2: ["fsdp2", "ep2"], 4: ["fsdp2 x ep2"]}
 MESHES = [mesh for meshes in WORLDS.values() for mesh in meshes]
 
 
@@ -34,7 +33,7 @@ def four_ranks(folder: str) -> dict:
     return {
         "train": parity.train_all(list(parity.CASES), meshes),
         "placed": {mesh: layout.placed(mesh) for mesh in meshes},
-        "loaded": layout.load("fsdp2xep2", f"{folder}/ep2"),
+        "loaded": layout.load("fsdp2 x ep2", f"{folder}/ep2"),
         "derived": layout.derived(),
     }
 
@@ -100,17 +99,17 @@ def test_selective_recomputation_repeats_no_exchange(results):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_initial_values_do_not_depend_on_the_mesh(mesh, results, alone):
-    placed = results[4 if mesh == "fsdp2xep2" else 2]["placed"][mesh]
+    placed = results[4 if mesh == "fsdp2 x ep2" else 2]["placed"][mesh]
     assert placed["params"].keys() == alone.keys()
     assert all(torch.equal(placed["params"][path], x) for path, x in alone.items())
-    ways = 4 if mesh == "fsdp2xep2" else 2
+    ways = 4 if mesh == "fsdp2 x ep2" else 2
     total = sum(x.numel() for x in alone.values())
     assert total / ways <= placed["held"] <= total / ways * 1.05  # the rest: norms and biases of a head are whole
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_placing_a_leaf_sends_nothing(mesh, results):
-    placed = results[4 if mesh == "fsdp2xep2" else 2]["placed"][mesh]
+    placed = results[4 if mesh == "fsdp2 x ep2" else 2]["placed"][mesh]
     assert placed["collectives"] == 0 and placed["own"]
 
 
@@ -129,23 +128,18 @@ def test_a_mesh_writes_the_bytes_of_one_process(mesh, results, folder, tmp_path)
     assert {file.name: file.read_bytes() for file in (folder / mesh / "hf").iterdir()} == expected
 
 
-def test_gradient_placements_are_derived(results):
-    """x is split over both axes; w is whole over fsdp, the scale over both, so their gradients are sums there."""
-    derived = results[4]["derived"]
-    assert derived["out"] == (Shard(0), Partial())
-    assert derived["placements"][0] == (Shard(0), Shard(1))
+def test_gradients_of_a_region_are_derived(results):
+    """x is split over both axes; w is whole over fsdp, the scale over both, so their gradients are added there."""
     leaves = [t.requires_grad_() for t in layout.toy_tensors()]
-    right = torch.autograd.grad(layout.toy(*leaves).square().sum(), leaves)
-    for ours, theirs in zip(derived["grads"], right, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_the_default_of_local_map_would_be_wrong(results):
-    """Shows that the test above can fail: without derived placements the same gradients are not sums."""
-    leaves = [t.requires_grad_() for t in layout.toy_tensors()]
-    right = torch.autograd.grad(layout.toy(*leaves).square().sum(), leaves)
-    wrong = results[4]["derived"]["local_map"]
-    assert not torch.allclose(wrong[1], right[1]) and not torch.allclose(wrong[2], right[2])
+    x, w, scale = torch.autograd.grad(layout.toy(*leaves).square().sum(), leaves)
+    expected = {
+        "x": [x[rows, :][:, columns] for rows in (slice(2), slice(2, 4)) for columns in (slice(3), slice(3, 6))],
+        "w": [w[:, :3], w[:, 3:]] * 2,
+        "scale": [scale] * 4,
+    }
+    for name, parts in results[4]["derived"].items():
+        for ours, theirs in zip(parts, expected[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def fails_on_rank_one() -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import models
@@ -14,6 +13,7 @@ from functional_trainer.tree import map_with_path
 from functional_trainer.types import OneDevice
 from sharding_rules import Sharder, qwen3, qwen3_moe
 from sharding_rules.mesh import Mesh, make
+from sharding_rules.sharder import names
 
 FOLDER = Path(__file__).parent / "golden"
 RULES = {"qwen3": qwen3.RULES, "qwen3_moe": qwen3_moe.RULES}
@@ -35,16 +35,17 @@ class Listener(OneDevice):
     def __init__(self):
         self.names: set[str] = set()
 
-    def __call__(self, x, name):
-        self.names.add(name)
-        return x
-
     def local(self, fn, ins, outs):
-        self.names |= {*ins, *(out.removeprefix("sum").removeprefix(":") for out in outs)} - {""}
+        for operand in (*ins, *(out.removeprefix("sum:") for out in outs if out != "sum")):
+            self.names |= {*names(operand)}
         return fn
 
     def group(self, name, dim):
         self.names.add(name)
+
+    def part(self, name, dim):
+        self.names.add(name)
+        return 0, 1
 
 
 def mesh(sizes: Mesh):
@@ -77,8 +78,8 @@ def text(config: dict) -> str:
     shard = Sharder(rules, mesh(Mesh(fsdp=2, ep=2)))
     lines = []
     for path, shape in parameters(config).items():
-        sharded = sum(isinstance(p, Shard) for p in shard.where(path, use=False, shape=shape))
-        lines.append(f"{path}  {shape}  {rules.spec(path)}  {4 * torch.Size(shape).numel() // 2**sharded}")
+        axes = [axis for axes in shard.where(path, use=False, shape=shape) for axis in axes]
+        lines.append(f"{path}  {shape}  {rules.spec(path)}  {4 * torch.Size(shape).numel() // 2 ** len(axes)}")
     lines += [f"{name}  {rules.spec(name)}" for name in boundaries(config)]
     return "\n".join(lines) + "\n"
 

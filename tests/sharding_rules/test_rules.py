@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 
 import models
 from functional_trainer import tree
 from sharding_rules import P, Rules, Sharder, optional, zero
 from sharding_rules.mesh import Mesh, make
-from sharding_rules.rules import placements
+from sharding_rules.rules import held, route
 from tests.sharding_rules import golden
 
 PRESETS = {name: config | {"num_hidden_layers": 2} for name, config in models.PRESETS.items()}
@@ -68,8 +68,6 @@ def test_there_is_no_catch_all(family):
         (("fdsp",), "'fdsp' is not a mesh axis; these are: pp, dp, fsdp, ep, cp, tp"),
         ((zero("fsdp"), "fsdp"), "axis 'fsdp' is used twice"),
         ((("ep", "ep"),), "axis 'ep' is used twice"),
-        ((None, ("ep", "fsdp")), "('ep', 'fsdp') is to be ('fsdp', 'ep')"),
-        ((zero("ep", "dp"),), "('ep', 'dp') is to be ('dp', 'ep')"),
     ],
 )
 def test_a_wrong_row_is_refused_where_it_is_written(entries, message):
@@ -79,16 +77,46 @@ def test_a_wrong_row_is_refused_where_it_is_written(entries, message):
 
 
 def test_placements_in_use_and_at_rest(mesh):
-    spec = P("ep", None, zero("fsdp"))
-    assert placements(spec, mesh) == (Shard(2), Shard(0))
-    assert placements(spec, mesh, use=True) == (Replicate(), Shard(0))
-    assert placements(P(("fsdp", "ep"), None), mesh, use=True) == (Shard(0), Shard(0))
-    assert placements(P(("dp", "fsdp"), "tp"), mesh) == (Shard(0), Replicate())  # axes of size one are not in the mesh
+    spec, axes = P("ep", None, zero("fsdp")), ("fsdp", "ep")
+    assert held(spec, axes, use=False) == (("ep",), (), ("fsdp",))
+    assert held(spec, axes, use=True) == (("ep",), (), ())
+    assert held(P(("dp", "fsdp"), "tp"), axes, use=True) == (("fsdp",), ())  # axes of size one are not in the mesh
+    shard = Sharder(Rules(((r"params/w", spec), (r"params/v", P(("ep", "fsdp"))), ("batch/columns", P(None)))), mesh)
+    assert shard.placements("w", (4, 3, 6)) == (Shard(2), Shard(0))
+    with pytest.raises(ValueError, match=r"params/v: axes that share a dim of a parameter come as in"):
+        shard.placements("v", (8,))
+
+
+@pytest.mark.parametrize(
+    "start, end, steps",
+    [
+        (P("fsdp", ("cp", "tp")), P("fsdp", "cp"), [("tp", 1, None)]),
+        (P("fsdp", "cp"), P("fsdp", ("cp", "tp")), [("tp", None, 1)]),
+        (P("cp", "tp"), P(None, ("tp", "cp")), [("cp", 0, 1)]),
+        (P(None, ("tp", "cp")), P("cp", "tp"), [("cp", 1, 0)]),
+        (P(("cp", "tp")), P(None), [("tp", 0, None), ("cp", 0, None)]),
+        (P(None), P(("cp", "tp")), [("cp", None, 0), ("tp", None, 0)]),
+        (P("cp", None, None), P(None, "cp", "tp"), [("tp", None, 2), ("cp", 0, 1)]),  # what makes parts smaller first
+        (P("cp", "tp", None), P(None, None, "cp"), [("cp", 0, 2), ("tp", 1, None)]),  # and what makes them larger last
+        (P("cp"), P("cp", "tp"), [("tp", None, 1)]),
+    ],
+)
+def test_a_change_of_placement_is_a_few_exchanges(start, end, steps):
+    axes = ("fsdp", "cp", "tp")
+    assert route(held(start, axes, use=True), held(end, axes, use=True)) == steps
+
+
+@pytest.mark.parametrize(
+    "start, end", [(P(("cp", "tp")), P("tp")), (P("cp", "tp"), P(None, ("cp", "tp"))), (P("cp", "tp"), P("tp", "cp"))]
+)
+def test_a_change_that_no_exchange_along_an_axis_makes_is_refused(start, end):
+    with pytest.raises(ValueError, match="cannot become"):
+        route(held(start, ("cp", "tp"), use=True), held(end, ("cp", "tp"), use=True))
 
 
 def test_uneven_dims_name_tensor_shape_and_rule(mesh):
     rows = ((r"params/norm", P(zero("fsdp", "ep"))), (r"params/w", P("ep", zero("fsdp"))), (r"x", P("ep", None)))
-    rules = Rules(rows)
+    rules = Rules((*rows, (r"whole", P(None, None)), (r"batch/columns", P(None, None))))
     shard = Sharder(rules, mesh)
     with pytest.raises(ValueError) as error:
         shard.put_leaf("norm", torch.ones(6))
@@ -98,16 +126,16 @@ def test_uneven_dims_name_tensor_shape_and_rule(mesh):
             shard.put_leaf("w", torch.ones(shape))
     with pytest.raises(ValueError, match=r"params/w: shape \(4,\) has 1 dims, its rule P\('ep', zero\('fsdp'\)\) 2"):
         shard.put_leaf("w", torch.ones(4))
-    whole = shard.put_leaf("w", torch.ones(6, 4)).redistribute(placements=[Replicate()] * 2)
-    assert shard(whole, "x").to_local().shape == (3, 4)
-    with pytest.raises(ValueError, match=r"x: dim 0 of \(3, 4\) does not divide into 2 shards"):
-        shard.local(torch.sin, ("x",), ("x",))(whole[:3])
-    with pytest.raises(ValueError, match=r"x: dim 0 of \(3, 4\) does not divide into 2 shards"):
-        shard(whole[:3], "x")
+    assert shard.put_leaf("w", torch.ones(6, 4)).to_local().shape == (3, 2)
+    region = shard.local(torch.sin, ("whole > x",), ("x",))
+    assert region(torch.ones(6, 4)).shape == (3, 4)
+    with pytest.raises(ValueError, match=r"whole > x: dim 0 of this rank's \(3, 4\) does not divide into 2 parts"):
+        region(torch.ones(3, 4))
 
 
 def test_an_output_cannot_be_whole_where_operands_are_split(mesh):
-    rules = Rules(((r"x", P("fsdp", "ep")), (r"y", P("fsdp", None)), (r"whole", P(None, None))))
+    rows = ((r"x", P("fsdp", "ep")), (r"y", P("fsdp", None)), (r"whole", P(None, None)))
+    rules = Rules((*rows, ("batch/columns", P(("fsdp", "ep"), None))))
     shard = Sharder(rules, mesh)
     for out, axis in (("whole", "fsdp"), ("y", "ep")):
         with pytest.raises(ValueError, match=f"{out} is whole on axis '{axis}'.*call it 'sum:{out}'"):
@@ -121,6 +149,8 @@ def test_meshes_that_do_not_fit():
         make(Mesh(fsdp=3, ep=2), torch.device("cpu"), 4)
     with pytest.raises(ValueError, match="--mesh.fsdp 1 x --mesh.ep 3 is 3 processes, but 4 were started"):
         make(Mesh(ep=3), torch.device("cpu"), 4)
+    with pytest.raises(ValueError, match="--mesh.dp 2 x --mesh.fsdp 1 x --mesh.cp 4 is 8 processes, but 4 were"):
+        make(Mesh(dp=2, cp=4), torch.device("cpu"), 4)
     assert make(Mesh(), torch.device("cpu"), 1) is None
 
 

@@ -1,0 +1,284 @@
+"""A table of rules on a mesh.
+
+At rest parameters and optimizer state are DTensors. In a step there are plain tensors only, each rank's part: the names
+of operands say how they are placed. Maths runs in `local` regions, and all that ranks exchange is derived from names.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from functional_trainer import tree
+from functional_trainer.param import Part
+from functional_trainer.types import ONE_DEVICE
+from sharding_rules.exchange import Step, check, move, run
+from sharding_rules.mesh import AXES
+from sharding_rules.rules import Held, Rules, Short, dims, held, repeat, route
+
+Placements = tuple[Placement, ...]
+Moves = tuple[tuple[Step, ...], tuple[Step, ...]]
+"""Steps of a tensor, and of its gradient."""
+
+
+def names(operand: str) -> tuple[str, str]:
+    """Split "a > b", how an operand comes and how it is wanted (or is made and leaves); "a" is both."""
+    first, _, second = (part.strip() for part in operand.partition(">"))
+    return first, second or first
+
+
+@dataclass(frozen=True, eq=False)
+class Sharder:
+    """`functional_trainer.types.OneDevice` on a mesh (without axes of size one); see there for each method."""
+
+    rules: Rules
+    mesh: DeviceMesh
+
+    def __post_init__(self):
+        axes = self.mesh.mesh_dim_names or ()
+        if not axes or list(axes) != sorted(set(axes) & set(AXES), key=AXES.index):
+            raise ValueError(f"mesh axes {axes} are not some of {AXES} in this order")
+        _ = self.groups  # made now, by all ranks in one order
+
+    @classmethod
+    def of(cls, rules: Rules, mesh: DeviceMesh, specs: tree.Tree) -> "Sharder":
+        """Return the sharder of a model with these parameters (a tree of `Param`); ValueError as of `Rules.fit`."""
+        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+        return cls(rules.fit({f"params/{path}": p.shape for path, p in tree.flatten(specs).items()}, sizes), mesh)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world(self) -> int:
+        return self.mesh.size()
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Ranks along each axis."""
+        return dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
+
+    @cached_property
+    def groups(self) -> dict[tuple[str, ...], tuple[str, int, int]]:
+        """Name, own rank and size of the process group along each set of axes that parameters and sums need."""
+        wanted = [(axis,) for axis in self.sizes] + [tuple(self.sizes), self._axes(self.columns)]
+        for _, spec in self.rules.table:
+            rest = held(spec, self.sizes, use=False)
+            wanted += [*rest, self._axes(rest, whole=True)]
+        found = {}
+        for axes in dict.fromkeys(tuple(sorted(axes, key=AXES.index)) for axes in wanted if axes):
+            part = self.mesh[axes] if len(axes) == 1 else self.mesh[axes]._flatten()
+            found[axes] = part.get_group().group_name, part.get_local_rank(), part.size()
+        return found
+
+    @cached_property
+    def columns(self) -> Held:
+        """How columns of a batch are placed: rows by data, tokens by context."""
+        return self.where("batch/columns")
+
+    def _axes(self, where: Held, *, whole: bool = False) -> tuple[str, ...]:
+        """Return the axes that shard a tensor, or those along which it is whole."""
+        return tuple(axis for axis in self.sizes if (axis in dims(where)) != whole)
+
+    def _index(self, axes: Iterable[str]) -> tuple[int, int]:
+        """Return which part of a dim sharded over `axes`, outer to inner, is this rank's, and of how many."""
+        index, ways = 0, 1
+        for axis in axes:
+            index, ways = index * self.sizes[axis] + self.mesh.get_local_rank(axis), ways * self.sizes[axis]
+        return index, ways
+
+    def _step(self, kind: str, axes: str | tuple[str, ...], dim: int = 0, to: int = 0) -> Step:
+        group, rank, ways = self.groups[(axes,) if isinstance(axes, str) else tuple(sorted(axes, key=AXES.index))]
+        return Step(kind, dim, to, rank, ways, group)
+
+    def where(self, name: str, *, use: bool = True, shape: tuple[int, ...] | None = None) -> Held:
+        """Return `Rules.where` on this mesh."""
+        return self.rules.where(name, self.sizes, use=use, shape=shape)
+
+    # in a step: plain tensors, each rank's part ----------------------------------------------------------------------
+
+    def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
+        """Cast, gather over the storage axes. A gradient comes as each rank's share and leaves summed and scattered."""
+
+        def gather(path: str, w: torch.Tensor) -> torch.Tensor:
+            rest, use = (self.where(f"{prefix}/{path}", use=use) for use in (False, True))
+            stored = [(axes, dim) for dim, axes in enumerate(rest) if axes != use[dim]]
+            back = [self._step("scatter", axes, dim) for axes, dim in stored]
+            if whole := self._axes(rest, whole=True):
+                back.append(self._step("sum", whole))
+            w = self.storage(w)
+            steps = tuple(self._step("gather", axes, dim) for axes, dim in stored)
+            return move(w if dtype is None else w.to(dtype), steps, tuple(back))
+
+        return tree.map_with_path(gather, params)
+
+    def _arrive(self, name: str, varies: set[str]) -> Moves:
+        """Return the steps that bring an operand to where it is wanted, and those of its gradient.
+
+        Along an axis on which the maths varies, the gradient of what is whole there is each rank's share of it. An
+        activation's shares are added here, a parameter's where it was gathered: so it expects shares, also of what all
+        ranks have alike.
+        """
+        comes, wanted = (self.where(n) for n in names(name))
+        alike = self._axes(wanted, whole=True)
+        if name.startswith("params/"):
+            return (), tuple(self._step("scale", axis) for axis in alike if axis not in varies)
+        steps, back = [], [self._step("sum", a) for a in alike if a in varies and a not in dims(comes)]
+        for axis, leaves, joins in route(comes, wanted):
+            if leaves is None:
+                steps.append(self._step("part", axis, joins))
+                back.append(self._step("gather", axis, joins))
+            elif joins is None:
+                steps.append(self._step("gather", axis, leaves))
+                back.append(self._step("scatter" if axis in varies else "part", axis, leaves))
+            else:
+                steps.append(self._step("swap", axis, joins, leaves))
+                back.append(self._step("swap", axis, leaves, joins))
+        return tuple(steps), tuple(reversed(back))
+
+    def _leave(self, name: str, varies: set[str]) -> Moves:
+        """Return the steps that bring a result from where it is made to where it is left, and those of its gradient."""
+        if name == "sum":  # a share along the axes of the columns, the same on the others
+            apart = self._axes(self.columns)
+            alike = [self._step("scale", axis) for axis in apart if axis not in varies]
+            return (*alike, *(self._step("sum", axis) for axis in self.sizes if axis in varies - set(apart))), ()
+        made, left = (self.where(n) for n in names(name.removeprefix("sum:")))
+        lost = [axis for axis in self._axes(made, whole=True) if axis in varies]
+        if lost and not name.startswith("sum:"):
+            raise ValueError(f"{name} is whole on axis {lost[0]!r} that splits an operand of it: call it 'sum:{name}'")
+        steps, back = [], []
+        for axis, leaves, joins in route(made, left):
+            if leaves is None:
+                steps.append(self._step("scatter" if axis in lost else "part", axis, joins))
+                back.append(self._step("gather", axis, joins))
+            elif joins is None:
+                steps.append(self._step("gather", axis, leaves))
+                back.append(self._step("part", axis, leaves))
+            else:
+                steps.append(self._step("swap", axis, joins, leaves))
+                back.append(self._step("swap", axis, leaves, joins))
+        steps += [self._step("sum", axis) for axis in lost if axis not in dims(left)]
+        return tuple(steps), tuple(reversed(back))
+
+    def _repeated(self, shape: Sequence[int], name: str, moves: Moves) -> Moves:
+        """Add what a `repeat` asks for where a dim is shorter than its axes: copies, or a parameter's part."""
+        steps, back = moves
+        if name == "sum":
+            return moves
+        for dim, entry in enumerate(self.rules.spec(names(name.removeprefix("sum:"))[1])):
+            size = shape[dim] if dim < len(shape) else 0
+            if isinstance(entry, Short):
+                index, ways = self._index(a for a in entry if a in self.sizes)
+                own = Step("part", dim, 0, index // (ways // size), size, "")
+                steps, back = (own, *steps), (*back, own._replace(kind="place"))
+            elif isinstance(entry, repeat):
+                ways = math.prod(s.ways for s in steps if s.dim == dim and s.kind in ("part", "swap"))
+                if size < ways and ways % size == 0:
+                    copies = Step("copy", dim, 0, 0, ways // size, "")
+                    steps, back = (copies, *steps), (*back, copies._replace(kind="fold"))
+        return steps, back
+
+    def local(self, fn: Callable, ins: tuple[str, ...], outs: tuple[str, ...]) -> Callable:
+        """Run `fn` on local parts, the exchanges around it and those of the gradients derived.
+
+        Along an axis on which any operand or result is sharded the ranks compute different things. There a whole
+        operand gets only its rank's share of the gradient, and a result that is not sharded must be called "sum" or
+        "sum:name", since it is each rank's share of it.
+        """
+        placed = [self.where(names(n)[1]) for n in ins]
+        placed += [self.where(names(n.removeprefix("sum:"))[0]) for n in outs if n != "sum"]
+        varies = {axis for where in placed for axis in dims(where)}
+        arrive, leave = [self._arrive(n, varies) for n in ins], [self._leave(n, varies) for n in outs]
+
+        def moved(x: torch.Tensor, name: str, moves: Moves) -> torch.Tensor:
+            steps, back = self._repeated(x.shape, name, moves)
+            check(x.shape, steps, name)
+            return move(x, steps, back)
+
+        def region(*args: torch.Tensor):
+            made = fn(*[moved(x, name, moves) for x, name, moves in zip(args, ins, arrive, strict=True)])
+            made = (made,) if len(outs) == 1 else made
+            left = [moved(x, name, moves) for x, name, moves in zip(made, outs, leave, strict=True)]
+            return left[0] if len(outs) == 1 else tuple(left)
+
+        return region
+
+    def part(self, name: str, dim: int) -> tuple[int, int]:
+        return self._index(self.where(name)[dim])
+
+    def group(self, name: str, dim: int) -> str | None:
+        axes = self.where(name)[dim]
+        return self._step("", axes).group if axes else None
+
+    def replicate(self, x: torch.Tensor) -> torch.Tensor:
+        axes = self._axes(self.columns)
+        return move(x, (self._step("sum", axes),), ()) if axes else x
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        return move(x, tuple(self._step("scale", axis) for axis in self._axes(self.columns)), ())
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return run(x / (self.world // self.data[1]), (self._step("sum", tuple(self.sizes)),))
+
+    @property
+    def data(self) -> tuple[int, int]:
+        return self._index(self.columns[0])
+
+    def put_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps = tuple(self._step("part", axis, d) for axis, _, d in route(self.columns[:1], self.columns) if d)
+        for name, x in batch.items():
+            check(x.shape, steps, f"batch column {name!r}")
+        return {name: run(x, steps) for name, x in batch.items()}
+
+    def micro(self, batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+        return ONE_DEVICE.micro(batch, parts)
+
+    # at rest: DTensors ----------------------------------------------------------------------------------------------
+
+    def storage(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to_local() if isinstance(x, DTensor) else x
+
+    def around(self, p: DTensor) -> Callable:
+        return partial(_around, self.mesh, tuple(p.placements))
+
+    def squares(self, squares: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
+        shares = []
+        for x, p in zip(squares, params, strict=True):
+            copies = math.prod([self.mesh.size(i) for i, q in enumerate(p.placements) if q.is_replicate()])
+            shares.append(x / copies)
+        return run(torch.stack(shares), (self._step("sum", tuple(self.sizes)),))
+
+    def placements(self, path: str, shape: tuple[int, ...]) -> Placements:
+        """Return where a parameter is stored; ValueError as of `where`, or if axes of a dim are not in mesh order."""
+        where = self.where(f"params/{path}", use=False, shape=shape)
+        for axes in where:
+            if list(axes) != sorted(axes, key=AXES.index):
+                raise ValueError(f"params/{path}: axes that share a dim of a parameter come as in {AXES}, not {axes}")
+        return tuple(Shard(dims(where)[a]) if a in dims(where) else Replicate() for a in self.sizes)
+
+    def put_leaf(self, path: str, x: torch.Tensor) -> DTensor:
+        return distribute_tensor(x, self.mesh, self.placements(path, tuple(x.shape)), src_data_rank=None)
+
+    def full(self, x: DTensor) -> torch.Tensor:
+        return x.full_tensor()
+
+    def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[Part], torch.Tensor]) -> DTensor:
+        placed, part = self.placements(path, shape), []
+        for size, axes in zip(shape, self.where(f"params/{path}", use=False), strict=True):
+            index, ways = self._index(axes)
+            part.append(slice(index * (size // ways), (index + 1) * (size // ways)))
+        return DTensor.from_local(make(tuple(part)), self.mesh, placed, run_check=False)
+
+
+def _around(mesh: DeviceMesh, held: Placements, fn: Callable, x: torch.Tensor, batch: int) -> torch.Tensor:
+    """Gather a part over the axes that split matrices, apply `fn`, and return this rank's part of the result."""
+    whole = [p if p.is_shard() and p.dim < batch else Replicate() for p in held]  # type: ignore[attr-defined]
+    gathered = DTensor.from_local(x, mesh, held, run_check=False).redistribute(placements=whole)
+    made = DTensor.from_local(fn(gathered.to_local()), mesh, whole, run_check=False)
+    return made.redistribute(placements=held).to_local()
