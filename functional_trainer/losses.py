@@ -22,8 +22,8 @@ class Loss:
     """A training objective.
 
     `terms(output, unembed, batch, shard)` returns (sums by term, further sums to report). `weights(batch)` returns what
-    each term (and each reported sum that is a mean) is divided by, if by anything. All are sums over the tokens at hand: on a mesh each
-    rank's share, which the step adds up. `coefficients` default to 1.
+    each term (and each reported sum that is a mean) is divided by, if by anything. All are sums over the tokens at
+    hand, on a mesh each rank's share, and the step adds the shares up. `coefficients` default to 1.
     `update(buffers, sums)` returns the next buffers from the reported sums of the whole batch.
     """
 
@@ -43,20 +43,18 @@ def logprobs(
     With a boolean `mask` (B, S) both are zeros where it is false, and the others' work is spared where that is free.
     """
 
-    vocab, part = "params/unembed", shard.part("params/unembed", 0)
+    part = shard.part("params/unembed", 0)
+    if part != shard.part("act/vocab", 2):
+        raise ValueError("the rules of params/unembed (dim 0) and of act/vocab (dim 2) must shard the vocabulary alike")
+
+    def run(hidden, weight, targets, mask=None):
+        options = unembed.bias, unembed.softcap, temperature, entropy, mask, part[0] * weight.shape[0]
+        return kernels.vocabulary_part(hidden, weight, targets, *options)[:, :, None]
+
     given = output.hidden, unembed.weight, batch["targets"], *(() if mask is None else (mask,))
-
-    def run(hidden, weight, targets, *masks):
-        options = unembed.bias, unembed.softcap, temperature, entropy, *masks
-        if part[1] == 1:
-            return kernels.linear_logprob(hidden, weight, targets, *options)
-        first = part[0] * weight.shape[0]
-        return kernels.vocabulary_part(hidden, weight, targets, *options, first=first)[:, :, None]
-
-    ins = "act/residual > act/block_in", vocab, *("batch/columns > act/rows" for _ in given[2:])
-    if part[1] == 1:
-        return shard.local(run, ins, ("act/rows > batch/columns",) * 2)(*given)
-    return kernels.combine_vocabulary(shard.local(run, ins, ("act/vocab > batch/columns",))(*given), entropy, mask)
+    ins = "act/residual > act/block_in", "params/unembed", *("batch/columns > act/rows" for _ in given[2:])
+    parts_BSP3 = shard.local(run, ins, ("act/vocab > batch/columns",))(*given)
+    return kernels.combine_vocabulary(parts_BSP3, entropy, mask)
 
 
 def pooled_balance(aux: Sums) -> torch.Tensor:

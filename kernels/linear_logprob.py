@@ -209,4 +209,4 @@ def linear_logprob(
     """
     three = vocabulary_part(hidden, w_VD, targets, bias_V, softcap, temperature, entropy, mask)
     lse, target, mean = three.unbind(-1)
-    return target - lse, lse - mean if entropy else torch.zeros_like(lse)
+    return target - lse, lse - mean if entropy else mean

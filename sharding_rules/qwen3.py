@@ -18,7 +18,7 @@ BOUNDARIES = (
     (r"act/kv_attn", P(DATA, None, repeat("tp", "cp"), None)),
     (r"act/attn_rows", P(DATA, None)),
     (r"act/token_rows", P(DATA, SEQ)),
-    (optional(r"act/vocab"), P(DATA, "cp", "tp")),
+    (r"act/vocab", P(DATA, "cp", "tp")),
 )
 DENSE = (
     (r"params/(un)?embed", P("tp", Z)),

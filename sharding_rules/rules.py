@@ -48,7 +48,7 @@ def axes_of(entry: Entry) -> tuple[str, ...]:
 
 
 class repeat(tuple):
-    """Axes that shard a dim as far as it goes: where it is shorter than they are, neighbouring ranks have the same part.
+    """Axes that shard a dim as far as it goes: where it is shorter than they are, neighbouring ranks share a part.
 
     It is for the key and value heads of grouped-query attention. A parameter is then whole along these axes but for
     those that a `zero` of the same row names, and each rank takes its part at use.

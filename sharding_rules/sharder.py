@@ -71,7 +71,7 @@ class Sharder:
         for _, spec in self.rules.table:
             rest = held(spec, self.sizes, use=False)
             wanted += [*rest, self._axes(rest, whole=True)]
-        found = {}
+        found: dict[tuple[str, ...], tuple[str, int, int]] = {}
         for axes in dict.fromkeys(tuple(sorted(axes, key=AXES.index)) for axes in wanted if axes):
             part = self.mesh[axes] if len(axes) == 1 else self.mesh[axes]._flatten()
             found[axes] = part.get_group().group_name, part.get_local_rank(), part.size()
@@ -118,6 +118,27 @@ class Sharder:
 
         return tree.map_with_path(gather, params)
 
+    def _between(self, start: Held, end: Held, shares: Iterable[str], back_shares: Iterable[str]) -> Moves:
+        """Return the steps from one placement to another, and those of the gradient.
+
+        Along the axes in `shares` what is whole at the start is each rank's share of a sum; so is the gradient of what
+        is whole at the end along `back_shares`.
+        """
+        steps, back = [], []
+        for axis, leaves, joins in route(start, end):
+            if leaves is not None and joins is not None:
+                steps.append(self._step("swap", axis, joins, leaves))
+                back.append(self._step("swap", axis, leaves, joins))
+            elif joins is not None:
+                steps.append(self._step("scatter" if axis in shares else "part", axis, joins))
+                back.append(self._step("gather", axis, joins))
+            elif leaves is not None:
+                steps.append(self._step("gather", axis, leaves))
+                back.append(self._step("scatter" if axis in back_shares else "part", axis, leaves))
+        sums = [[self._step("sum", axis) for axis in axes if axis not in dims(other)]
+                for axes, other in ((shares, end), (back_shares, start))]  # fmt: skip
+        return (*steps, *sums[0]), (*reversed(back), *sums[1])
+
     def _arrive(self, name: str, varies: set[str]) -> Moves:
         """Return the steps that bring an operand to where it is wanted, and those of its gradient.
 
@@ -126,45 +147,22 @@ class Sharder:
         ranks have alike.
         """
         comes, wanted = (self.where(n) for n in names(name))
-        alike = self._axes(wanted, whole=True)
+        whole = self._axes(wanted, whole=True)
         if name.startswith("params/"):
-            return (), tuple(self._step("scale", axis) for axis in alike if axis not in varies)
-        steps, back = [], [self._step("sum", a) for a in alike if a in varies and a not in dims(comes)]
-        for axis, leaves, joins in route(comes, wanted):
-            if leaves is None:
-                steps.append(self._step("part", axis, joins))
-                back.append(self._step("gather", axis, joins))
-            elif joins is None:
-                steps.append(self._step("gather", axis, leaves))
-                back.append(self._step("scatter" if axis in varies else "part", axis, leaves))
-            else:
-                steps.append(self._step("swap", axis, joins, leaves))
-                back.append(self._step("swap", axis, leaves, joins))
-        return tuple(steps), tuple(reversed(back))
+            return (), tuple(self._step("scale", axis) for axis in whole if axis not in varies)
+        return self._between(comes, wanted, (), [axis for axis in whole if axis in varies])
 
     def _leave(self, name: str, varies: set[str]) -> Moves:
         """Return the steps that bring a result from where it is made to where it is left, and those of its gradient."""
         if name == "sum":  # a share along the axes of the columns, the same on the others
             apart = self._axes(self.columns)
-            alike = [self._step("scale", axis) for axis in apart if axis not in varies]
-            return (*alike, *(self._step("sum", axis) for axis in self.sizes if axis in varies - set(apart))), ()
+            odd = [axis for axis in self.sizes if (axis in apart) != (axis in varies)]
+            return tuple(self._step("scale" if axis in apart else "sum", axis) for axis in odd), ()
         made, left = (self.where(n) for n in names(name.removeprefix("sum:")))
-        lost = [axis for axis in self._axes(made, whole=True) if axis in varies]
-        if lost and not name.startswith("sum:"):
-            raise ValueError(f"{name} is whole on axis {lost[0]!r} that splits an operand of it: call it 'sum:{name}'")
-        steps, back = [], []
-        for axis, leaves, joins in route(made, left):
-            if leaves is None:
-                steps.append(self._step("scatter" if axis in lost else "part", axis, joins))
-                back.append(self._step("gather", axis, joins))
-            elif joins is None:
-                steps.append(self._step("gather", axis, leaves))
-                back.append(self._step("part", axis, leaves))
-            else:
-                steps.append(self._step("swap", axis, joins, leaves))
-                back.append(self._step("swap", axis, leaves, joins))
-        steps += [self._step("sum", axis) for axis in lost if axis not in dims(left)]
-        return tuple(steps), tuple(reversed(back))
+        shares = [axis for axis in self._axes(made, whole=True) if axis in varies]
+        if shares and not name.startswith("sum:"):
+            raise ValueError(f"{name} is whole on axis {shares[0]!r}, which splits what it is of: call it 'sum:{name}'")
+        return self._between(made, left, shares, ())
 
     def _repeated(self, shape: Sequence[int], name: str, moves: Moves) -> Moves:
         """Add what a `repeat` asks for where a dim is shorter than its axes: copies, or a parameter's part."""
@@ -174,11 +172,11 @@ class Sharder:
         for dim, entry in enumerate(self.rules.spec(names(name.removeprefix("sum:"))[1])):
             size = shape[dim] if dim < len(shape) else 0
             if isinstance(entry, Short):
-                index, ways = self._index(a for a in entry if a in self.sizes)
+                index, ways = self._index([a for a in entry if a in self.sizes])
                 own = Step("part", dim, 0, index // (ways // size), size, "")
                 steps, back = (own, *steps), (*back, own._replace(kind="place"))
             elif isinstance(entry, repeat):
-                ways = math.prod(s.ways for s in steps if s.dim == dim and s.kind in ("part", "swap"))
+                ways = math.prod([s.ways for s in steps if s.dim == dim and s.kind in ("part", "swap")])
                 if size < ways and ways % size == 0:
                     copies = Step("copy", dim, 0, 0, ways // size, "")
                     steps, back = (copies, *steps), (*back, copies._replace(kind="fold"))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import models
 from functional_trainer import losses, tree
-from functional_trainer.step import evaluate, total_weights
+from functional_trainer.step import evaluate, objective, total_weights
 from functional_trainer.types import ONE_DEVICE, Output, Unembed
 from tests.models import small
 
@@ -17,10 +17,8 @@ PARAMS = MODEL.init(0, dtype=F64)
 
 def value(loss, batch, params=PARAMS):
     """Return the objective and its terms, as the step makes them."""
-    sums, _ = evaluate(MODEL, loss, params, batch, {})
-    weights = total_weights(loss, batch)
-    means = {k: v / weights[k] for k, v in sums.items()}
-    return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means
+    total, means, _ = objective(MODEL, loss, ONE_DEVICE, params, batch, total_weights(loss, batch), {})
+    return total, means
 
 
 def gradient(loss, batch):

@@ -33,7 +33,11 @@ def assert_same(ours, theirs, tolerance=1e-12):
 def test_embedding_and_its_gradient(shape, vocab, seed):
     tokens = torch.randint(vocab, shape[:2], generator=torch.Generator().manual_seed(seed))
     table = draw(vocab, shape[2], seed=seed)
-    assert_same(with_grads(lambda w: kernels.embedding(w, tokens), table), with_grads(lambda w: w[tokens], table))
+    whole = with_grads(lambda w: w[tokens], table)
+    assert_same(with_grads(lambda w: kernels.embedding(w, tokens), table), whole)
+    for n in [n for n in range(2, 5) if vocab % n == 0]:  # parts of the vocabulary add up
+        parts = lambda w, n=n: sum(kernels.embedding(p, tokens, (i, n)) for i, p in enumerate(w.chunk(n)))  # noqa: E731
+        assert_same(with_grads(parts, table), whole)
 
 
 @given(SHAPES, st.sampled_from([1e-6, 1e-2, 1.0]), st.integers(0, 99))

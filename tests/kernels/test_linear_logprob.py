@@ -53,6 +53,25 @@ def test_equals_log_softmax_in_float64_whatever_the_chunks(case, chunk):
     assert_equal(ours, wanted, 1e-9)
 
 
+@given(cases(), st.integers(1, 4), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=60)
+def test_parts_of_the_vocabulary_make_up_the_whole(case, parts, masked, seed):
+    leaves, targets, grads, options = case
+    mask = torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < 0.6 if masked else None
+
+    def in_parts(hidden, w, targets, bias, **options):
+        made, first = [], 0
+        for i, part in enumerate(w.tensor_split(parts)):  # some may be empty
+            if len(part):
+                own = None if bias is None else bias.tensor_split(parts)[i]
+                made.append(kernels.vocabulary_part(hidden, part, targets, own, **options, mask=mask, first=first))
+            first += len(part)
+        return kernels.combine_vocabulary(torch.stack(made, -2), True, mask)
+
+    wanted = run(kernels.linear_logprob, leaves, targets, grads, **options, mask=mask)
+    assert_equal(run(in_parts, leaves, targets, grads, **options), wanted, 1e-9)
+
+
 @given(cases())
 @settings(max_examples=25)
 def test_the_reference_equals_torch_distributions(case):

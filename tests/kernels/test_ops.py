@@ -42,11 +42,13 @@ def samples():
             (grad[:6], tokens.detach(), *(t if isinstance(t, int) else t.detach() for t in routed), True, False),
         ],
         "linear_logprob": [
-            (h, w, targets, None, None, 0.0, 1.0, True), (h, w, targets, leaf(9, seed=3), targets > 4, 2.0, 0.7, True),
-            (leaf(7, 5, dtype=torch.bfloat16), leaf(9, 5, dtype=torch.bfloat16), targets, None, None, 0.0, 1.0, False),
+            (h, w, targets, None, None, 0, 0.0, 1.0, True),
+            (h, w, targets, leaf(9, seed=3), targets > 4, 3, 2.0, 0.7, True),
+            (*(leaf(n, 5, dtype=torch.bfloat16) for n in (7, 9)), targets, None, None, 0, 0.0, 1.0, False),
         ],
         "linear_logprob_grad": [
-            (dlogp, dlogp, h.detach(), w.detach(), targets, None, m, 0.0, 1.0, True) for m in (None, targets > 4)
+            (dlogp, dlogp, dlogp, h.detach(), w.detach(), targets, None, m, 0, 0.0, 1.0, True)
+            for m in (None, targets > 4)
         ],
     }  # fmt: skip
 

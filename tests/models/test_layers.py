@@ -65,7 +65,7 @@ def test_moe_and_its_sums_equal_a_loop(segments, top_k, normalize, seed):
     shapes = {"router": (E, D), "gate_up": (E, 2, hidden, D), "down": (E, D, hidden)}
     p = {k: torch.randn(s, generator=gen, dtype=F64) for k, s in shapes.items()}
     x = torch.randn(*segments.shape, D, generator=gen, dtype=F64)
-    y, aux = layers.moe(p, x, {"segment_ids": segments}, top_k, normalize, ONE_DEVICE)
+    y, aux = layers.moe(p, x, {"token_segment_ids": segments}, top_k, normalize, ONE_DEVICE)
     wanted, (load, prob) = torch.zeros_like(x), torch.zeros(2, E, dtype=F64)
     balance = torch.zeros((), dtype=F64)
     for row, at in documents(segments):
@@ -93,7 +93,7 @@ def test_a_replayed_routing_replaces_the_choice_and_not_the_weights(normalize):
     gen = torch.Generator().manual_seed(0)
     shapes = {"router": (5, 3), "gate_up": (5, 2, 4, 3), "down": (5, 3, 4)}
     p = {k: torch.randn(s, generator=gen, dtype=F64) for k, s in shapes.items()}
-    x, rows = torch.randn(1, 6, 3, generator=gen, dtype=F64), {"segment_ids": torch.ones(1, 6, dtype=torch.int64)}
+    x, rows = torch.randn(1, 6, 3, generator=gen, dtype=F64), {"token_segment_ids": torch.ones(1, 6, dtype=torch.int64)}
     prob = torch.softmax(x @ p["router"].T, -1)
     own = prob.topk(2, -1).indices
     free = layers.moe(p, x, rows, 2, normalize, ONE_DEVICE)
@@ -112,7 +112,7 @@ def test_the_balance_at_perfect_balance_is_top_k_per_token():
     p = {"router": torch.eye(E, dtype=F64) * 3}
     p |= {"gate_up": torch.zeros(E, 2, 1, E, dtype=F64), "down": torch.zeros(E, E, 1, dtype=F64)}
     x = torch.stack([torch.eye(E, dtype=F64)[i] + torch.eye(E, dtype=F64)[(i + 1) % E] for i in range(E)])[None]
-    rows = {"segment_ids": torch.ones(1, E, dtype=torch.int64)}
+    rows = {"token_segment_ids": torch.ones(1, E, dtype=torch.int64)}
     _, aux = layers.moe(p, x, rows, top_k, True, ONE_DEVICE)
     assert aux["load"].tolist() == [2.0] * E
     torch.testing.assert_close(aux["balance"], torch.tensor(float(top_k * E), dtype=F64), rtol=1e-12, atol=0)

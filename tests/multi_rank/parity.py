@@ -74,6 +74,10 @@ CASES = {
         MOE, options={"remat": "selective", "micro_batches": 2}, uneven=True
     ),
     "moe, pooled balance, uneven": Case(MOE, "hf", uneven=True),
+    "moe, fewer key heads than ranks, biases": Case(
+        MOE | {"num_key_value_heads": 2, "attention_bias": True}, uneven=True
+    ),
+    "dense, one key head": Case(DENSE | {"num_key_value_heads": 1}, uneven=True),
     "moe, one expert takes all": Case(MOE | ONE_EXPERT, collapsed=True),
     "moe, several optimizers, 2 micro-batches": Case(MOE, options={"micro_batches": 2}, mixed=True),
 }

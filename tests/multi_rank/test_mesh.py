@@ -1,6 +1,7 @@
-"""fsdp2, ep2 and fsdp2 x ep2 on gloo ranks equal one process: gradients, steps, initial values, files.
+"""Every axis alone, and some together, on gloo ranks equal one process: gradients, steps, initial values, files.
 
-Each world size is one job that runs everything, for ranks take longer to start than most cases take to run.
+Each world size is one job that runs everything, for ranks take longer to start than most cases take to run. The other
+meshes are in the slow tests: `make test-distributed`.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ import models
 from functional_trainer import tree
 from tests.multi_rank import launch, layout, parity
 
-WORLDS = {2: ["fsdp2", "ep2"], 4: ["fsdp2 x ep2"]}
+WORLDS = {2: ["dp2", "fsdp2", "ep2", "cp2", "tp2"], 4: ["fsdp2 x ep2", "cp2 x tp2"]}
 MESHES = [mesh for meshes in WORLDS.values() for mesh in meshes]
 
 
@@ -99,17 +100,17 @@ def test_selective_recomputation_repeats_no_exchange(results):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_initial_values_do_not_depend_on_the_mesh(mesh, results, alone):
-    placed = results[4 if mesh == "fsdp2 x ep2" else 2]["placed"][mesh]
+    placed = results[4 if " x " in mesh else 2]["placed"][mesh]
     assert placed["params"].keys() == alone.keys()
     assert all(torch.equal(placed["params"][path], x) for path, x in alone.items())
-    ways = 4 if mesh == "fsdp2 x ep2" else 2
+    ways = {"dp2": 1, "fsdp2 x ep2": 4, "cp2 x tp2": 4}.get(mesh, 2)
     total = sum(x.numel() for x in alone.values())
     assert total / ways <= placed["held"] <= total / ways * 1.05  # the rest: norms and biases of a head are whole
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_placing_a_leaf_sends_nothing(mesh, results):
-    placed = results[4 if mesh == "fsdp2 x ep2" else 2]["placed"][mesh]
+    placed = results[4 if " x " in mesh else 2]["placed"][mesh]
     assert placed["collectives"] == 0 and placed["own"]
 
 
