@@ -1,10 +1,10 @@
 """Killed with SIGKILL at any instant and resumed, a run ends as one that nothing disturbed: weights, moments, the place
 in the data, every row of metrics.jsonl, the best checkpoint and hf/, bit for bit.
 
-    make test-kills    52 kills of one process and 52 of two (fsdp2, gloo): 7 minutes on 2 cores; prints what each hit
+    make test-kills    52 kills of one process and 52 of two (fsdp2, gloo): 21 minutes on 2 cores; prints what each hit
 
-The run accumulates over micro-batches and mixes two weighed sources; in some cases it has loader processes too. Half of
-the instants are uniform in the wall time of a whole run. The others are uniform in one phase of it, so that every phase
+The run accumulates over micro-batches, mixes two weighed sources and has loader processes. Some two fifths of the
+instants are uniform in the wall time of a whole run. The others are uniform in one phase of it, so that every phase
 is hit: there the run kills itself a random while after it has entered a function of that phase for the n-th time. The
 functions themselves are the real ones. A case's name is its seed: `pytest -m slow -k "uniform and fsdp2-17"` repeats
 it, as nearly as time can be repeated.
