@@ -131,7 +131,6 @@ refused(lambda: rules.spec("params/layers/0/moe/bias"), "no sharding rule matche
 refused(lambda: share(rules, {"fsdp": 4, "ep": 3}, "params/layers/0/moe/down", use=False), "does not divide into 3")
 refused(lambda: P("expert", None), "is not a mesh axis")
 refused(lambda: P("ep", zero("ep")), "is used twice")
-refused(lambda: P(("ep", "fsdp")), "outer to inner")
 print("rows that this model does not need:", Rules((*rules.table, (r"params/vision/.*", P(None)))).unused(
     [*paths, "batch/columns", "act/residual", "act/rope", "act/heads", "act/attn_rows", "act/tokens", "act/token_rows"]
 ))  # fmt: skip

@@ -19,7 +19,7 @@ def objective(loss, model, params, batch):
     """Return what a train step differentiates: coefficient x sum / weight, over the terms."""
     sums, _ = loss.terms(model.apply(params, batch), model.unembed(params), batch, ONE_DEVICE)
     weights = loss.weights(batch)
-    return sum(loss.coefficients.get(name, 1.0) * total / weights[name] for name, total in sums.items())
+    return sum(loss.coefficients.get(name, 1.0) * total / weights.get(name, 1) for name, total in sums.items())
 
 
 def gradients(model, params, scalar) -> dict[str, torch.Tensor]:
