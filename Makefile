@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft test test-slow test-kills test-fuzz lint bench bench-trl gpu-suite docs clean
+.PHONY: help sft test test-slow test-kills test-fuzz test-distributed lint bench bench-trl gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,6 +25,9 @@ test-kills: $(VENV)/.dev  ## Kill runs at random instants and resume them (part 
 
 test-fuzz: $(VENV)/.dev  ## Feed broken data, configs and checkpoints (part of test-slow)
 	$(BIN)/python -m pytest -m slow tests/fuzz $(ARGS)
+
+test-distributed: $(VENV)/.dev  ## Compare meshes of 2, 4 and 8 processes with one, compiled too (part of test-slow)
+	$(BIN)/python -m pytest -m slow tests/multi_rank $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ def start(o: Any, answers: int) -> Run:
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "first_light" / "tokenizer")
     hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
-    shard = Sharder.of(RULES[hf["model_type"]], grid, model.specs) if grid else types.ONE_DEVICE
+    shard = Sharder.of(RULES[hf["model_type"]], grid, model.specs, o.mesh.dispatch) if grid else types.ONE_DEVICE
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
     read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)

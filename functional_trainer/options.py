@@ -221,6 +221,8 @@ class MeshOptions:
     """Devices that share the tokens of a row (Ulysses)."""
     tp: int = 1
     """Devices that share heads, hidden units and the vocabulary."""
+    dispatch: Literal["exact", "static"] = "exact"
+    """How tokens travel to experts: just the rows, whose numbers the host waits for, or blocks of a fixed size."""
     pp: int = 1
     """Pipeline stages; there are none yet, so 1."""
 

@@ -38,6 +38,8 @@ class OneDevice:
     rank, world = 0, 1
     data = 0, 1
     """Which of how many sets of rows of a batch this process reads."""
+    dispatch: str | None = None
+    """How tokens travel to experts: a backend of `kernels.experts`' `exchange`, None for its default."""
 
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
         """Return the parameters below `prefix` as the maths uses them: cast to `dtype`, gathered over storage axes."""

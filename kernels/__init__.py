@@ -78,6 +78,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("torch", _grouped_matmul.grouped_mm, ("cuda",), ("cuda", "cpu"), ()),
         Backend("reference", _grouped_matmul.reference, ("*",), ("*",), ("cpu",)),
     ),
+    "exchange": (
+        Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),
+        Backend("static", _moe.static, (), ("*",), ("cpu",)),
+    ),
 }
 
 
@@ -129,12 +133,17 @@ def grouped_matmul(
 
 
 def experts(
-    x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts: int, group=None, backend: str | None = None
-) -> torch.Tensor:
-    """Apply a dropless mixture of SwiGLU experts with a backend of `grouped_matmul`; see `kernels.moe.experts`."""
+    x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts: int, group=None, backend: str | None = None,
+    exchange: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Apply a dropless mixture of SwiGLU experts; see `kernels.moe.experts`.
+
+    `backend` is one of `grouped_matmul`, `exchange` one of `exchange`, for experts that the ranks of `group` share.
+    """
     chosen = pick("grouped_matmul", x_TD.device.type, backend)
     if chosen.name == "blas":
         ends = _grouped_matmul.gather_matmul, _grouped_matmul.matmul_combine
     else:
         ends = partial(_moe.gather_matmul, matmul=chosen.fn), partial(_moe.matmul_combine, matmul=chosen.fn)
-    return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, *ends, group)
+    travel = pick("exchange", x_TD.device.type, exchange).fn
+    return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, *ends, travel, group)

@@ -6,8 +6,11 @@ bits every run. A slot's weight multiplies its hidden units, which are at hand w
 
 Padding tokens carry expert id E: their slots sort last, no expert sees them, their result is zero.
 
-With a process group the experts live on its ranks (E / ways each, in rank order): slots travel by an all-to-all with
-exact split sizes to the experts' ranks and back (https://arxiv.org/abs/2006.16668, without the capacity limit).
+With a process group the experts live on its ranks (E / ways each, in rank order): slots travel by an all-to-all to the
+experts' ranks and back (https://arxiv.org/abs/2006.16668, without the capacity limit), in one of two forms. `exact`
+sends just the rows, whose numbers it reads back to the host. `static` reads nothing back: every rank gets a block of
+T min(K, E / ways) rows, all that can be meant for it; numbers on the device say how many are, and experts skip the
+others. It moves and holds up to `ways` times as many bytes, and can be captured in a CUDA graph.
 
 T tokens, K slots per token, R = T K rows, D model width, E experts, F expert width.
 """
@@ -92,12 +95,14 @@ def experts(
     n_experts: int,
     expand: Callable[..., torch.Tensor],
     reduce: Callable[..., torch.Tensor],
+    exchange: Callable[..., torch.Tensor],
     group=None,
 ) -> torch.Tensor:
     """Return the weighted sum of each token's K experts, (T, D).
 
-    `expert_TK` holds ids in [0, E], E meaning padding; the weight tensors hold this rank's experts. `expand` multiplies
-    tokens into rows and `reduce` rows into tokens, as `gather_matmul` and `matmul_combine` do.
+    `exchange` is `exact` or `static`; only a process group needs it. `expert_TK` holds ids in [0, E], E meaning
+    padding; the weight tensors hold this rank's experts. `expand` multiplies tokens into rows and `reduce` rows into
+    tokens, as `gather_matmul` and `matmul_combine` do.
     """
     order_R, inverse_R, counts_E = routing = sort_by_expert(expert_TK, n_experts)
     slots = expert_TK.shape[1]
@@ -106,7 +111,7 @@ def experts(
     if group is None:
         return mlp(x_TD, weights_R, routing, slots)
     x_RD = Dispatch.apply(x_TD, order_R, inverse_R, slots)
-    y_RD = _exchange(x_RD, counts_E, gate_up_E2FD.shape[0], mlp, group)
+    y_RD = exchange(x_RD, counts_E, slots, gate_up_E2FD.shape[0], mlp, group)
     return Combine.apply(y_RD * weights_R[:, None], order_R, inverse_R, slots)
 
 
@@ -117,7 +122,7 @@ def all_gather(x: torch.Tensor, group: str, ways: int) -> torch.Tensor:
     return whole.view(ways, *x.shape)
 
 
-def _exchange(x_RD, counts_E, local: int, mlp: Callable, group) -> torch.Tensor:
+def exact(x_RD, counts_E, slots: int, local: int, mlp: Callable, group) -> torch.Tensor:
     """Send rows to the ranks that hold their experts, apply them there, and bring the results back."""
     ways = counts_E.shape[0] // local
     recv_counts = collectives.wait_tensor(collectives.all_to_all_single(counts_E, None, None, group))
@@ -131,3 +136,40 @@ def _exchange(x_RD, counts_E, local: int, mlp: Callable, group) -> torch.Tensor:
     y = mlp(rows, None, sort_by_expert(expert[:, None], local), 1)
     back = collectives.all_to_all_single_autograd(y, send, recv, group)
     return torch.cat([back, x_RD.new_zeros(x_RD.shape[0] - sum(send), back.shape[1])])
+
+
+class Place(torch.autograd.Function):
+    """Put rows (R, D) where `index` (P,) says, zeros where it is -1; `inverse` (R,) is where each went, -1 nowhere."""
+
+    @staticmethod
+    def forward(ctx, x_RD, index_P, inverse_R):
+        ctx.save_for_backward(index_P, inverse_R)
+        return torch.where((index_P >= 0)[:, None], x_RD[index_P.clamp_min(0)], 0)
+
+    @staticmethod
+    def backward(ctx, grad_PD):
+        index_P, inverse_R = ctx.saved_tensors
+        return torch.where((inverse_R >= 0)[:, None], grad_PD[inverse_R.clamp_min(0)], 0), None, None
+
+
+def static(x_RD, counts_E, slots: int, local: int, mlp: Callable, group) -> torch.Tensor:
+    """Do what `exact` does with blocks of one size for every rank."""
+    ways, rows = counts_E.shape[0] // local, x_RD.shape[0]
+    block = rows // slots * min(slots, local)
+    recv_PE = collectives.wait_tensor(collectives.all_to_all_single(counts_E, None, None, group)).view(ways, local)
+    ends_P = counts_E.view(ways, local).sum(1).cumsum(0)
+    starts_P = torch.cat([ends_P.new_zeros(1), ends_P[:-1]])
+    place_C, row_R = torch.arange(block, device=x_RD.device), torch.arange(rows, device=x_RD.device)
+    index_PC = starts_P[:, None] + place_C
+    index_PC = torch.where(index_PC < ends_P[:, None], index_PC, -1)
+    rank_R = torch.searchsorted(ends_P, row_R, right=True)  # rows of padding come after all ranks'
+    inverse_R = rank_R * block + row_R - starts_P[rank_R.clamp_max(ways - 1)]
+    inverse_R = torch.where(rank_R < ways, inverse_R, -1)
+
+    even = [block] * ways
+    sent = Place.apply(x_RD, index_PC.flatten(), inverse_R)
+    arrived = collectives.all_to_all_single_autograd(sent, even, even, group)
+    expert_PC = torch.searchsorted(recv_PE.cumsum(1), place_C.expand(ways, block).contiguous(), right=True)
+    y = mlp(arrived, None, sort_by_expert(expert_PC.reshape(-1, 1), local), 1)
+    back = collectives.all_to_all_single_autograd(y, even, even, group)
+    return Place.apply(back, inverse_R, index_PC.flatten())

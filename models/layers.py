@@ -240,10 +240,13 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     )
     weights_BSK, id_BSK, load_E, prob_E, balance = route(x_BSD, rows["token_segment_ids"], p["router"], *given)
     n_experts, group = p["router"].shape[0], shard.group(f"{LAYER}/moe/gate_up", 0)
+    parts = {name: shard.part(f"{LAYER}/moe/{name}", 0)[1] for name in ("gate_up", "down")}
+    if parts["gate_up"] != parts["down"]:
+        raise ValueError(f"the rules of moe/gate_up and moe/down split the experts differently, in {parts}")
 
     def experts(x_BSD, weights_BSK, id_BSK, gate_up, down):
         flat = (x_BSD.flatten(0, 1), weights_BSK.flatten(0, 1), id_BSK.flatten(0, 1))
-        return kernels.experts(*flat, gate_up, down, n_experts, group).view(x_BSD.shape)
+        return kernels.experts(*flat, gate_up, down, n_experts, group, exchange=shard.dispatch).view(x_BSD.shape)
 
     ins = (moved, tokens, tokens, f"{LAYER}/moe/gate_up", f"{LAYER}/moe/down")
     run = shard.local(experts, ins, ("sum:act/tokens > act/residual",))

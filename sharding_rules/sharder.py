@@ -38,6 +38,7 @@ class Sharder:
 
     rules: Rules
     mesh: DeviceMesh
+    dispatch: str | None = None
 
     def __post_init__(self):
         axes = self.mesh.mesh_dim_names or ()
@@ -46,10 +47,11 @@ class Sharder:
         _ = self.groups  # made now, by all ranks in one order
 
     @classmethod
-    def of(cls, rules: Rules, mesh: DeviceMesh, specs: tree.Tree) -> "Sharder":
+    def of(cls, rules: Rules, mesh: DeviceMesh, specs: tree.Tree, dispatch: str | None = None) -> "Sharder":
         """Return the sharder of a model with these parameters (a tree of `Param`); ValueError as of `Rules.fit`."""
         sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-        return cls(rules.fit({f"params/{path}": p.shape for path, p in tree.flatten(specs).items()}, sizes), mesh)
+        shapes = {f"params/{path}": p.shape for path, p in tree.flatten(specs).items()}
+        return cls(rules.fit(shapes, sizes), mesh, dispatch)
 
     @property
     def rank(self) -> int:
@@ -104,19 +106,20 @@ class Sharder:
     # in a step: plain tensors, each rank's part ----------------------------------------------------------------------
 
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
-        """Cast, gather over the storage axes. A gradient comes as each rank's share and leaves summed and scattered."""
-
         def gather(path: str, w: torch.Tensor) -> torch.Tensor:
-            rest, use = (self.where(f"{prefix}/{path}", use=use) for use in (False, True))
-            stored = [(axes, dim) for dim, axes in enumerate(rest) if axes != use[dim]]
-            back = [self._step("scatter", axes, dim) for axes, dim in stored]
-            if whole := self._axes(rest, whole=True):
-                back.append(self._step("sum", whole))
             w = self.storage(w)
-            steps = tuple(self._step("gather", axes, dim) for axes, dim in stored)
-            return move(w if dtype is None else w.to(dtype), steps, tuple(back))
+            return move(w if dtype is None else w.to(dtype), *self._gather(f"{prefix}/{path}"))
 
         return tree.map_with_path(gather, params)
+
+    def _gather(self, path: str) -> Moves:
+        """Return the steps from storage to use; a gradient comes as each rank's share and leaves summed and cut."""
+        rest, use = (self.where(path, use=use) for use in (False, True))
+        stored = [(axes, dim) for dim, axes in enumerate(rest) if axes != use[dim]]
+        back = [self._step("scatter", axes, dim) for axes, dim in stored]
+        if whole := self._axes(rest, whole=True):
+            back.append(self._step("sum", whole))
+        return tuple(self._step("gather", axes, dim) for axes, dim in stored), tuple(back)
 
     def _between(self, start: Held, end: Held, shares: Iterable[str], back_shares: Iterable[str]) -> Moves:
         """Return the steps from one placement to another, and those of the gradient.

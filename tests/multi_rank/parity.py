@@ -16,6 +16,11 @@ from sharding_rules.mesh import Mesh, make
 
 ROWS, LENGTH, STEPS = 8, 12, 3
 CPU = torch.device("cpu")
+def ways(mesh: str) -> dict[str, int]:
+    """Return the sizes of the axes of a mesh by its name."""
+    return {axis[:-1]: int(axis[-1]) for axis in mesh.split(" x ")}
+
+
 MESHES: dict[str, Mesh] = {}
 """By name: "fsdp2 x ep2"."""
 for sizes in (
@@ -24,7 +29,7 @@ for sizes in (
     *("ep2 x cp2", "ep2 x tp2", "cp2 x tp2", "fsdp4", "ep4", "cp4", "tp4"),
     *("dp2 x fsdp2 x ep2", "fsdp2 x cp2 x ep2", "fsdp2 x cp2 x tp2", "ep2 x cp2 x tp2"),
 ):
-    MESHES[sizes] = Mesh(**({"fsdp": 1} | {axis[:-1]: int(axis[-1]) for axis in sizes.split(" x ")}))
+    MESHES[sizes] = Mesh(**({"fsdp": 1} | ways(sizes)))
 RULES = {"qwen3": qwen3.RULES, "qwen3_moe": qwen3_moe.RULES}
 DENSE = models.PRESETS["dense-0.6b"] | {
     "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6,
@@ -50,7 +55,9 @@ class Case:
     """One row has one label, the others many, and two rows (all that a rank of four has) are padding."""
     collapsed: bool = False
     """The router scores all experts alike, so every token goes to the same one."""
-
+    dispatch: str | None = None
+    """How tokens travel to experts."""
+    dtype: torch.dtype = torch.float64
     mixed: bool = False
     """Muon on matrices, Lion on some leaves, others frozen, and an average of the weights."""
 
@@ -59,6 +66,7 @@ class Case:
 
 
 SHORT = {"num_hidden_layers": 1}
+FULL = {"tie_word_embeddings": True, "attention_bias": True, "mlp_only_layers": [0]}
 CASES = {
     "dense tied, biases": Case(DENSE),
     "dense untied, uneven, 2 micro-batches": Case(
@@ -66,9 +74,7 @@ CASES = {
     ),
     "moe untied, 2 micro-batches": Case(MOE, options={"micro_batches": 2}),
     "moe tied, biases, mixed layers, uneven, recomputed": Case(
-        MOE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_only_layers": [0]},
-        options={"remat": "layer"},
-        uneven=True,
+        MOE | FULL, options={"remat": "layer"}, uneven=True
     ),
     "moe, uneven, recomputed selectively, 2 micro-batches": Case(
         MOE, options={"remat": "selective", "micro_batches": 2}, uneven=True
@@ -79,8 +85,19 @@ CASES = {
     ),
     "dense, one key head": Case(DENSE | {"num_key_value_heads": 1}, uneven=True),
     "moe, one expert takes all": Case(MOE | ONE_EXPERT, collapsed=True),
+    "moe, one expert takes all, blocks": Case(MOE | ONE_EXPERT, collapsed=True, dispatch="static"),
+    "moe, uneven, blocks, recomputed selectively": Case(
+        MOE, options={"remat": "selective"}, uneven=True, dispatch="static"
+    ),
     "moe, several optimizers, 2 micro-batches": Case(MOE, options={"micro_batches": 2}, mixed=True),
 }
+MATRIX = {
+    "dense": Case(DENSE, uneven=True),
+    "moe": Case(MOE | FULL, uneven=True, mixed=True),
+    "moe, 2 micro-batches": Case(MOE | FULL, uneven=True, options={"micro_batches": 2}),
+    "moe in float32": Case(MOE | FULL, uneven=True, dtype=torch.float32),
+}
+"""What every mesh runs, but for micro-batches where a rank has a single row."""
 COMPILED = {
     "moe, layer compiled": Case(MOE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
     "moe, several optimizers, layer compiled": Case(
@@ -89,7 +106,12 @@ COMPILED = {
     "moe, recomputed selectively, layer compiled": Case(
         MOE | SHORT, options={"remat": "selective", "compile": "layer", "backend": "aot_eager"}, uneven=True
     ),
+    "dense, layer compiled": Case(DENSE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
+    "moe, by Inductor": Case(MOE | SHORT, options={"compile": "layer"}, uneven=True),
     "moe, step compiled": Case(MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True),
+    "moe, blocks, step compiled": Case(
+        MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True, dispatch="static"
+    ),
 }
 
 
@@ -130,18 +152,19 @@ def recording(optimizer: optimizers.Optimizer) -> optimizers.Optimizer:
     return optimizer._replace(init=init, update=update)
 
 
-def sharder(config: dict[str, Any], mesh: str | None):
+def sharder(config: dict[str, Any], mesh: str | None, dispatch: str | None = None):
     """Return the sharder of a model on a mesh of all ranks; None is one process."""
     if mesh is None:
         return ONE_DEVICE
     grid = make(MESHES[mesh], CPU, torch.distributed.get_world_size())
-    return Sharder.of(RULES[config["model_type"]], grid, models.from_config(config).specs)
+    return Sharder.of(RULES[config["model_type"]], grid, models.from_config(config).specs, dispatch)
 
 
 def start(case: Case, shard):
-    """Return the model, its step and the state before the first one, in float64."""
+    """Return the model, its step and the state before the first one."""
     model = models.from_config(case.config)
-    params = model.init(0, dtype=torch.float64, shard=shard)
+    drawn = tree.map(lambda p: replace(p, init="normal") if p.init == "zeros" else p, model.specs)  # biases
+    params = replace(model, specs=drawn).init(0, dtype=case.dtype, shard=shard)
     if case.collapsed:
         for layer in params["layers"]:
             layer["moe"]["router"].zero_()
@@ -160,7 +183,7 @@ def start(case: Case, shard):
 
 def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
     """Run `STEPS` steps; return metrics of each, gradients of the first and parameters after the last, all whole."""
-    shard = sharder(case.config, mesh)
+    shard = sharder(case.config, mesh, case.dispatch)
     _, step, state = start(case, shard)
     rows = own_rows(case, shard)
     seen = {}
@@ -189,7 +212,7 @@ def train_all(names: list[str], meshes: list[str]) -> dict[tuple[str, str], dict
     for mesh in meshes:
         for name in names:
             try:
-                done[mesh, name] = train((CASES | COMPILED)[name], mesh)
+                done[mesh, name] = train((CASES | COMPILED | MATRIX)[name], mesh)
             except Exception as error:
                 error.add_note(f"in case {name!r} on {mesh}")
                 raise

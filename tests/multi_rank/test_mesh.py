@@ -54,13 +54,13 @@ def alone() -> dict[str, torch.Tensor]:
     return tree.flatten(models.from_config(layout.CONFIG).init(3, dtype=torch.float64))
 
 
-def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """Name the tensors that differ by more than 1e-9 of their largest element."""
+def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-9) -> list[str]:
+    """Name the tensors that differ by more than a share of their largest element."""
     assert a.keys() == b.keys()
     found = []
     for key in a:
         off = (a[key] - b[key]).abs().max().item()
-        if not off <= 1e-9 * b[key].abs().max().item():
+        if not off <= tolerance * b[key].abs().max().item():
             found.append(f"{key}: {off:.1e} of {b[key].abs().max().item():.1e}")
     return found
 
@@ -82,15 +82,6 @@ def test_the_cases_are_what_they_say():
     per_rank = (uneven["weights"] > 0).view(4, -1).sum(1).tolist()
     assert 0 in per_rank and max(per_rank) > 5 and (uneven["segment_ids"].view(4, -1)[2] == 0).all()
     assert collapsed["2/loss"] < collapsed["0/loss"] and collapsed["0/balance"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", parity.COMPILED)
-def test_compiled_training_equals_one_process(case):
-    ran = launch.run(2, parity.train_all, [case], WORLDS[2])
-    expected = parity.train(parity.COMPILED[case].uncompiled())
-    for mesh in WORLDS[2]:
-        assert not differences(ran[mesh, case], expected), mesh
 
 
 def test_selective_recomputation_repeats_no_exchange(results):
