@@ -9,7 +9,7 @@ import models
 from functional_trainer import checkpoint, tree
 from sharding_rules import P, Rules, Sharder
 from sharding_rules.mesh import make
-from tests.multi_rank.parity import CPU, MESHES, MOE, sharder
+from tests.multi_rank.parity import CPU, MESHES, MOE, Case, sharder
 
 CONFIG = MOE | {"attention_bias": True, "mlp_only_layers": [0]}
 TENSORS = ("x", P("fsdp", "ep")), ("w", P(None, "ep")), ("y", P("fsdp", None)), ("scale", P(None))
@@ -31,7 +31,7 @@ def own_parts(shard) -> bool:
 
 def placed(mesh: str) -> dict:
     """Initialize a model on a mesh; return its parameters whole and what placing one cost."""
-    shard = sharder(CONFIG, mesh)
+    shard = sharder(Case(CONFIG), mesh)
     params = models.from_config(CONFIG).init(3, dtype=torch.float64, shard=shard)
     held = sum(shard.storage(x).numel() for x in tree.leaves(params))
     whole = {path: shard.full(x) for path, x in tree.flatten(params).items()}
@@ -41,7 +41,7 @@ def placed(mesh: str) -> dict:
 
 def save(mesh: str, folder: str) -> None:
     """Write a checkpoint and a Hugging Face folder of the initial parameters."""
-    shard = sharder(CONFIG, mesh)
+    shard = sharder(Case(CONFIG), mesh)
     model = models.from_config(CONFIG)
     params = model.init(3, dtype=torch.float64, shard=shard)
     checkpoint.save(folder, 1, tree.flatten(params), {"mesh": mesh})
@@ -50,7 +50,7 @@ def save(mesh: str, folder: str) -> None:
 
 def load(mesh: str, folder: str) -> dict[str, dict[str, torch.Tensor]]:
     """Read both into differently drawn parameters on another mesh; return them whole."""
-    shard = sharder(CONFIG, mesh)
+    shard = sharder(Case(CONFIG), mesh)
     params = models.from_config(CONFIG).init(4, dtype=torch.float64, shard=shard)
     tensors, _ = checkpoint.load(Path(folder) / "checkpoints" / "step-1", tree.flatten(params))
     _, read = models.from_pretrained(Path(folder) / "hf", shard=shard)

@@ -11,7 +11,7 @@ from functional_trainer import losses, optimizers, tree
 from functional_trainer.state import ema, init_state
 from functional_trainer.step import make_train_step
 from functional_trainer.types import ONE_DEVICE
-from sharding_rules import Sharder, qwen3, qwen3_moe
+from sharding_rules import P, Rules, Sharder, qwen3, qwen3_moe, zero
 from sharding_rules.mesh import Mesh, make
 
 ROWS, LENGTH, STEPS = 8, 12, 3
@@ -57,6 +57,8 @@ class Case:
     """The router scores all experts alike, so every token goes to the same one."""
     dispatch: str | None = None
     """How tokens travel to experts."""
+    rows: tuple[tuple[str, P], ...] = ()
+    """Rows of the table before the others."""
     dtype: torch.dtype = torch.float64
     mixed: bool = False
     """Muon on matrices, Lion on some leaves, others frozen, and an average of the weights."""
@@ -91,10 +93,24 @@ CASES = {
     ),
     "moe, several optimizers, 2 micro-batches": Case(MOE, options={"micro_batches": 2}, mixed=True),
 }
+WIDE = (
+    (r"params/layers/\w+/moe/gate_up", P(("ep", "cp"), None, None, zero("fsdp", "tp"))),
+    (r"params/layers/\w+/moe/down", P(("ep", "cp"), zero("fsdp", "tp"), None)),
+)
+"""Experts over two axes."""
+SPLIT = (
+    (r"params/layers/\w+/moe/gate_up", P("ep", None, "tp", zero("fsdp", "cp"))),
+    (r"params/layers/\w+/moe/down", P("ep", zero("fsdp", "cp"), "tp")),
+    (r"act/tokens", P(("dp", "fsdp", "ep"), "cp", None)),
+    (r"act/token_rows", P(("dp", "fsdp", "ep"), "cp")),
+)
+"""Experts that tp splits, for tokens that it does not."""
 MATRIX = {
     "dense": Case(DENSE, uneven=True),
     "moe": Case(MOE | FULL, uneven=True, mixed=True),
     "moe, 2 micro-batches": Case(MOE | FULL, uneven=True, options={"micro_batches": 2}),
+    "moe, experts over ep and cp": Case(MOE | FULL, uneven=True, rows=WIDE),
+    "moe, experts split by tp": Case(MOE | FULL, uneven=True, rows=SPLIT),
     "moe in float32": Case(MOE | FULL, uneven=True, dtype=torch.float32),
 }
 """What every mesh runs, but for micro-batches where a rank has a single row."""
@@ -152,12 +168,13 @@ def recording(optimizer: optimizers.Optimizer) -> optimizers.Optimizer:
     return optimizer._replace(init=init, update=update)
 
 
-def sharder(config: dict[str, Any], mesh: str | None, dispatch: str | None = None):
-    """Return the sharder of a model on a mesh of all ranks; None is one process."""
+def sharder(case: Case, mesh: str | None):
+    """Return the sharder of a case on a mesh of all ranks; None is one process."""
     if mesh is None:
         return ONE_DEVICE
     grid = make(MESHES[mesh], CPU, torch.distributed.get_world_size())
-    return Sharder.of(RULES[config["model_type"]], grid, models.from_config(config).specs, dispatch)
+    rules = Rules((*case.rows, *RULES[case.config["model_type"]].table))
+    return Sharder.of(rules, grid, models.from_config(case.config).specs, case.dispatch)
 
 
 def start(case: Case, shard):
@@ -183,7 +200,7 @@ def start(case: Case, shard):
 
 def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
     """Run `STEPS` steps; return metrics of each, gradients of the first and parameters after the last, all whole."""
-    shard = sharder(case.config, mesh, case.dispatch)
+    shard = sharder(case, mesh)
     _, step, state = start(case, shard)
     rows = own_rows(case, shard)
     seen = {}
@@ -198,7 +215,7 @@ def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
 
 def exchanges(remat: str) -> int:
     """Count the all-to-alls of a step on ep2 whose layers are recomputed as `remat` says."""
-    case, shard = Case(MOE, options={"remat": remat}), sharder(MOE, "ep2")
+    case, shard = Case(MOE, options={"remat": remat}), sharder(Case(MOE), "ep2")
     _, step, state = start(case, shard)
     rows = own_rows(case, shard)
     with CommDebugMode() as seen:
