@@ -107,3 +107,40 @@ class _Move(torch.autograd.Function):
 def move(x: torch.Tensor, steps: tuple[Step, ...], back: tuple[Step, ...]) -> torch.Tensor:
     """Take `steps`, and `back` with the gradient."""
     return _Move.apply(x, steps, back) if steps or back else x
+
+
+class _Bucket(torch.autograd.Function):
+    """Gather several tensors, each along its dim, in one exchange; scatter and add their gradients in one or two."""
+
+    @staticmethod
+    def forward(ctx, gather, total, dims, *xs):
+        ctx.gather, ctx.total, ctx.dims, ctx.shapes = gather, total, dims, [x.shape for x in xs]
+        if gather is None:
+            return tuple(x.view_as(x) for x in xs)
+        flat = torch.cat([x.reshape(-1) for x in xs])
+        whole = ops.wait_tensor(ops.all_gather_into_tensor(flat, gather.ways, gather.group)).view(gather.ways, -1)
+        parts = whole.split([x.numel() for x in xs], 1)
+        return tuple(
+            part.reshape(gather.ways, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
+            for part, x, dim in zip(parts, xs, dims, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        gather, total = ctx.gather, ctx.total
+        if gather is None:
+            flat = torch.cat([g.reshape(-1) for g in grads])
+        else:
+            ways = gather.ways
+            pieces = [g.unflatten(d, (ways, -1)).movedim(d, 0) for g, d in zip(grads, ctx.dims, strict=True)]
+            flat = torch.cat([piece.reshape(ways, -1) for piece in pieces], 1).flatten()
+            flat = ops.wait_tensor(ops.reduce_scatter_tensor(flat, "sum", ways, gather.group))
+        if total is not None:
+            flat = ops.wait_tensor(ops.all_reduce(flat, "sum", total.group))
+        parts = flat.split([shape.numel() for shape in ctx.shapes])
+        return None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+def bucket(xs: list[torch.Tensor], gather: Step | None, total: Step | None, dims: list[int]) -> list[torch.Tensor]:
+    """Do to tensors of one dtype what `move` does with (gather,) and (scatter, total), each along its dim."""
+    return list(_Bucket.apply(gather, total, dims, *xs))

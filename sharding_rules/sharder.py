@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,13 +18,15 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from functional_trainer import tree
 from functional_trainer.param import Part
 from functional_trainer.types import ONE_DEVICE
-from sharding_rules.exchange import Step, check, move, run
+from sharding_rules.exchange import Step, bucket, check, move, run
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Held, Rules, Short, dims, held, repeat, route
 
 Placements = tuple[Placement, ...]
 Moves = tuple[tuple[Step, ...], tuple[Step, ...]]
 """Steps of a tensor, and of its gradient."""
+BUCKETED = [(["gather"], ["scatter"]), (["gather"], ["scatter", "sum"]), ([], ["sum"])]
+"""Kinds of the steps, and of the gradient's, of parameters that travel together."""
 
 
 def names(operand: str) -> tuple[str, str]:
@@ -106,11 +109,25 @@ class Sharder:
     # in a step: plain tensors, each rank's part ----------------------------------------------------------------------
 
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
-        def gather(path: str, w: torch.Tensor) -> torch.Tensor:
-            w = self.storage(w)
-            return move(w if dtype is None else w.to(dtype), *self._gather(f"{prefix}/{path}"))
-
-        return tree.map_with_path(gather, params)
+        """Cast and gather, all parameters that the same ranks share in one exchange."""
+        flat = {path: self.storage(w) for path, w in tree.flatten(params).items()}
+        flat = {path: w if dtype is None else w.to(dtype) for path, w in flat.items()}
+        buckets: dict[Any, list[tuple[str, Step | None, Step | None]]] = {}
+        for path in flat:
+            steps, back = self._gather(f"{prefix}/{path}")
+            kinds = [step.kind for step in steps], [step.kind for step in back]
+            if kinds in BUCKETED:
+                gather, total = (*steps, None)[0], back[-1] if back[-1].kind == "sum" else None
+                alike = gather and gather.group, total and total.group, flat[path].dtype, flat[path].requires_grad
+                buckets.setdefault(alike, []).append((path, gather, total))
+            else:
+                flat[path] = move(flat[path], steps, back)
+        for leaves in buckets.values():
+            _, gather, total = leaves[0]
+            paths, along = [path for path, *_ in leaves], [step.dim if step else 0 for _, step, _ in leaves]
+            whole = bucket([flat[path] for path in paths], gather, total, along)
+            flat |= dict(zip(paths, whole, strict=True))
+        return tree.unflatten(flat, params)
 
     def _gather(self, path: str) -> Moves:
         """Return the steps from storage to use; a gradient comes as each rank's share and leaves summed and cut."""
