@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 ops: Any = torch.ops._c10d_functional
 
@@ -109,6 +110,11 @@ def move(x: torch.Tensor, steps: tuple[Step, ...], back: tuple[Step, ...]) -> to
     return _Move.apply(x, steps, back) if steps or back else x
 
 
+def _under_way(x: torch.Tensor) -> torch.Tensor:
+    """Return the result of an exchange that is waited for where it is used first; a compiler moves the waits itself."""
+    return ops.wait_tensor(x) if torch.compiler.is_compiling() else AsyncCollectiveTensor(x)
+
+
 class _Bucket(torch.autograd.Function):
     """Gather several tensors, each along its dim, in one exchange; scatter and add their gradients in one or two."""
 
@@ -134,9 +140,9 @@ class _Bucket(torch.autograd.Function):
             ways = gather.ways
             pieces = [g.unflatten(d, (ways, -1)).movedim(d, 0) for g, d in zip(grads, ctx.dims, strict=True)]
             flat = torch.cat([piece.reshape(ways, -1) for piece in pieces], 1).flatten()
-            flat = ops.wait_tensor(ops.reduce_scatter_tensor(flat, "sum", ways, gather.group))
+            flat = _under_way(ops.reduce_scatter_tensor(flat, "sum", ways, gather.group))
         if total is not None:
-            flat = ops.wait_tensor(ops.all_reduce(flat, "sum", total.group))
+            flat = _under_way(ops.all_reduce(flat, "sum", total.group))
         parts = flat.split([shape.numel() for shape in ctx.shapes])
         return None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
