@@ -51,7 +51,7 @@ def wrap_layer(model: Any, *, compile: bool, remat: Remat, backend: str = "induc
 
     if compile:
         layer = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
-    return replace(model, layer=layer)
+    return replace(model, layer=layer, ahead=remat == "none")
 
 
 def evaluate(model: Any, loss: Loss, params: tree.Tree, batch: Batch, buffers: tree.Tree, shard=ONE_DEVICE):

@@ -41,6 +41,10 @@ class OneDevice:
     dispatch: str | None = None
     """How tokens travel to experts: a backend of `kernels.experts`' `exchange`, None for its default."""
 
+    def fetch(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> Any:
+        """Begin to gather parameters; `weights` takes what this returns as well, and finishes."""
+        return params
+
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
         """Return the parameters below `prefix` as the maths uses them: cast to `dtype`, gathered over storage axes."""
         return params if dtype is None else tree.map(lambda w: w.to(dtype), params)

@@ -1,6 +1,6 @@
 """A model: a config, a tree of abstract parameters and pure functions over trees of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +34,8 @@ class Model:
     """Hugging Face name maps, the layouts that checkpoints come in; the first is written."""
     dtype: torch.dtype | None = None
     """Compute dtype; parameters are cast at use. None computes in the parameters' own dtype."""
+    ahead: bool = True
+    """Whether a layer's parameters are fetched before the layer before it runs, and so kept until backward."""
 
     def init(self, seed: int, dtype: torch.dtype = torch.float32, device=None, shard=ONE_DEVICE) -> Tree:
         """Draw a parameter tree."""
@@ -72,11 +74,11 @@ class Model:
         rows["cos"], rows["sin"] = tables(batch["positions"])
         rows |= _append_rows(cache, batch)
         stats: list[dict] = []
-        for i, p in enumerate(params["layers"]):
+        for i, (p, fetched) in enumerate(self._fetched(params["layers"], shard)):
             if "routed_experts" in batch and "moe" in p:
                 rows = rows | {"routed_experts": batch["routed_experts"][:, :, len(stats)]}
             x_BSD, aux = self.layer(
-                p, x_BSD, rows, window=c.windows[i], dtype=self.dtype, shard=shard,
+                fetched, x_BSD, rows, window=c.windows[i], dtype=self.dtype, shard=shard,
                 cache=None if cache is None else cache["layers"][i],
             )  # fmt: skip
             stats += [aux] if aux else []
@@ -84,6 +86,17 @@ class Model:
         hidden = layers.norm(x_BSD, scale, "params/norm", c.eps, shard)
         aux = {k: torch.stack([s[k] for s in stats]) for k in stats[0]} if stats else {}
         return Output(hidden, aux, cache)
+
+    def _fetched(self, blocks: list[Tree], shard) -> Iterator[tuple[Tree, Any]]:
+        """Yield each layer's parameters, and as they are to be handed to it: if `ahead`, with the next one's coming."""
+        if not self.ahead:
+            yield from zip(blocks, blocks, strict=True)
+            return
+        coming = shard.fetch(blocks[0], layers.LAYER, self.dtype) if blocks else None
+        for i, block in enumerate(blocks):
+            now = coming
+            coming = shard.fetch(blocks[i + 1], layers.LAYER, self.dtype) if i + 1 < len(blocks) else None
+            yield block, now
 
     def unembed(self, params: Tree, shard=ONE_DEVICE) -> Unembed:
         """Return what turns hidden states into logits, in the compute dtype."""

@@ -116,37 +116,47 @@ def _under_way(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Bucket(torch.autograd.Function):
-    """Gather several tensors, each along its dim, in one exchange; scatter and add their gradients in one or two."""
+    """Begin to gather flat parts (n,) to (ways n,); scatter and add the gradient, over `total`'s ranks too if given."""
 
     @staticmethod
-    def forward(ctx, gather, total, dims, *xs):
-        ctx.gather, ctx.total, ctx.dims, ctx.shapes = gather, total, dims, [x.shape for x in xs]
+    def forward(ctx, part, gather, total):
+        ctx.gather, ctx.total = gather, total
         if gather is None:
-            return tuple(x.view_as(x) for x in xs)
-        flat = torch.cat([x.reshape(-1) for x in xs])
-        whole = ops.wait_tensor(ops.all_gather_into_tensor(flat, gather.ways, gather.group)).view(gather.ways, -1)
-        parts = whole.split([x.numel() for x in xs], 1)
-        return tuple(
-            part.reshape(gather.ways, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
-            for part, x, dim in zip(parts, xs, dims, strict=True)
-        )
+            return part.view_as(part)
+        return ops.all_gather_into_tensor(part, gather.ways, gather.group)
 
     @staticmethod
-    def backward(ctx, *grads):
-        gather, total = ctx.gather, ctx.total
-        if gather is None:
-            flat = torch.cat([g.reshape(-1) for g in grads])
-        else:
-            ways = gather.ways
-            pieces = [g.unflatten(d, (ways, -1)).movedim(d, 0) for g, d in zip(grads, ctx.dims, strict=True)]
-            flat = torch.cat([piece.reshape(ways, -1) for piece in pieces], 1).flatten()
-            flat = _under_way(ops.reduce_scatter_tensor(flat, "sum", ways, gather.group))
-        if total is not None:
-            flat = _under_way(ops.all_reduce(flat, "sum", total.group))
-        parts = flat.split([shape.numel() for shape in ctx.shapes])
-        return None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+    def backward(ctx, grad):
+        part = grad
+        if ctx.gather is not None:
+            part = _under_way(ops.reduce_scatter_tensor(part, "sum", ctx.gather.ways, ctx.gather.group))
+        if ctx.total is not None:
+            part = _under_way(ops.all_reduce(part, "sum", ctx.total.group))
+        return part, None, None
 
 
-def bucket(xs: list[torch.Tensor], gather: Step | None, total: Step | None, dims: list[int]) -> list[torch.Tensor]:
-    """Do to tensors of one dtype what `move` does with (gather,) and (scatter, total), each along its dim."""
-    return list(_Bucket.apply(gather, total, dims, *xs))
+class _Wait(torch.autograd.Function):
+    """Wait for an exchange that was begun elsewhere, outside of a compiled function for instance."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return ops.wait_tensor(x).view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def bucket(xs: list[torch.Tensor], gather: Step | None, total: Step | None) -> torch.Tensor:
+    """Begin to do to tensors of one dtype what `move` does with (gather,) and (scatter, total): in one exchange."""
+    return _Bucket.apply(torch.cat([x.reshape(-1) for x in xs]), gather, total)
+
+
+def unpack(whole: torch.Tensor, xs: list[torch.Tensor], dims: list[int]) -> list[torch.Tensor]:
+    """Return the tensors that were gathered, each along its dim, from the result of `bucket`."""
+    sizes = [x.numel() for x in xs]
+    parts = _Wait.apply(whole).view(-1, sum(sizes)).split(sizes, 1)
+    return [
+        part.reshape(-1, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
+        for part, x, dim in zip(parts, xs, dims, strict=True)
+    ]

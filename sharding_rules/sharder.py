@@ -14,17 +14,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.utils import _pytree as pytree
 
 from functional_trainer import tree
 from functional_trainer.param import Part
 from functional_trainer.types import ONE_DEVICE
-from sharding_rules.exchange import Step, bucket, check, move, run
+from sharding_rules.exchange import Step, bucket, check, move, run, unpack
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Held, Rules, Short, dims, held, repeat, route
 
 Placements = tuple[Placement, ...]
 Moves = tuple[tuple[Step, ...], tuple[Step, ...]]
 """Steps of a tensor, and of its gradient."""
+Bucket = tuple[tuple[Step | None, Step | None], list[str], list[int]]
 BUCKETED = [(["gather"], ["scatter"]), (["gather"], ["scatter", "sum"]), ([], ["sum"])]
 """Kinds of the steps, and of the gradient's, of parameters that travel together."""
 
@@ -33,6 +35,22 @@ def names(operand: str) -> tuple[str, str]:
     """Split "a > b", how an operand comes and how it is wanted (or is made and leaves); "a" is both."""
     first, _, second = (part.strip() for part in operand.partition(">"))
     return first, second or first
+
+
+def _kinds(moves: Moves) -> tuple[list[str], list[str]]:
+    steps, back = moves
+    return [step.kind for step in steps], [step.kind for step in back]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Parameters that are on their way: this rank's parts, and what they travel in."""
+
+    parts: tree.Tree
+    whole: list[torch.Tensor]
+
+
+pytree.register_dataclass(Fetched)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,26 +126,41 @@ class Sharder:
 
     # in a step: plain tensors, each rank's part ----------------------------------------------------------------------
 
-    def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
-        """Cast and gather, all parameters that the same ranks share in one exchange."""
+    def fetch(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> "Fetched":
+        """Cast, and begin to gather: all parameters that the same ranks share in one exchange."""
         flat = {path: self.storage(w) for path, w in tree.flatten(params).items()}
         flat = {path: w if dtype is None else w.to(dtype) for path, w in flat.items()}
-        buckets: dict[Any, list[tuple[str, Step | None, Step | None]]] = {}
-        for path in flat:
-            steps, back = self._gather(f"{prefix}/{path}")
-            kinds = [step.kind for step in steps], [step.kind for step in back]
-            if kinds in BUCKETED:
+        buckets = self._buckets(flat, prefix)
+        whole = [bucket([flat[path] for path in paths], *steps) for steps, paths, _ in buckets]
+        return Fetched(tree.unflatten(flat, params), whole)
+
+    def weights(self, params: "tree.Tree | Fetched", prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
+        params = params if isinstance(params, Fetched) else self.fetch(params, prefix, dtype)
+        flat = tree.flatten(params.parts)
+        for whole, (_, paths, along) in zip(params.whole, self._buckets(flat, prefix), strict=True):
+            flat |= dict(zip(paths, unpack(whole, [flat[path] for path in paths], along), strict=True))
+        flat |= {path: move(flat[path], *moves) for path, moves in self._alone(flat, prefix).items()}
+        return tree.unflatten(flat, params.parts)
+
+    def _moves(self, flat: dict[str, torch.Tensor], prefix: str) -> dict[str, Moves]:
+        return {path: self._gather(f"{prefix}/{path}") for path in flat}
+
+    def _alone(self, flat: dict[str, torch.Tensor], prefix: str) -> dict[str, Moves]:
+        """Return the moves of parameters that travel alone."""
+        return {path: moves for path, moves in self._moves(flat, prefix).items() if _kinds(moves) not in BUCKETED}
+
+    def _buckets(self, flat: dict[str, torch.Tensor], prefix: str) -> list[Bucket]:
+        """Return what travels together: steps of the exchange, paths, and the dim along which each is gathered."""
+        buckets: dict[Any, Bucket] = {}
+        for path, moves in self._moves(flat, prefix).items():
+            if _kinds(moves) in BUCKETED:
+                steps, back = moves
                 gather, total = (*steps, None)[0], back[-1] if back[-1].kind == "sum" else None
                 alike = gather and gather.group, total and total.group, flat[path].dtype, flat[path].requires_grad
-                buckets.setdefault(alike, []).append((path, gather, total))
-            else:
-                flat[path] = move(flat[path], steps, back)
-        for leaves in buckets.values():
-            _, gather, total = leaves[0]
-            paths, along = [path for path, *_ in leaves], [step.dim if step else 0 for _, step, _ in leaves]
-            whole = bucket([flat[path] for path in paths], gather, total, along)
-            flat |= dict(zip(paths, whole, strict=True))
-        return tree.unflatten(flat, params)
+                _, paths, along = buckets.setdefault(alike, ((gather, total), [], []))
+                paths.append(path)
+                along.append(gather.dim if gather else 0)
+        return list(buckets.values())
 
     def _gather(self, path: str) -> Moves:
         """Return the steps from storage to use; a gradient comes as each rank's share and leaves summed and cut."""
