@@ -264,6 +264,11 @@ def documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: fl
     return _documents(*qkv, segments_BS, window, scale)[0].to(q_BSNH.dtype)
 
 
+def shapes(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: float) -> torch.Tensor:
+    """Hold what flash-attn does, in the inputs' dtype, of tensors that are shapes only."""
+    return _documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window, scale)[0]
+
+
 # accelerators --------------------------------------------------------------------------------------------------------
 
 
