@@ -106,14 +106,17 @@ def columns(rows: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def observed(shard: Sharder, model: Any, build: Build, batch: dict[str, torch.Tensor], watch: Watch) -> Costs:
-    """Return what one step costs."""
+    """Return what one step costs this rank, which reads `batch`; groups are called by their axes."""
     step, state = build(watch.marked(model), shard)
     local = tree.map(shard.storage, (state.params, state.moments))
     for what, part in zip(("parameters", "optimizer", "batch"), (*local, batch), strict=True):
         watch.see(part, what)
     with watch:
         step(state, shard.put_batch(batch))
-    return watch.costs | {("rest", k): size(part) for k, part in zip(("params", "moments"), local, strict=True)}
+    axes = {name: axes for axes, (name, *_) in shard.groups.items()}
+    said = ("sent", "calls")
+    costs = {(*key[:2], axes[key[2]]) if key[0] in said else key: n for key, n in watch.costs.items()}
+    return costs | {("rest", k): size(part) for k, part in zip(("params", "moments"), local, strict=True)}
 
 
 def cut(model: Any, keep: list[int]) -> Any:

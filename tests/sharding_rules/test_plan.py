@@ -86,19 +86,9 @@ def planned(case: tuple[dict, dict], mesh: Mesh, rows: int, length: int) -> Cost
     return plan(model, builder("meta", options), RULES[config["model_type"]], sizes(mesh), rows, length)
 
 
-def sent(costs: Costs, groups: dict[str, tuple[str, ...]] | None = None) -> dict[tuple, int]:
-    """Return how often a rank sends and how many bytes, by kind of collective and axes of the group."""
-    found = {}
-    for (what, *key), n in costs.items():
-        if what in ("sent", "calls") and n:
-            kind, group = key
-            axes = groups[group] if groups else tuple(axis.rstrip("0123456789") for axis in group.split()[1:])
-            found[what, kind, axes] = round(n)
-    return found
-
-
-def at_rest(costs: Costs) -> dict[tuple, float]:
-    return {key: n for key, n in costs.items() if key[0] == "rest"}
+def but_memory(costs: Costs) -> Costs:
+    """Return bytes at rest, collectives by kind and axes, and products."""
+    return {key: n for key, n in costs.items() if n and key[0] != "memory"}
 
 
 def peak(costs: Costs) -> float:
