@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from experiments.plan import Options, estimate
 from sharding_rules.mesh import parse
 
-REMAT = ("none", "selective", "layer")
+REMAT: tuple[Any, ...] = ("none", "selective", "layer")
 
 
 def changes(o: Options) -> Iterator[list[tuple[str, Options]]]:
     """Yield what might make a step fit, the cheapest kinds first: its schedule, its moments, its mesh, more devices."""
-    from sharding_rules.mesh import parse
-
-    parts = [n for n in range(1, o.rows + 1) if o.rows % n == 0]
-    schedules = [(r, n) for r in REMAT for n in parts if REMAT.index(r) >= REMAT.index(o.remat) and n >= o.micro_batches]
+    parts = [n for n in range(o.micro_batches, o.rows + 1) if o.rows % n == 0]
+    schedules = [(r, n) for r in REMAT[REMAT.index(o.remat) :] for n in parts]
     yield [(f"--remat {r} --micro-batches {n}", replace(o, remat=r, micro_batches=n)) for r, n in schedules]
     o, least = replace(o, remat="layer", micro_batches=o.rows), f"--remat layer --micro-batches {o.rows}"
     half = replace(o, optim=replace(o.optim, moments="bfloat16"))

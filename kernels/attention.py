@@ -11,6 +11,7 @@ Backends (`kernels.BACKENDS` says which serves which device and which were measu
                  documents of length L in rows of length S the work is S L instead of S^2. In float32 at least
     flex         FlexAttention with a block mask built from the segments
     flash_attn   flash-attn's varlen call over document borders
+    shapes       what flash-attn would hold, for meta tensors: plans of a step
 
 B rows, S queries, T keys, N query heads, K key heads, H head dim.
 """

@@ -10,7 +10,7 @@ the difference is multiplied: a model of 1T parameters takes seconds. `sharding_
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,12 +30,12 @@ Build = Callable[[Any, Any], tuple[Callable, Any]]
 """(model, shard) to the step and the state before it."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def group(axes: tuple[tuple[str, int], ...]) -> Any:
     """Return a process group that sends nothing; the wrappers of collectives ask it for its size, by its name."""
     name = "plan " + " ".join(f"{axis}{n}" for axis, n in axes)
-    made = c10d.ProcessGroup(0, math.prod(n for _, n in axes))
-    c10d._register_process_group(name, made)
+    made = c10d.ProcessGroup(0, math.prod(n for _, n in axes))  # type: ignore[call-arg]
+    c10d._register_process_group(name, made)  # type: ignore[arg-type]
     return SimpleNamespace(group_name=name, kept=made)
 
 
@@ -82,6 +82,7 @@ class Planner(Sharder):
         return p
 
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
+        self.watch.label = "activations"
         with self.watch.within("weights gathered"):
             return super().weights(tree.map(self.watch.leaf, params), prefix, dtype)
 
@@ -149,7 +150,7 @@ def plan(
     def costs(layers: list[int]) -> Costs:
         some, watch = cut(model, sorted(layers)), Watch(document or length)
         fitted = Sharder.of(rules, Grid(sizes), some.specs)  # type: ignore[arg-type]
-        shard = Planner(fitted.rules, fitted.mesh, watch)
+        shard = Planner(fitted.rules, fitted.mesh, watch=watch)
         return observed(shard, some, build, columns(rows, length), watch)
 
     few = [i for of in kinds(model) for i in dict.fromkeys((of[0], of[-1]))]

@@ -30,7 +30,8 @@ def table(title: str, *heads: str) -> Table:
 def memory(e: Estimate) -> Table:
     """Return what a device holds at the fullest moment of each part of a step."""
     segments = [s for s in SEGMENTS if s in e.memory]
-    made = table("memory of a device, GiB, where it is fullest in each part of a step", "", *map(SEGMENTS.get, segments))
+    heads = [SEGMENTS[s] for s in segments]
+    made = table("memory of a device, GiB, where it is fullest in each part of a step", "", *heads)
     for what in ORDER:
         if any(e.memory[s][what] for s in segments):
             made.add_row(what, *(f"{e.memory[s][what] / GIB:.2f}" for s in segments))
@@ -83,7 +84,7 @@ def plot(e: Estimate, title: str, path: Path) -> None:
     names, base = [SEGMENTS[s].replace(", ", ",\n") for s in segments], [0.0] * len(segments)
     for what in ORDER:
         sizes = [e.memory[s][what] / GIB for s in segments]
-        if max(sizes) > 0.01:
+        if max(sizes) > 0.001 * e.held / GIB:
             left.bar(names, sizes, bottom=base, label=what)
             base = [a + b for a, b in zip(base, sizes, strict=True)]
     left.axhline(e.device.memory * (1 - SPARE) / GIB, color="black", linestyle="--", linewidth=1)

@@ -127,7 +127,8 @@ class Estimate:
         found = []
         for (what, *key), calls in self.costs.items():
             if what == "calls":
-                found.append(exchange(*key, calls, self.costs["sent", *key], self.sizes, self.device))
+                kind, axes = key
+                found.append(exchange(kind, axes, calls, self.costs["sent", kind, axes], self.sizes, self.device))
         return sorted(found, key=lambda e: -e.seconds)
 
     @property

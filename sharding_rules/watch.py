@@ -183,6 +183,7 @@ def _attention(document: int, q, k, v, segments, window, scale) -> int:
 
 FLOPS: dict[str, Callable[..., int]] = {
     "mm": _mm,
+    "matmul": _mm,  # inside our ops, where autograd does not take it apart
     "bmm": _mm,
     "addmm": _addmm,
     "addmm_": _addmm,
