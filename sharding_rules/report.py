@@ -59,10 +59,10 @@ def verdict(e: Estimate) -> str:
     for name, seconds in (("everything overlapped", low), ("nothing overlapped", high)):
         rate = e.tokens / seconds / e.world
         lines.append(f"{name}: {seconds:.3f} s a step, {rate:,.0f} tokens/s a device, MFU {e.mfu(seconds):.1%}")
-    room = e.device.memory * (1 - SPARE)
+    room, most = e.device.memory * (1 - SPARE), e.memory[e.fullest].most_common(3)
     lines.append(
         f"{'fits' if e.fits else 'DOES NOT FIT'}: {e.held / GIB:.1f} GiB at most, {room / GIB:.1f} GiB are there "
-        f"({e.device.memory / GB:.0f} GB less {SPARE:.0%})"
+        f"({e.device.memory / GB:.0f} GB less {SPARE:.0%}); most of it {', '.join(what for what, _ in most)}"
     )
     return "\n".join(lines)
 
