@@ -73,14 +73,24 @@ def estimate(o: Options) -> Any:
     from functional_trainer import backend, flops
     from sharding_rules import plan, roofline
 
-    model, build, rules, sizes = pieces(o)
-    costs = plan.plan(model, build, rules, sizes, o.rows, o.seq_len, o.document)
+    model, _, rules, sizes = pieces(o)
+    if o.rows % o.micro_batches:
+        raise ValueError(f"--rows {o.rows} cannot be split into --micro-batches {o.micro_batches}")
+
+    def costs(passes: int) -> dict:
+        build = pieces(replace(o, micro_batches=passes))[1]
+        return plan.plan(model, build, rules, sizes, o.rows // o.micro_batches * passes, o.seq_len, o.document)
+
+    few = min(o.micro_batches, 2)  # costs are linear in the passes after the second
+    total = base = costs(few)
+    if o.micro_batches > 2:
+        total = plan.onward(base, base, costs(3), o.micro_batches - 2)
     rows = o.rows * math.prod(sizes.get(axis, 1) for axis in ("dp", "fsdp", "ep"))
     length = o.document or o.seq_len
     documents = torch.full((rows * (o.seq_len // length),), length)
     need = flops.train_flops(model.specs, documents, getattr(model.config, "top_k", 0), model.config.windows)
     peak = backend.PEAKS[o.gpu][model.dtype]
-    return roofline.Estimate(costs, sizes, roofline.DEVICES[o.gpu], peak, rows * o.seq_len, need)
+    return roofline.Estimate(total, sizes, roofline.DEVICES[o.gpu], peak, rows * o.seq_len, need)
 
 
 def main(o: Options) -> None:

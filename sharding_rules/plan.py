@@ -136,6 +136,12 @@ def kinds(model: Any) -> list[list[int]]:
     return list(found.values())
 
 
+def onward(total: Costs, less: Costs, more: Costs, times: int) -> Costs:
+    """Return `total` and `times` what makes `more` of `less`."""
+    keys = {**total, **less, **more}
+    return {k: total.get(k, 0) + times * (more.get(k, 0) - less.get(k, 0)) for k in keys}
+
+
 def plan(
     model: Any, build: Build, rules: Rules, sizes: dict[str, int], rows: int, length: int, document: int = 0
 ) -> Costs:
@@ -155,11 +161,9 @@ def plan(
 
     few = [i for of in kinds(model) for i in dict.fromkeys((of[0], of[-1]))]
     base = costs(few)
-    total = dict(base)
+    total = base
     for of in kinds(model):
         if len(of) > 2:
-            more = costs([*few, of[1]])
-            for key in {**base, **more}:
-                total[key] = total.get(key, 0) + (len(of) - 2) * (more.get(key, 0) - base.get(key, 0))
+            total = onward(total, base, costs([*few, of[1]]), len(of) - 2)
     inner = {key for key in total if key[:2] == ("memory", "others")}  # between the first and the last
     return {key: n for key, n in total.items() if key not in inner}

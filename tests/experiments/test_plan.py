@@ -10,6 +10,7 @@ import pytest
 
 from experiments import plan
 from experiments.fit import cheapest
+from sharding_rules.plan import plan as costs
 
 ROOT = Path(__file__).parents[2]
 TINY = plan.Options(model="tiny", mesh="fsdp=2,ep=2", seq_len=64, rows=4)
@@ -43,6 +44,14 @@ def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
     assert "cp" in cheapest(TINY) or "fsdp" in cheapest(TINY)
     monkeypatch.setitem(roofline.DEVICES, "H100", device._replace(memory=1e3))
     assert "nothing of what was tried" in cheapest(TINY)
+
+
+def test_passes_are_extrapolated_exactly():
+    many = replace(TINY, rows=10, micro_batches=5)
+    model, build, rules, sizes = plan.pieces(many)
+    assert plan.estimate(many).costs == costs(model, build, rules, sizes, many.rows, many.seq_len)
+    with pytest.raises(ValueError, match="--rows 10 cannot be split into --micro-batches 4"):
+        plan.estimate(replace(many, micro_batches=4))
 
 
 def test_what_is_no_model_is_an_error():
