@@ -46,11 +46,11 @@ def main(o: Options) -> None:
     grid = mesh.make(mesh.Mesh(**{"fsdp": 1} | sizes), backend.setup(), world)
     if grid is None:
         raise ValueError(f"--mesh {o.mesh!r} is one device: nothing is exchanged; give an axis more, as fsdp=64")
-    shard, watch = Sharder.of(rules, grid, model.specs), Watch(o.document or o.seq_len)
+    shard, watch = Sharder.of(rules, grid, model.specs, o.dispatch), Watch(o.document or o.seq_len)
     ran = plan.observed(shard, model, build, plan.columns(o.rows, o.seq_len), watch)
     dist.destroy_process_group()
     seconds = time.perf_counter() - begin
-    planned = plan.plan(model, build, rules, sizes, o.rows, o.seq_len, o.document)
+    planned = plan.plan(model, build, rules, sizes, o.rows, o.seq_len, o.document, o.dispatch)
     calls, nbytes = (sum(n for key, n in ran.items() if key[0] == what) for what in ("calls", "sent"))
     params, moments = (ran["rest", what] / 1e9 for what in ("params", "moments"))
     depth = len(model.specs["layers"])

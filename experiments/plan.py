@@ -1,7 +1,6 @@
 """Plan a training step on a mesh of any size: memory, exchanges and time of a device, found without one.
 
-    python experiments/plan.py --model 235b-a22b --mesh fsdp=64,ep=8 --seq-len 4096 --rows 1 --gpu H100
-    python experiments/plan.py --model 1t --mesh fsdp=128,ep=16 --rows 1 --remat layer --plot plan.png
+    python experiments/plan.py --model 235b-a22b --mesh fsdp=64,ep=8 --seq-len 4096 --gpu H100 --plot plan.png
 
 The real step runs on tensors that have shapes only; docs/planning.md says what is counted. Exits with status 1, and the
 cheapest change that would help, if it does not fit.
@@ -31,6 +30,8 @@ class Options:
     """Tokens of each document in a row, for the FLOPs of attention (0: a row is one)."""
     rows: int = 1
     """Rows of a step for each set of ranks that reads its own (dp x fsdp x ep sets)."""
+    dispatch: Literal["exact", "static"] = "exact"
+    """How tokens travel to experts; see --mesh.dispatch of training."""
     micro_batches: int = 1
     """Passes that these rows are split into."""
     remat: Literal["none", "selective", "layer"] = "layer"
@@ -79,15 +80,15 @@ def estimate(o: Options) -> Any:
 
     def costs(passes: int) -> dict:
         build = pieces(replace(o, micro_batches=passes))[1]
-        return plan.plan(model, build, rules, sizes, o.rows // o.micro_batches * passes, o.seq_len, o.document)
+        rows = o.rows // o.micro_batches * passes
+        return plan.plan(model, build, rules, sizes, rows, o.seq_len, o.document, o.dispatch)
 
     few = min(o.micro_batches, 2)  # costs are linear in the passes after the second
     total = base = costs(few)
     if o.micro_batches > 2:
         total = plan.onward(base, base, costs(3), o.micro_batches - 2)
     rows = o.rows * math.prod(sizes.get(axis, 1) for axis in ("dp", "fsdp", "ep"))
-    length = o.document or o.seq_len
-    documents = torch.full((rows * (o.seq_len // length),), length)
+    documents = torch.full((rows * (o.seq_len // (o.document or o.seq_len)),), o.document or o.seq_len)
     need = flops.train_flops(model.specs, documents, getattr(model.config, "top_k", 0), model.config.windows)
     peak = backend.PEAKS[o.gpu][model.dtype]
     return roofline.Estimate(total, sizes, roofline.DEVICES[o.gpu], peak, rows * o.seq_len, need)

@@ -143,12 +143,13 @@ def onward(total: Costs, less: Costs, more: Costs, times: int) -> Costs:
 
 
 def plan(
-    model: Any, build: Build, rules: Rules, sizes: dict[str, int], rows: int, length: int, document: int = 0
-) -> Costs:
+    model: Any, build: Build, rules: Rules, sizes: dict[str, int], rows: int, length: int, document: int = 0,
+    dispatch: str | None = None,
+) -> Costs:  # fmt: skip
     """Return what a step of `rows` rows of `length` tokens for each data rank costs one rank of a mesh.
 
-    `document` is the length of the documents in a row (0: a row is one). ValueError as of `Rules.fit`, or if the mesh
-    has one device only.
+    `document` is the length of the documents in a row (0: a row is one), `dispatch` as in `Sharder`. ValueError as of
+    `Rules.fit`, or if the mesh has one device only.
     """
     if not Grid(sizes).shape:
         raise ValueError("a mesh of one device exchanges nothing; give an axis more, as in fsdp=8")
@@ -156,7 +157,7 @@ def plan(
     def costs(layers: list[int]) -> Costs:
         some, watch = cut(model, sorted(layers)), Watch(document or length)
         fitted = Sharder.of(rules, Grid(sizes), some.specs)  # type: ignore[arg-type]
-        shard = Planner(fitted.rules, fitted.mesh, watch=watch)
+        shard = Planner(fitted.rules, fitted.mesh, dispatch, watch)
         return observed(shard, some, build, columns(rows, length), watch)
 
     few = [i for of in kinds(model) for i in dict.fromkeys((of[0], of[-1]))]

@@ -52,8 +52,9 @@ def exchanges(e: Estimate) -> Table:
 def verdict(e: Estimate) -> str:
     """Return times, rates, and whether it fits."""
     low, high = max(e.work, e.talk), e.work + e.talk
+    more = e.done * e.world / e.flops
     lines = [
-        f"{e.flops / e.tokens / GB:.1f} GFLOP a token; {e.done * e.world / e.flops:.2f} times that with recomputation and the update",
+        f"{e.flops / e.tokens / GB:.1f} GFLOP a token; {more:.2f} times that with recomputation and the update",
         f"work {e.work:.3f} s, exchanges {e.talk:.3f} s",
     ]
     for name, seconds in (("everything overlapped", low), ("nothing overlapped", high)):

@@ -23,11 +23,12 @@ from tests.multi_rank import launch, parity
 CPU = torch.device("cpu")
 ROWS, LENGTH = 2, 32
 DEEP = {"num_hidden_layers": 4}
-Case = tuple[dict[str, Any], dict[str, Any]]  # config, and options of `make_train_step` and "muon"
+Case = tuple[dict[str, Any], dict[str, Any]]  # config, and options of `make_train_step`, "muon" and "dispatch"
 CASES: dict[str, Case] = {
     "dense, 2 micro-batches, recomputed": (parity.DENSE | DEEP, {"micro_batches": 2, "remat": "layer"}),
     "moe, recomputed selectively": (parity.MOE | DEEP | {"mlp_only_layers": [0]}, {"remat": "selective"}),
     "moe, few key heads, muon": (parity.MOE | DEEP | {"num_key_value_heads": 2}, {"muon": True}),
+    "moe, blocks of a fixed size": (parity.MOE | DEEP, {"dispatch": "static"}),
 }
 LARGE = models.PRESETS["tiny"] | {
     "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
@@ -44,8 +45,8 @@ MESHES = [mesh for meshes in WORLDS.values() for mesh in meshes]
 
 def builder(device, options: dict[str, Any]):
     """Return what builds the step and the state of a model."""
-    options = dict(options)
-    muon = options.pop("muon", False)
+    muon = options.get("muon", False)
+    how = {k: v for k, v in options.items() if k not in ("muon", "dispatch")}
 
     def build(model, shard):
         rate = optimizers.schedule("cosine", 1e-3, 10, 2)
@@ -53,7 +54,7 @@ def builder(device, options: dict[str, Any]):
         if muon:
             optimizer = optimizers.by_path((".*/moe/.*", optimizers.muon(rate, model.specs)), (".*", optimizer))
         state = init_state(model.init(0, device=device, shard=shard), optimizer)
-        return make_train_step(model, losses.sft(), optimizer, shard=shard, **options), state
+        return make_train_step(model, losses.sft(), optimizer, shard=shard, **how), state
 
     return build
 
@@ -77,7 +78,8 @@ def real(case: Case, name: str, rows: int, length: int) -> Costs:
     """Take a real step on this rank."""
     (config, options), world = case, torch.distributed.get_world_size()
     model, batch = models.from_config(config), balanced(config, rows, length)
-    shard = Sharder.of(RULES[config["model_type"]], make(parity.MESHES[name], CPU, world), model.specs)
+    grid = make(parity.MESHES[name], CPU, world)
+    shard = Sharder.of(RULES[config["model_type"]], grid, model.specs, options.get("dispatch"))
     return observed(shard, model, builder(CPU, options), batch, Watch(length))
 
 
@@ -103,7 +105,8 @@ def real_peaks(mesh: str, rows: int, length: int) -> dict[str, int]:
 def planned(case: Case, name: str, rows: int, length: int) -> Costs:
     config, options = case
     model, build = models.from_config(config), builder("meta", options)
-    return plan(model, build, RULES[config["model_type"]], sizes(parity.MESHES[name]), rows, length)
+    rules, grid = RULES[config["model_type"]], sizes(parity.MESHES[name])
+    return plan(model, build, rules, grid, rows, length, dispatch=options.get("dispatch"))
 
 
 def but_memory(costs: Costs) -> Costs:
@@ -152,7 +155,7 @@ def test_depth_is_extrapolated_exactly(case):
     config, options = CASES[case]
     model, grid = models.from_config(config | {"num_hidden_layers": 7}), Grid({"fsdp": 2, "ep": 2})
     fitted, watch = Sharder.of(RULES[config["model_type"]], grid, model.specs), Watch(LENGTH)
-    shard = Planner(fitted.rules, grid, watch=watch)
+    shard = Planner(fitted.rules, grid, options.get("dispatch"), watch)
     whole = observed(shard, model, builder("meta", options), columns(ROWS, LENGTH), watch)
     few = planned((config | {"num_hidden_layers": 7}, options), "fsdp2 x ep2", ROWS, LENGTH)
     assert few == {key: n for key, n in whole.items() if key[:2] != ("memory", "others")}
