@@ -31,12 +31,20 @@ Build = Callable[[Any, Any], tuple[Callable, Any]]
 
 
 @cache
-def group(axes: tuple[tuple[str, int], ...]) -> Any:
-    """Return a process group that sends nothing; the wrappers of collectives ask it for its size, by its name."""
-    name = "plan " + " ".join(f"{axis}{n}" for axis, n in axes)
-    made = c10d.ProcessGroup(0, math.prod(n for _, n in axes))  # type: ignore[call-arg]
-    c10d._register_process_group(name, made)  # type: ignore[arg-type]
-    return SimpleNamespace(group_name=name, kept=made)
+def silent(ranks: int) -> Any:
+    """Return a process group that sends nothing; kept here, for the registry of names does not hold it."""
+    return c10d.ProcessGroup(0, ranks)  # type: ignore[call-arg]
+
+
+def group(axes: tuple[tuple[str, int], ...]) -> str:
+    """Return the name of a group that sends nothing: the wrappers of collectives ask by name for a group's size.
+
+    Leaving a job (`destroy_process_group`) forgets all names, so each is given anew.
+    """
+    name: Any = "plan " + " ".join(f"{axis}{n}" for axis, n in axes)
+    c10d._unregister_process_group(name)
+    c10d._register_process_group(name, silent(math.prod(n for _, n in axes)))
+    return name
 
 
 class Grid:
@@ -59,7 +67,7 @@ class Grid:
         return self
 
     def get_group(self) -> Any:
-        return group(tuple(self.sizes.items()))
+        return SimpleNamespace(group_name=group(tuple(self.sizes.items())))
 
 
 @dataclass(frozen=True, eq=False)

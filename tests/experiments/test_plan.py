@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from experiments import plan
 from experiments.fit import cheapest
@@ -57,6 +59,15 @@ def test_passes_are_extrapolated_exactly():
 def test_what_is_no_model_is_an_error():
     with pytest.raises(ValueError, match="no folder, and no preset; these are: 30b-a3b"):
         plan.main(replace(TINY, model="gpt"))
+
+
+def test_a_plan_is_made_after_a_job_was_left():
+    """Which forgets the names of all groups, a plan's too."""
+    before = plan.estimate(TINY).costs
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    torch.distributed.destroy_process_group()
+    assert plan.estimate(TINY).costs == before
 
 
 def test_a_dry_run_of_a_small_model_is_as_planned():
