@@ -79,6 +79,8 @@ def init_leaf(
     """
     first, *inner = part or tuple(slice(0, size) for size in p.shape)
     shape = [s.stop - s.start for s in (first, *inner)]
+    if device is not None and torch.device(device).type == "meta":  # a tensor without values
+        return torch.empty(shape, dtype=dtype, device=device)
     if p.init == "ones":
         return torch.ones(shape, dtype=dtype, device=device)
     if p.init == "zeros":

@@ -68,13 +68,14 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (
         Backend("documents", _attention.documents, ("cpu",), ("cpu",), ("cpu",)),
+        Backend("shapes", _attention.shapes, ("meta",), ("meta",), ()),
         Backend("sdpa", _attention.sdpa, ("*",), ("*",), ("cpu",)),
         Backend("flash_attn", _attention.flash_attn, (), ("cuda",), ()),
         Backend("flex", _attention.flex, (), ("cuda",), ()),
         Backend("reference", _attention.reference, (), ("*",), ("cpu",)),
     ),
     "grouped_matmul": (
-        Backend("blas", _grouped_matmul.blas, ("cpu",), ("cpu",), ("cpu",)),
+        Backend("blas", _grouped_matmul.blas, ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
         Backend("torch", _grouped_matmul.grouped_mm, ("cuda",), ("cuda", "cpu"), ()),
         Backend("reference", _grouped_matmul.reference, ("*",), ("*",), ("cpu",)),
     ),
@@ -115,7 +116,7 @@ def attention(
     scale = q_BSNH.shape[-1] ** -0.5 if scale is None else scale
     cached = key_segment_ids_BT is not None
     chosen = pick("attention", q_BSNH.device.type, "sdpa" if cached and backend is None else backend)
-    if chosen.name in ("documents", "flash_attn"):
+    if chosen.name in ("documents", "flash_attn", "shapes"):
         if cached:
             raise ValueError(f"attention backend {chosen.name!r} cannot serve a KV cache; use 'sdpa' or 'flex'")
         return chosen.fn(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, window, scale)

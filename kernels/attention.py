@@ -11,6 +11,7 @@ Backends (`kernels.BACKENDS` says which serves which device and which were measu
                  documents of length L in rows of length S the work is S L instead of S^2. In float32 at least
     flex         FlexAttention with a block mask built from the segments
     flash_attn   flash-attn's varlen call over document borders
+    shapes       what flash-attn would hold, for meta tensors: plans of a step
 
 B rows, S queries, T keys, N query heads, K key heads, H head dim.
 """
@@ -262,6 +263,11 @@ def documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: fl
     """Attend document by document: segments contiguous in a row, positions rising by one within each."""
     qkv = (promote(x) for x in (q_BSNH, k_BSKH, v_BSKH))  # cast here, where a compiler fuses it
     return _documents(*qkv, segments_BS, window, scale)[0].to(q_BSNH.dtype)
+
+
+def shapes(q_BSNH, k_BSKH, v_BSKH, segments_BS, window: int | None, scale: float) -> torch.Tensor:
+    """Hold what flash-attn does, in the inputs' dtype, of tensors that are shapes only."""
+    return _documents(q_BSNH, k_BSKH, v_BSKH, segments_BS, window, scale)[0]
 
 
 # accelerators --------------------------------------------------------------------------------------------------------

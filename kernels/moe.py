@@ -122,12 +122,18 @@ def all_gather(x: torch.Tensor, group: str, ways: int) -> torch.Tensor:
     return whole.view(ways, *x.shape)
 
 
+def _by_rank(counts_E: torch.Tensor, ways: int, rows: int) -> list[int]:
+    """Read back how many rows each rank has; of tensors that are shapes only, as if routing were balanced."""
+    if counts_E.is_meta:
+        return [rows // ways + (i < rows % ways) for i in range(ways)]
+    return counts_E.view(ways, -1).sum(1).tolist()
+
+
 def exact(x_RD, counts_E, slots: int, local: int, mlp: Callable, group) -> torch.Tensor:
     """Send rows to the ranks that hold their experts, apply them there, and bring the results back."""
     ways = counts_E.shape[0] // local
     recv_counts = collectives.wait_tensor(collectives.all_to_all_single(counts_E, None, None, group))
-    send = counts_E.view(ways, local).sum(1).tolist()
-    recv = recv_counts.view(ways, local).sum(1).tolist()
+    send, recv = (_by_rank(counts, ways, x_RD.shape[0]) for counts in (counts_E, recv_counts))
     for n in (*send, *recv):
         torch._check(n >= 0)
     rows = collectives.all_to_all_single_autograd(x_RD[: sum(send)], recv, send, group)

@@ -131,7 +131,7 @@ def compared(words: list[str], place: Path) -> None:
 
 
 def benchmark(words: list[str], place: Path) -> None:
-    """Its flags are accepted; tests/experiments/test_benchmarks.py runs it."""
+    """Its flags are accepted; tests/experiments run it."""
     module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
     config.cli(module.Options, doc="", argv=words[2:])
 
@@ -193,7 +193,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"{PYTHON}{RUN}( .*)?": recipe,
     rf"torchrun --nproc-per-node \d+ {RUN} .*": recipe,
     rf"{PYTHON}experiments/compare\.py .*": compared,
-    rf"{PYTHON}experiments/benchmarks/\w+\.py( .*)?": benchmark,
+    rf"{PYTHON}experiments/(benchmarks/\w+|plan|dry_run)\.py( .*)?": benchmark,
     r"make [a-z-]+( .*)?": make,
     r"pip install .*": pip,
     r"docker (build|run) .*": docker,

@@ -1,0 +1,197 @@
+"""What one rank holds, sends and multiplies while a step runs, op by op; tensors may be meta tensors.
+
+Bytes are those of storages that ops return, each once and for as long as it lives, by what they are:
+
+    parameters, optimizer, batch   held before the step        weights cast   masters in the compute dtype
+    weights gathered               a layer's, whole in use     activations    what forward made
+    logits                         inside the chunked head     gradients      one for each parameter, this rank's part
+    backward                       gradients of activations and of whole weights, and activations computed again
+    update                         the optimizer's own tensors
+
+The peak is kept for each segment of the step, for a segment's is linear in the number of layers and the step's is not:
+"forward" with the loss and its backward, backward of the "last" layer, of "others", of the "first", and the "rest".
+
+What a kernel of ATen takes and gives back within one call is not seen, nor what attention and grouped products hold
+inside. Of collectives the larger side is counted, in bytes, and of products operands and results.
+"""
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functional_trainer import tree
+
+Costs = dict[tuple, float]
+"""("memory", segment, what): bytes; ("sent" or "calls", kind, group): bytes or times; ("product", FLOPs, bytes): times;
+("rest", "params" or "moments"): bytes."""
+
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single")
+OURS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # our ops have one body, whatever the device
+
+
+def size(tensors: Any) -> int:
+    """Return the bytes of a tree's tensors."""
+    return sum(x.nbytes for x in tree.leaves(tensors) if isinstance(x, torch.Tensor))
+
+
+def pairs(length: int, window: int | None) -> int:
+    """Count the keys that the queries of a document see."""
+    near = min(length, window or length)
+    return near * (near + 1) // 2 + (length - near) * near
+
+
+class _Mark(torch.autograd.Function):
+    """Say when forward and backward come by, and with which gradient."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.backward = backward
+        forward()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.backward(grad)
+        return grad, None, None
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class Watch(TorchDispatchMode):
+    """Count the bytes of what is held, collectives and products; `document` is the length of documents in tokens."""
+
+    def __init__(self, document: int = 1):
+        super().__init__()
+        self.document = document
+        self.sizes: dict[int, tuple[int, str]] = {}
+        self.now: Counter[str] = Counter()
+        self.segment, self.label = "forward", "weights cast"
+        self.inside: list[str] = []
+        self.peaks: dict[str, Counter[str]] = {}
+        self.sent: Counter[tuple] = Counter()
+        self.products: Counter[tuple] = Counter()
+
+    @property
+    def costs(self) -> Costs:
+        held = {("memory", segment, what): n for segment, by in self.peaks.items() for what, n in by.items() if n}
+        return held | dict(self.sent) | {("product", *key): n for key, n in self.products.items()}
+
+    # what is held ----------------------------------------------------------------------------------------------------
+
+    def see(self, tensors: Any, what: str) -> None:
+        """Count the storages of a tree that are new."""
+        for x in tree.leaves(tensors):
+            if isinstance(x, torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self.sizes:
+                self.sizes[key] = storage.nbytes(), what
+                self.now[what] += storage.nbytes()
+                weakref.finalize(storage, self._freed, key)
+        if self.now.total() > self.peaks.get(self.segment, Counter()).total():
+            self.peaks[self.segment] = self.now.copy()
+
+    def _freed(self, key: int) -> None:
+        nbytes, what = self.sizes.pop(key)
+        self.now[what] -= nbytes
+
+    def rename(self, x: torch.Tensor, what: str) -> None:
+        """Say what a tensor turns out to be."""
+        nbytes, old = self.sizes[key := x.untyped_storage()._cdata]
+        self.now[old] -= nbytes
+        self.now[what] += nbytes
+        self.sizes[key] = nbytes, what
+
+    @contextmanager
+    def within(self, what: str) -> Iterator[None]:
+        """Name what is made here."""
+        self.inside.append(what)
+        try:
+            yield
+        finally:
+            self.inside.pop()
+
+    def leaf(self, w: torch.Tensor) -> torch.Tensor:
+        """Return a parameter whose gradient is known as one."""
+        return _Mark.apply(w, lambda: None, lambda grad: self.rename(grad, "gradients"))
+
+    def marked(self, model: Any) -> Any:
+        """Return the model with layers that say where the step is."""
+        depth, calls, layer = len(model.specs["layers"]), Counter[str](), model.layer
+
+        def mark(x: torch.Tensor, index: int) -> torch.Tensor:
+            def forward() -> None:
+                if index == 0 and not in_backward():
+                    self.segment, self.label = "forward", "activations"
+
+            def backward(grad: torch.Tensor) -> None:  # all from layer `index` on is done
+                self.segment = {0: "rest", depth: "last", 1: "first"}.get(index, "others")
+                self.label = "gradients" if index == 0 else self.label
+
+            return _Mark.apply(x, forward, backward)
+
+        def marking(p, x, rows, **options):
+            index = 1 if in_backward() else calls["forward"] % depth
+            calls["forward"] += not in_backward()
+            made, aux = layer(p, mark(x, index), rows, **options)
+            return mark(made, depth) if index == depth - 1 else made, aux
+
+        return replace(model, layer=marking)
+
+    # ops -------------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name.startswith("linear_logprob") and func.namespace == "functional_trainer":
+            with self.within("logits"), self:
+                made = func.redispatch(OURS, *args, **kwargs)
+        else:
+            made = func(*args, **kwargs)
+        if func.namespace == "_c10d_functional" and name in COLLECTIVES:
+            self.sent["calls", name, args[-1]] += 1
+            self.sent["sent", name, args[-1]] += max(args[0].nbytes, made.nbytes)
+        elif count := FLOPS.get(name):
+            self.products[count(self.document, *args), size((args, made))] += 1
+        self.see(made, self.inside[-1] if self.inside else "backward" if in_backward() else self.label)
+        return made
+
+
+def _mm(document: int, *args) -> int:
+    a, b = (x for x in args if isinstance(x, torch.Tensor) and x.ndim > 1)  # a bias is a vector
+    return 2 * a.numel() * b.shape[-1]
+
+
+def _addmm(document: int, total, a, b) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+def _grouped(document: int, x, w, counts, order, inverse, slots, gather, combine) -> int:
+    return 2 * x.shape[0] * (slots if gather else 1) * w.shape[1] * w.shape[2]
+
+
+def _attention(document: int, q, k, v, segments, window, scale) -> int:
+    """Count two products of each query with the keys that it sees."""
+    seen = q.shape[0] * q.shape[1] // document * pairs(document, window)
+    return 4 * math.prod(q.shape[2:]) * seen
+
+
+FLOPS: dict[str, Callable[..., int]] = {
+    "mm": _mm,
+    "matmul": _mm,  # inside our ops, where autograd does not take it apart
+    "bmm": _mm,
+    "addmm": _addmm,
+    "addmm_": _addmm,
+    "grouped_matmul": _grouped,
+    "grouped_matmul_grad": lambda document, grad, *args: 2 * _grouped(document, *args),
+    "attention_documents": _attention,
+    "attention_documents_grad": lambda document, grad, q, k, v, segments, out, lse, window, scale: (
+        _attention(document, q, k, v, segments, window, scale) * 5 // 2  # scores again, and four products
+    ),
+}
+"""FLOPs of ops that are products, by name."""
