@@ -146,6 +146,11 @@ PRESETS["235b-a22b"] = PRESETS["30b-a3b"] | {
     "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_attention_heads": 64,
     "num_hidden_layers": 94, "max_window_layers": 94,
 }  # fmt: skip
+PRESETS["1t"] = PRESETS["30b-a3b"] | {  # the sizes of Kimi K2 (https://arxiv.org/abs/2507.20534), in this family's form
+    "hidden_size": 7168, "intermediate_size": 18432, "max_position_embeddings": 131072, "max_window_layers": 61,
+    "moe_intermediate_size": 2048, "num_attention_heads": 64, "num_experts": 384, "num_hidden_layers": 61,
+    "num_key_value_heads": 8, "vocab_size": 163840,
+}  # fmt: skip
 PRESETS["tiny"] = PRESETS["30b-a3b"] | {
     "bos_token_id": None, "head_dim": 32, "hidden_size": 128, "initializer_range": 0.06, "intermediate_size": 256,
     "max_position_embeddings": 512, "max_window_layers": 2, "moe_intermediate_size": 320, "num_attention_heads": 4,

@@ -26,6 +26,19 @@ class Mesh:
     """Ranks that share heads, hidden units and the vocabulary, and the tokens of a row in between."""
 
 
+def parse(text: str) -> dict[str, int]:
+    """Read "fsdp=64,ep=8": the sizes of the axes, outer to inner, those of size one left out."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis == "pp":
+            raise ValueError(f"--mesh {text}: pipeline stages do not exist yet; use dp, fsdp, ep, cp and tp")
+        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"--mesh {text}: {part!r} is wrong; write it as fsdp=64,ep=8, of {', '.join(AXES[1:])}")
+        sizes[axis] = int(size)
+    return {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1}
+
+
 def make(sizes: Mesh, device: torch.device, world: int) -> DeviceMesh | None:
     """Build the device mesh, outer to inner, axes of size one left out; None for a single process."""
     axes = {axis: getattr(sizes, axis) for axis in AXES if axis != "pp"}
