@@ -1,8 +1,10 @@
 """Tables that users write: `FILE.py[:NAME]` holds a `Rules`, `FILE.yaml` a list of rows.
 
-- ['params/layers/\\w+/moe/down', [ep, !zero [fsdp, cp, tp], null]]
-- [!optional 'params/layers/\\w+/attn/q_bias', [tp, null]]
-- ['act/kv_attn', [[dp, fsdp, ep], null, !repeat [tp, cp], null]]
+    - ['params/layers/\\w+/moe/down', [ep, !zero [fsdp, cp, tp], null]]
+    - [!optional 'params/layers/\\w+/attn/q_bias', [tp, null]]
+    - ['act/kv_attn', [[dp, fsdp, ep], null, !repeat [tp, cp], null]]
+
+Regexes of YAML stand in single quotes, where backslashes are themselves.
 """
 
 import runpy

@@ -1,18 +1,20 @@
 """Find what is wrong with a table for a model on a mesh, before any device is asked: each problem with the nearest fix.
 
-unmatched    a path without a row
-dead         a row that matches nothing, and is not optional
-shadowed     a row that an earlier one always precedes
-dims         more or fewer entries than the tensor has dims
-indivisible  a dim that its axes do not divide
-order        axes of a parameter's dim, inner before outer
-layers       one layer's parameter placed unlike the others'
-giant        a parameter that is whole at rest along an axis, and large
-exchange     boundaries between which no exchange leads
-whole        a result that is whole where the maths is split, but is not called a sum
-maths        parts from which ranks compute something other than one device does (sharding_rules/maths.py)
-vocabulary   act/vocab and the unembedding, split unlike
-wasted       an axis along which all ranks do the same
+    unmatched    a path without a row
+    dead         a row that matches nothing, and is not optional
+    shadowed     a row that an earlier one always precedes
+    dims         more or fewer entries than the tensor has dims
+    indivisible  a dim that its axes do not divide
+    order        axes of a parameter's dim, inner before outer
+    layers       one layer's parameter placed unlike the others'
+    giant        a parameter that is whole at rest along an axis, and large
+    exchange     boundaries between which no exchange leads
+    whole        a result that is whole where the maths is split, but is not called a sum
+    maths        parts from which ranks compute something other than one device does (sharding_rules/maths.py)
+    vocabulary   act/vocab and the unembedding, split unlike
+    wasted       an axis along which all ranks do the same
+
+Parameters are judged by their specs; boundaries and maths by what a small model asked (sharding_rules/listen.py).
 """
 
 import difflib

@@ -1,9 +1,11 @@
-"""Whether the maths of a region may run on parts as a table cuts them: three checks on small tensors of unlike sizes.
+"""Whether the maths of a region may run on parts as a table cuts them: checks on small tensors whose sizes all differ.
 
-a dim (told by its size) is split alike in all operands and results that have it;
-run on two parts and put together, the maths gives what it gives whole. A norm over a dim that is split does not.
-Where the maths knows of ranks it cannot be run so, that is along axes of dims that the model asked about (`part`,
-`group`). There an axis splits one dim only, or two ranks would have neither all of one nor all of the other.
+    alike   a dim, told by its size, is split by the same axes in all operands and results that have it
+    parts   run on two parts and put together, the maths gives what it gives whole; a norm over split dims does not
+    apart   an axis splits one dim only, or two ranks would have neither all of one nor all of the other
+
+The second needs maths that does not know of ranks. Along axes of dims that the model asked about (`part`, `group`) it
+does, and the third takes its place.
 """
 
 from collections.abc import Callable, Iterator
