@@ -80,7 +80,7 @@ class Linter:
     def at(self, row: int) -> str:
         """Name a row."""
         pattern, spec = self.rules.table[row]
-        return f"{row + 1}, {pattern!r} -> {spec}"
+        return f"{row + 1}, r'{pattern}' -> {spec}"
 
     def nearest(self, path: str) -> str:
         """Name the row whose pattern is most like a path."""
@@ -95,8 +95,9 @@ class Linter:
             if g.row < 0:
                 add = f"add a row, ({_pattern(g.paths[0])}, {self.stored(g.shape)})"
                 yield Problem("unmatched", _many(g), "", "no row matches this path", add + self.nearest(g.paths[0]))
+        said = {re.sub(r"/\d+/", "/_/", path) for g in self.groups if g.row < 0 for path in g.paths}
         for name in self.heard.shapes:
-            if name not in self.params and not self.rules.matches(name):
+            if name not in said and not self.rules.matches(name):
                 fix = f"add a row for {name}{self.nearest(name)}"
                 if self.rules.matches(name.replace("/_/", "/0/")):
                     fix = r"let it match any layer: \w+, not \d+"
@@ -110,13 +111,13 @@ class Linter:
         for i, (pattern, _) in enumerate(self.rules.table):
             if i in any_ and i not in first:
                 above = sorted({hit[0] for hit in hits if i in hit})
-                what = f"whatever it matches, row {above[0] + 1} matches first: {self.rules.table[above[0]][0]!r}"
+                what = f"whatever it matches, row {above[0] + 1} matches first: r'{self.rules.table[above[0]][0]}'"
                 yield Problem("shadowed", "", self.at(i), what, f"move it above row {above[0] + 1}, or delete it")
             elif i not in any_ and not isinstance(pattern, optional):
                 near = difflib.get_close_matches(pattern.replace(r"\w+", "0"), paths, 1, 0.5)
                 mean = f"did you mean {near[0]}? Else delete it" if near else "delete it"
                 what = "it matches no parameter and no boundary of this model"
-                yield Problem("dead", "", self.at(i), what, f"{mean}, or write optional({pattern!r})")
+                yield Problem("dead", "", self.at(i), what, f"{mean}, or write optional(r'{pattern}')")
 
     def layers(self) -> Iterator[Problem]:
         """Maths asks for a layer's parameter under one name for all layers, so all are placed by one row."""
@@ -297,7 +298,7 @@ def _many(g: Group) -> str:
 
 def _pattern(path: str) -> str:
     """Write the regex of a path and of the same in other layers."""
-    return 'r"' + re.sub(r"/\d+(?=/|$)", r"/\\w+", path) + '"'
+    return "r'" + re.sub(r"/\d+(?=/|$)", r"/\\w+", path) + "'"
 
 
 def _like(entry: Entry, axes: tuple[str, ...]) -> Entry:

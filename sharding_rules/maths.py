@@ -47,8 +47,9 @@ def _unlike(found: Dims) -> Iterator[tuple[str, str, str]]:
         for place, other in others if size > 1 else ():
             if set(other) != set(axes):
                 a, b = (f"dim {dim} of {name}" for name, dim in (first, place))
-                what = f"{a} is split by {axes or 'nothing'}, {b} by {other or 'nothing'}; in the maths they are one"
-                yield place[0], what, f"let both rows name the same axes there, as {axes or None} or {other or None}"
+                one, two = (" ".join(given) or "nothing" for given in (axes, other))
+                what = f"{a} is split by {one}, {b} by {two}; in the maths they are one"
+                yield place[0], what, f"let both rows name the same axes there, {one} or {two}"
 
 
 def _twice(found: Dims, heard: Heard, asked: set[str]) -> Iterator[tuple[str, str, str]]:
