@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from sharding_rules import maths
-from sharding_rules.explain import Group, Sizes, group, mesh, part
+from sharding_rules.explain import MASTER, Group, Sizes, group, mesh, part
 from sharding_rules.listen import Heard, Region, Shape
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Entry, Held, P, Rules, Short, axes_of, dims, held, optional, repeat, route, zero
@@ -33,8 +33,6 @@ from sharding_rules.sharder import names
 
 GIANT = 2**20, 0.01
 """A tensor is a giant if a device could save this many bytes, and this share of what it stores."""
-MASTER = 4
-"""Bytes of a scalar at rest."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class Linter:
         fits = [g for g in self.groups if g.row >= 0 and len(self.fitted.table[g.row][1]) == len(g.shape)]
         rest = [held(self.fitted.spec(g.paths[0]), self.sizes, use=False) for g in fits]
         bytes_ = [
-            MASTER * len(g.paths) * math.prod(part(g.shape, where, self.sizes))
+            MASTER.itemsize * len(g.paths) * math.prod(part(g.shape, where, self.sizes))
             for g, where in zip(fits, rest, strict=True)
         ]
         for g, where, size in zip(fits, rest, bytes_, strict=True):
@@ -280,7 +278,9 @@ class Linter:
     def vocabulary(self) -> Iterator[Problem]:
         table, logits = "params/unembed", "act/vocab"
         if logits in self.heard.shapes and self.rules.matches(table) and self.rules.matches(logits):
-            split = [(*self.placed(name), (), (), ())[dim] for name, dim in ((table, 0), (logits, 2))]
+            split = [
+                " ".join((*self.placed(name), (), (), ())[dim]) or "nothing" for name, dim in ((table, 0), (logits, 2))
+            ]
             if split[0] != split[1]:
                 what = f"dim 0 of {table} is split by {split[0]}, dim 2 of {logits} by {split[1]}"
                 fix = f"write the same entry in both, as in row {self.at(self.rules.row(table))}"

@@ -30,9 +30,8 @@ def wrong(region: Region, heard: Heard, where: Where) -> Iterator[tuple[str, str
         yield from unlike
         return
     names = list(dict.fromkeys(name for name, _ in region.tensors()))
-    asked = {
-        a for name, dim in heard.parts | heard.groups if name in names for axes in where(name)[dim:][:1] for a in axes
-    }
+    known = [where(name)[dim : dim + 1] for name, dim in heard.parts | heard.groups if name in names]
+    asked = {axis for entry in known for axes in entry for axis in axes}
     yield from _twice(found, heard, asked)
     for axis in dict.fromkeys(axis for name in names for axis in dims(where(name)) if axis not in asked):
         if what := _differs(region, where, axis):
@@ -45,7 +44,7 @@ def _unlike(found: Dims) -> Iterator[tuple[str, str, str]]:
     for size, places in found.items():
         (first, axes), *others = places.items()
         for place, other in others if size > 1 else ():
-            if set(other) != set(axes):
+            if other != axes:
                 a, b = (f"dim {dim} of {name}" for name, dim in (first, place))
                 one, two = (" ".join(given) or "nothing" for given in (axes, other))
                 what = f"{a} is split by {one}, {b} by {two}; in the maths they are one"
@@ -76,7 +75,8 @@ def _differs(region: Region, where: Where, axis: str) -> str | None:
     try:
         halves = [region.fn(*(half(x, name, way) for name, x in ends)) for way in (0, 1)]
     except Exception as error:  # whatever the maths raises when shapes are not as it expects
-        return f"split by {axis}, the maths does not run: {str(error).splitlines()[0]}"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"split by {axis}, the maths does not run: {said}"
     pairs = list(zip(*halves, strict=True)) if len(region.outs) > 1 else [tuple(halves)]
     for out, pair, whole in zip(region.outs, pairs, region.made, strict=True):
         dim = None if out == "sum" else dims(where(out.removeprefix("sum:").split(" > ")[0])).get(axis)

@@ -58,7 +58,7 @@ print(sorted(heard.shapes), f"{len(heard.regions)} regions")
 def check(rules, mesh):
     """Print what is wrong with a table; return the kinds of problems."""
     found = lint(rules, big, heard, parse(mesh))
-    print(*found or ["nothing is wrong"], sep="\n\n")
+    print("\n\n".join(map(str, found)) or "nothing is wrong")
     return {problem.kind for problem in found}
 
 

@@ -155,7 +155,7 @@ PLANTED = {  # kind and tensor of every problem that is found; a part of what on
     ),
     "a vocabulary split unlike": (
         change("act/vocab", DATA, "cp", None), "tp=2", {("vocabulary", "act/vocab"), ("whole", "act/vocab")},
-        "dim 0 of params/unembed is split by ('tp',)", "write the same entry",
+        "dim 0 of params/unembed is split by tp, dim 2 of act/vocab by nothing", "write the same entry",
     ),
 }  # fmt: skip
 
