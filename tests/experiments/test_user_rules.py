@@ -9,7 +9,6 @@ WHOLE = "RULES = qwen3_moe.RULES.change({r'params/layers/\\w+/moe/router': P(Non
 WRONG = """\
 MINE = qwen3_moe.RULES.change({
     r'params/layers/\\w+/attn/q': P(None, None, zero('fsdp')),
-    r'act/heads': P('fsdp', None, 'tp', None),
 })
 MINE = type(MINE)((*MINE.table, ('params/none', P(None))))
 """
@@ -38,7 +37,7 @@ def test_a_wrong_one_is_refused_with_all_that_is_wrong(run, tmp_path):
     assert [rank.wait() for rank in ranks] == [1, 1]
     said = ranks[0].output
     assert "error: --rules wrong.py:MINE: " in said and "Traceback" not in said
-    for kind in ("dead: the table", "maths: act/heads", "exchange: act/heads > act/attn"):
+    for kind in ("dead: the table", "maths: act/heads"):
         assert kind in said, said
     output = sft_runs.run(tmp_path, *run, "--rules", "wrong.py:MINE", status=1)  # what is wrong on any mesh
     assert "dead: the table" in output and "1 problem(s)" in output
