@@ -190,7 +190,7 @@ MESHES = st.fixed_dictionaries({axis: st.sampled_from([1, 2, 4, 8, 16]) for axis
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(sizes=MESHES)
 def test_what_ships_is_clean_on_every_mesh_that_divides(name, sizes):
     """And where dims do not divide, that is all that is wrong."""
