@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 import models
-from experiments import data
-from experiments.rules import RULES
+from experiments import data, rules
 from functional_trainer import backend, checkpoint, exact_match, tree, types
 from functional_trainer.data import Loader, Record, Tokenizer
 from functional_trainer.loop import claim
@@ -94,7 +93,9 @@ def start(o: Any, answers: int) -> Run:
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "first_light" / "tokenizer")
     hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
-    shard = Sharder.of(RULES[hf["model_type"]], grid, model.specs, o.mesh.dispatch) if grid else types.ONE_DEVICE
+    axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}
+    table = rules.chosen(o.rules, model, axes)
+    shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch) if grid else types.ONE_DEVICE
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
     read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)

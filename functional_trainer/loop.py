@@ -22,6 +22,7 @@ from functional_trainer.types import ONE_DEVICE, Batch
 
 MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "eval_every", "device", "max_skipped", "answers"}
 MAY_DIFFER |= {"samples", "mesh", "micro_batch", "compile", "remat", "profile", "wandb", "data.workers", "data.cache"}
+MAY_DIFFER |= {"rules"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 

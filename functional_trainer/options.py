@@ -12,7 +12,7 @@ class ModelOptions:
     path: str | None = None
     """Hugging Face folder to start from (config.json, safetensors, tokenizer); overrides the preset."""
     preset: str = "tiny"
-    """Architecture to start from random: tiny, 30b-a3b, 235b-a22b, dense-0.6b, dense-8b, dense-32b."""
+    """Architecture to start from random: tiny, 30b-a3b, 235b-a22b, 1t, dense-0.6b, dense-8b, dense-32b."""
 
 
 def within(section: str, options: Any, **bounds: tuple[float, str]) -> None:
@@ -264,6 +264,8 @@ class RunOptions:
     """Project of Weights & Biases to log to as well; wandb must be installed."""
     profile: int = 0
     """Steps to profile, after three: trace.json, and the ten operations that cost most (0: none)."""
+    rules: str | None = None
+    """Sharding table of your own: FILE.py, FILE.py:NAME or FILE.yaml (default: the family's); docs/sharding.md."""
     compile: Literal["auto", "step", "layer", "off"] = "auto"
     """Compile the whole step, one layer, or nothing (auto: layer, see docs/benchmarks.md)."""
     remat: Literal["none", "selective", "layer"] = "none"

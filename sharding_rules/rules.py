@@ -5,6 +5,7 @@ storage only: the tensor is gathered over them before use and its gradient reduc
 its parameter. The first `fullmatch` wins and a path without a rule is an error: there is no catch-all.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ class P(tuple):
             raise ValueError(f"P{entries}: {odd[0]!r} is not a mesh axis; these are: {', '.join(AXES)}")
         stored = [axis for entry in entries if isinstance(entry, zero) for axis in entry]
         if twice := [axis for axis in flat if flat.count(axis) > 1 + (axis in spare and axis in stored)]:
-            raise ValueError(f"P{entries}: axis {twice[0]!r} is used twice; it can shard one dim")
+            raise ValueError(f"P{entries}: axis {twice[0]!r} is used twice; it can shard one dim: keep one of them")
         return super().__new__(cls, entries)
 
     def __repr__(self) -> str:
@@ -85,11 +86,41 @@ def held(spec: P, axes: Iterable[str], *, use: bool) -> Held:
     return tuple(map(of, spec))
 
 
+def shortened(spec: P, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+    """Return the entries of a parameter of this shape: `Short` where a `repeat` is needed."""
+
+    def of(size: int, entry: Entry) -> Entry:
+        ways = math.prod(sizes.get(axis, 1) for axis in axes_of(entry))
+        return Short(*entry) if isinstance(entry, repeat) and size < ways and ways % size == 0 else entry
+
+    return P(*map(of, shape, spec)) if len(shape) == len(spec) else spec
+
+
 @dataclass(frozen=True)
 class Rules:
-    """Ordered (regex, P) rows."""
+    """Ordered (regex, P) rows; ValueError if one is not."""
 
     table: tuple[tuple[str, P], ...]
+
+    def __post_init__(self):
+        for row in self.table:
+            if not (isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], P)):
+                raise ValueError(f"{row!r} is not a row; a row is (regex, P(...))")
+            try:
+                re.compile(row[0])
+            except re.error as error:
+                raise ValueError(f"row {row[0]!r}: not a regular expression: {error}") from None
+
+    def change(self, rows: Mapping[str, P]) -> "Rules":
+        """Return the table with other entries in the rows of these patterns; ValueError if it has no such row."""
+        if odd := [pattern for pattern in rows if pattern not in dict(self.table)]:
+            near = difflib.get_close_matches(odd[0], dict(self.table), 1, 0)
+            raise ValueError(f"no row is {odd[0]!r}; the nearest is {near[0]!r}" if near else f"no row is {odd[0]!r}")
+        return Rules(tuple((pattern, rows.get(pattern, spec)) for pattern, spec in self.table))
+
+    def matches(self, path: str) -> list[int]:
+        """Return the places of all rows that match the whole path; the first is the one that counts."""
+        return [i for i, (pattern, _) in enumerate(self.table) if re.fullmatch(pattern, path)]
 
     def row(self, path: str) -> int:
         """Return the place of the first row that matches the whole path; ValueError if none does."""
@@ -107,14 +138,7 @@ class Rules:
 
         ValueError lists every parameter that has no row or that its row does not fit.
         """
-        rows, wrong = list(self.table), []
-        for path, shape in shapes.items():
-            for dim, entry in enumerate(spec := self.spec(path)):
-                ways = math.prod(sizes.get(axis, 1) for axis in axes_of(entry))
-                if isinstance(entry, repeat) and shape[dim] < ways and ways % shape[dim] == 0:
-                    row = self.row(path)
-                    rows[row] = rows[row][0], P(*spec[:dim], Short(*entry), *spec[dim + 1 :])
-        fitted = Rules(tuple(rows))
+        wrong, fitted = [], self.short(shapes, sizes)
         for path, shape in shapes.items():
             try:
                 fitted.where(path, sizes, use=False, shape=shape)
@@ -124,9 +148,17 @@ class Rules:
             raise ValueError("\n".join(wrong))
         return fitted
 
+    def short(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> "Rules":
+        """Return the table with `shortened` rows, parameters that have none left out."""
+        rows = list(self.table)
+        for path, shape in shapes.items():
+            for i in self.matches(path)[:1]:
+                rows[i] = rows[i][0], shortened(rows[i][1], shape, sizes)
+        return Rules(tuple(rows))
+
     def unused(self, paths: Iterable[str]) -> list[str]:
         """Return the patterns, `optional` ones aside, that are the first match of none of `paths`."""
-        hit = {next((i for i, (p, _) in enumerate(self.table) if re.fullmatch(p, path)), None) for path in paths}
+        hit = {i for path in paths for i in self.matches(path)[:1]}
         return [p for i, (p, _) in enumerate(self.table) if i not in hit and not isinstance(p, optional)]
 
     def where(

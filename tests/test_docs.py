@@ -4,7 +4,10 @@ Commands of the recipe really run, page after page in one folder that holds what
 only make them small. A command that no rule covers fails.
 """
 
+import contextlib
 import importlib
+import io
+import itertools
 import json
 import re
 import shlex
@@ -26,6 +29,9 @@ from experiments.first_light import tasks
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
 from functional_trainer.options import Mix
+from sharding_rules import files, qwen3_moe
+from sharding_rules.lint import lint
+from sharding_rules.mesh import parse
 from tests.experiments import sft_runs
 from tests.experiments.sft_runs import RECIPE, rows
 from tests.sharding_rules import golden
@@ -65,6 +71,8 @@ def place(tmp_path_factory) -> Path:
     (place / "quiz.csv").write_text("question,answer\n" + "".join(f"Add {i} to 2.,{i + 2}\n" for i in range(30)))
     (mix,) = (text for _, text in blocks("docs/data.md", "yaml"))
     (place / "mix.yaml").write_text(mix)
+    (table,) = (text for _, text in blocks("docs/sharding.md", "python"))
+    (place / "my_rules.py").write_text(table)
     return place
 
 
@@ -121,6 +129,17 @@ def make(words: list[str], place: Path) -> None:
     if words[1] == "sft":
         given = [word.removeprefix("ARGS=") for word in words[2:]]
         recipe(["experiments/qwen3_moe_sft.py", *(flag for text in given for flag in shlex.split(text))], place)
+
+
+def ruled(words: list[str], place: Path) -> None:
+    """What it prints stands below it on the page."""
+    found = [block for page in PAGES for block in blocks(page)]
+    (below,) = (text for (kind, command), (_, text) in itertools.pairwise(found)
+                if kind == "bash" and shlex.split(command) == words)  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        rules.main(config.cli(rules.Options, doc="", argv=words[2:]))
+    lines = iter(line.rstrip() for line in printed.getvalue().splitlines())
+    assert all(line in lines for line in below.splitlines() if line != "..."), printed.getvalue()
 
 
 def compared(words: list[str], place: Path) -> None:
@@ -192,6 +211,7 @@ def tensorboard(words: list[str], place: Path) -> None:
 RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"{PYTHON}{RUN}( .*)?": recipe,
     rf"torchrun --nproc-per-node \d+ {RUN} .*": recipe,
+    rf"{PYTHON}experiments/rules\.py .*": ruled,
     rf"{PYTHON}experiments/compare\.py .*": compared,
     rf"{PYTHON}experiments/(benchmarks/\w+|plan|dry_run)\.py( .*)?": benchmark,
     r"make [a-z-]+( .*)?": make,
@@ -271,7 +291,7 @@ def apply(diff: str, path: str, monkeypatch) -> None:
         monkeypatch.setitem(getattr(module, name), key, value)
 
 
-@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/metrics.md"])
+@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/metrics.md", "docs/sharding.md"])
 def test_python_of_the_docs_runs(page, place, monkeypatch):
     run_python(page, place, monkeypatch)
 
@@ -286,7 +306,9 @@ def test_the_loss_of_the_readme_trains(place, monkeypatch):
 
 
 def test_every_page_with_python_is_run():
-    assert {page for page in PAGES if blocks(page, "python")} == {*FIRST, "docs/metrics.md", "docs/extending.md"}
+    assert {page for page in PAGES if blocks(page, "python")} == {
+        *FIRST, "docs/metrics.md", "docs/extending.md", "docs/sharding.md",
+    }  # fmt: skip
 
 
 def test_the_family_of_extending_has_a_rule_for_every_path_and_goes_back(place, monkeypatch):
@@ -307,6 +329,16 @@ def test_the_family_of_extending_has_a_rule_for_every_path_and_goes_back(place, 
         models.from_config(raw | {"sliding_window": 7})
 
 
+def test_half_a_change_is_found_as_the_page_says(place, monkeypatch):
+    scope = run_python("docs/sharding.md", place, monkeypatch)
+    (said,) = (text for _, text in blocks("docs/sharding.md", "text") if text.startswith("maths: "))
+    row = r"params/layers/\w+/moe/gate_up"
+    table = qwen3_moe.RULES.change({row: sys.modules["my_rules"].RULES.spec("params/layers/0/moe/gate_up")})
+    model = models.from_config(models.PRESETS["30b-a3b"])
+    (problem,) = lint(table, rules.shapes(model), rules.hear(model), parse("fsdp=4,ep=4,cp=2"))
+    assert said.startswith(f"{problem}\n\n1 problem(s): ") and not scope
+
+
 def test_yaml_and_json_of_the_docs_are_read(tmp_path):
     found = [(page, *block) for page in PAGES for block in blocks(page, "yaml", "json")]
     assert len(found) >= 3
@@ -314,6 +346,8 @@ def test_yaml_and_json_of_the_docs_are_read(tmp_path):
         (tmp_path / "file.yaml").write_text(text)
         if language == "json":
             assert [json.loads(line)["messages"] for line in text.splitlines()], page
+        elif text.startswith("- ["):
+            assert files.load(str(tmp_path / "file.yaml")).table
         else:
             config.load(Mix if text.startswith("datasets:") else Options, tmp_path / "file.yaml")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compare, docs, plan
+from experiments import compare, docs, plan, rules
 from experiments.benchmarks import gpu_suite, memory, sft_cpu
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
@@ -23,7 +23,7 @@ CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
 FLAGS = {f"--{name}".replace("_", "-") for at, cls in docs.sections().items() for name, *_ in docs.options(cls, at)}
 OTHERS = {"--config", "--help", "--build-arg"} | {
     f"--{field.name}".replace("_", "-")
-    for module in (compare, sft_cpu, gpu_suite, memory, plan)
+    for module in (compare, plan, rules, sft_cpu, gpu_suite, memory)
     for field in fields(module.Options)
 }
 """Options that pages name and that are not the recipe's."""

@@ -86,7 +86,8 @@ def test_the_raw_dict_is_kept():
 
 def test_presets_have_the_published_sizes():
     """Parameters as the model cards state them: total, and those that one token uses."""
-    published = {"30b-a3b": 30.5e9, "235b-a22b": 235e9, "dense-0.6b": 0.6e9, "dense-8b": 8.2e9, "dense-32b": 32.8e9}
+    experts = {"30b-a3b": 30.5e9, "235b-a22b": 235e9, "1t": 1.04e12}
+    published = experts | {"dense-0.6b": 0.6e9, "dense-8b": 8.2e9, "dense-32b": 32.8e9}
     for name, total in published.items():
         assert abs(models.count(models.from_config(models.PRESETS[name])) / total - 1) < 0.01, name
     tiny = models.from_config(models.PRESETS["tiny"])

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 import models
+from experiments.rules import RULES
 from functional_trainer import tree
 from sharding_rules import P, Rules, Sharder, optional, zero
 from sharding_rules.mesh import Mesh, make
@@ -42,14 +43,14 @@ def test_a_row_that_is_never_first_is_reported():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_row_of_the_shipped_tables_is_used(name):
     config = PRESETS[name]
-    rules = golden.RULES[config["model_type"]]
+    rules = RULES[config["model_type"]]
     paths = [*golden.parameters(config), *golden.boundaries(config)]
     assert [rules.spec(path) for path in paths] and not rules.unused(paths)
 
 
 @pytest.mark.parametrize("family", FAMILY)
 def test_every_optional_row_is_used_by_some_model(family):
-    rules = golden.RULES[family]
+    rules = RULES[family]
     config = PRESETS[FAMILY[family]] | {"attention_bias": True, "mlp_only_layers": [0]}
     strict = Rules(tuple((str(pattern), spec) for pattern, spec in rules.table))
     assert not strict.unused([*golden.parameters(config), *golden.boundaries(config)])
@@ -59,7 +60,7 @@ def test_every_optional_row_is_used_by_some_model(family):
 def test_there_is_no_catch_all(family):
     for path in ("params/layers/0/attn/new", "params/new", "act/new", "batch/new", ""):
         with pytest.raises(ValueError, match="no sharding rule matches"):
-            golden.RULES[family].spec(path)
+            RULES[family].spec(path)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_layouts_are_the_golden_ones(name, mesh):
 
 
 def test_golden_bytes_are_what_a_rank_holds(mesh):
-    shard = Sharder(golden.RULES["qwen3_moe"], mesh)
+    shard = Sharder(RULES["qwen3_moe"], mesh)
     config = golden.GOLDEN["tiny-mixed-fsdp2xep2"]
     params = models.from_config(config).init(0, shard=shard)
     leaves = {f"params/{path}": shard.storage(x) for path, x in tree.flatten(params).items()}
