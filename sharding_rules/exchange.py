@@ -111,8 +111,11 @@ def move(x: torch.Tensor, steps: tuple[Step, ...], back: tuple[Step, ...]) -> to
 
 
 def _under_way(x: torch.Tensor) -> torch.Tensor:
-    """Return the result of an exchange that is waited for where it is used first; a compiler moves the waits itself."""
-    return ops.wait_tensor(x) if torch.compiler.is_compiling() else AsyncCollectiveTensor(x)
+    """Return the result of an exchange that is waited for where it is used first.
+
+    A compiler moves waits itself, and on meta tensors there is nothing to wait for.
+    """
+    return ops.wait_tensor(x) if torch.compiler.is_compiling() or x.is_meta else AsyncCollectiveTensor(x)
 
 
 class _Bucket(torch.autograd.Function):

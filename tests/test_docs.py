@@ -284,7 +284,8 @@ def apply(diff: str, path: str, monkeypatch) -> None:
     for old, new in zip(removed, added, strict=True):
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    exec(compile(text, path, "exec"), (scope := {"__name__": path}))
+    scope: dict = {"__name__": path, "__file__": str(ROOT / path)}
+    exec(compile(text, path, "exec"), scope)
     module = importlib.import_module(path.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."))
     name = re.findall(r"^(\w+).* = \{", added[-1])[0]
     for key, value in scope[name].items():

@@ -42,7 +42,7 @@ from functional_trainer import config, init_state, losses, make_train_step, opti
 from sharding_rules import Sharder
 from sharding_rules.mesh import Mesh, make
 
-CPU, RANKS = torch.device("cpu"), 2
+RANKS = 2
 OURS: dict[str, dict[str, Any]] = {
     "ours-off": {"compile": "off"},
     "ours-layer": {"compile": "layer"},
@@ -79,7 +79,7 @@ def hf_config(o: Options, family: str) -> dict[str, Any]:
 
 def ours(model: Any, params: tree.Tree, batch: dict[str, Any], how: dict[str, Any]) -> Callable[[], float]:
     """Build this engine's step."""
-    mesh = make(Mesh(fsdp=RANKS), CPU, RANKS)
+    mesh = make(Mesh(fsdp=RANKS), torch.get_default_device(), RANKS)
     assert mesh
     shard = Sharder.of(RULES[model.config.hf["model_type"]], mesh, model.specs)
     adamw = optimizers.adamw(optimizers.schedule("constant", sft_cpu.LR, 1), sft_cpu.BETAS, sft_cpu.EPS, sft_cpu.DECAY)
@@ -91,7 +91,9 @@ def ours(model: Any, params: tree.Tree, batch: dict[str, Any], how: dict[str, An
 def fsdp2(model: Any, params: tree.Tree, batch: dict[str, Any], reshard: bool) -> Callable[[], float]:
     """Build the step of transformers' model under FSDP2."""
     experts = {"experts_implementation": "grouped_mm"} if model.config.hf["model_type"] == "qwen3_moe" else {}
-    module = sft_cpu.hf_module(model, torch.float32, CPU, params, attn_implementation="sdpa", **experts)
+    module = sft_cpu.hf_module(
+        model, torch.float32, torch.get_default_device(), params, attn_implementation="sdpa", **experts
+    )
     for layer in module.model.layers:
         fully_shard(layer, reshard_after_forward=reshard)
     fully_shard(module, reshard_after_forward=reshard)
