@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 ops: Any = torch.ops._c10d_functional
 
@@ -110,16 +109,11 @@ def move(x: torch.Tensor, steps: tuple[Step, ...], back: tuple[Step, ...]) -> to
     return _Move.apply(x, steps, back) if steps or back else x
 
 
-def _under_way(x: torch.Tensor) -> torch.Tensor:
-    """Return the result of an exchange that is waited for where it is used first.
-
-    A compiler moves waits itself, and on meta tensors there is nothing to wait for.
-    """
-    return ops.wait_tensor(x) if torch.compiler.is_compiling() or x.is_meta else AsyncCollectiveTensor(x)
-
-
 class _Bucket(torch.autograd.Function):
-    """Begin to gather flat parts (n,) to (ways n,); scatter and add the gradient, over `total`'s ranks too if given."""
+    """Begin to gather flat parts (n,) to (ways n,); scatter and add the gradient, over `total`'s ranks too if given.
+
+    The gradient's exchange is waited for at once: until then it would hold the whole gradients of every layer.
+    """
 
     @staticmethod
     def forward(ctx, part, gather, total):
@@ -132,9 +126,9 @@ class _Bucket(torch.autograd.Function):
     def backward(ctx, grad):
         part = grad
         if ctx.gather is not None:
-            part = _under_way(ops.reduce_scatter_tensor(part, "sum", ctx.gather.ways, ctx.gather.group))
+            part = ops.wait_tensor(ops.reduce_scatter_tensor(part, "sum", ctx.gather.ways, ctx.gather.group))
         if ctx.total is not None:
-            part = _under_way(ops.all_reduce(part, "sum", ctx.total.group))
+            part = ops.wait_tensor(ops.all_reduce(part, "sum", ctx.total.group))
         return part, None, None
 
 

@@ -3,7 +3,7 @@
 In a step tensors are plain, each rank's part, and every exchange follows from names. So a `Sharder` on a mesh that is
 not there gives one rank's exact shapes and exchanges, and a `Watch` counts them. Routing is taken as balanced.
 
-Costs are linear in the number of layers of each kind, so the step runs with two layers of a kind, with a third, and
+Costs are linear in the number of layers of each kind, so the step runs with three layers of a kind, with a fourth, and
 the difference is multiplied: a model of 1T parameters takes seconds. `sharding_rules.roofline` turns costs into times.
 """
 
@@ -168,11 +168,11 @@ def plan(
         shard = Planner(fitted.rules, fitted.mesh, dispatch, watch)
         return observed(shard, some, build, columns(rows, length), watch)
 
-    few = [i for of in kinds(model) for i in dict.fromkeys((of[0], of[-1]))]
+    few = [i for of in kinds(model) for i in dict.fromkeys((*of[:2], of[-1]))]
     base = costs(few)
     total = base
     for of in kinds(model):
-        if len(of) > 2:
-            total = onward(total, base, costs([*few, of[1]]), len(of) - 2)
+        if len(of) > 3:
+            total = onward(total, base, costs([*few, of[2]]), len(of) - 3)
     inner = {key for key in total if key[:2] == ("memory", "others")}  # between the first and the last
     return {key: n for key, n in total.items() if key not in inner}

@@ -151,7 +151,7 @@ def test_a_large_real_step_holds_at_most_what_is_planned(mesh, host_chunks):
 
 @pytest.mark.parametrize("case", CASES)
 def test_depth_is_extrapolated_exactly(case):
-    """What two layers of a kind and a third tell of seven is what seven cost, at every segment's peak."""
+    """What three layers of a kind and a fourth tell of seven is what seven cost, at every segment's peak."""
     config, options = CASES[case]
     model, grid = models.from_config(config | {"num_hidden_layers": 7}), Grid({"fsdp": 2, "ep": 2})
     fitted, watch = Sharder.of(RULES[config["model_type"]], grid, model.specs), Watch(LENGTH)
