@@ -49,7 +49,7 @@ PHASES = {
     "write": ("functional_trainer.checkpoint:_Writer.write_data",),
     "publish": ("functional_trainer.checkpoint:_publish",),
     "prune": ("functional_trainer.checkpoint:_prune",),
-    "export": ("functional_trainer.hf:save_file", "functional_trainer.hf:_publish"),
+    "export": ("functional_trainer.hf:_write", "functional_trainer.hf:_publish"),
     "tokenizer": ("functional_trainer.data.chat:Tokenizer.save",),
     "sync": ("os:fsync",),
     "rename": ("pathlib:Path.rename",),
