@@ -191,7 +191,7 @@ def tensorboard(words: list[str], place: Path) -> None:
 
 RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"{PYTHON}{RUN}( .*)?": recipe,
-    rf"torchrun --nproc-per-node \d+ {RUN} .*": recipe,
+    rf"torchrun (--nnodes .* )?--nproc-per-node \d+ .*{RUN} .*": recipe,
     rf"{PYTHON}experiments/compare\.py .*": compared,
     rf"{PYTHON}experiments/benchmarks/\w+\.py( .*)?": benchmark,
     r"make [a-z-]+( .*)?": make,
