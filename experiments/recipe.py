@@ -1,6 +1,6 @@
 """What recipes share: where a run lives, its data, its weights to begin with, and what it hands back."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import models
 from experiments import data, rules
 from functional_trainer import backend, checkpoint, exact_match, tree, types
 from functional_trainer.data import Loader, Record, Tokenizer
-from functional_trainer.loop import claim
+from functional_trainer.loop import agree, claim
 from functional_trainer.state import TrainState, ema
 from sharding_rules import Sharder, mesh
 
@@ -86,7 +86,9 @@ def start(o: Any, answers: int) -> Run:
     device = backend.setup(o.device)
     if o.compile != "off":
         backend.probe_compiler(device)
-    rank, world = backend.join(device)
+    rank, world = backend.join(device, o.timeout, o.out)
+    flags = {f"--{key.replace('/', '.')}": value for key, value in tree.flatten(asdict(o)).items()}
+    agree({flag: value for flag, value in flags.items() if flag not in ("--device", "--data.cache")})
     sizes = {axis: getattr(o.mesh, axis) for axis in ("dp", "fsdp", "ep", "cp", "tp")}
     grid = mesh.make(mesh.Mesh(**sizes), device, world)
     resume = claim(o, main=rank == 0)
@@ -99,6 +101,13 @@ def start(o: Any, answers: int) -> Run:
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
     read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)
+    agree(_facts(hf, table.table, {"training data": read[0], **read[1]}))
     if answers and not read[2]:
         raise ValueError(f"--answers {answers}: no held-out conversation to answer (--data.eval, --data.split)")
     return Run(o, device, world, shard, resume, tokenizer, hf, model, *read, samples)
+
+
+def _facts(hf: dict[str, Any], table: Any, loaders: dict[str, Loader]) -> dict[str, Any]:
+    """Return what ranks must have alike besides options: the model's config, the rules, what is in the data."""
+    found = {f"config.json {key}": value for key, value in hf.items()} | {f"rule {k}": str(v) for k, v in table}
+    return found | {f"{name}: {k}": v for name, loader in loaders.items() for k, v in loader.stream.identity.items()}

@@ -6,7 +6,9 @@ import os
 import platform
 import resource
 import threading
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,13 +91,42 @@ def probe_compiler(device: torch.device) -> None:
         threading.Thread(target=lambda isas: [bool(isa) for isa in isas], args=(half,), daemon=True).start()
 
 
-def join(device: torch.device) -> tuple[int, int]:
-    """Join the process group that torchrun announces; return (rank, world), (0, 1) without torchrun."""
+def join(device: torch.device, timeout: float = 1800, folder: str | Path = ".") -> tuple[int, int]:
+    """Join the processes that torchrun or `accelerate launch` announces; return (rank, world), (0, 1) if none.
+
+    A rank that waits longer than `timeout` seconds for the others gives up: with a traceback, and on NCCL with what its
+    flight recorder holds in `<folder>/flight-recorder-<rank>`.
+    """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group(COMMUNICATION[device.type])
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # exchanges that are remembered
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/flight-recorder-")
+        dist.init_process_group(COMMUNICATION[device.type], timeout=timedelta(seconds=timeout))
     return dist.get_rank(), dist.get_world_size()
+
+
+def flight_record() -> bytes:
+    """Return the last exchanges of this process as JSON, nothing if there are none or this PyTorch keeps none."""
+    if not dist.is_initialized():
+        return b""
+    name = "_dump_nccl_trace_json" if dist.get_backend() == COMMUNICATION["cuda"] else "_dump_fr_trace_json"
+    return getattr(torch._C._distributed_c10d, name, bytes)()
+
+
+def everyone(value: Any) -> list[Any]:
+    """Return what each rank gives, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    given = [None] * dist.get_world_size()
+    dist.all_gather_object(given, value)
+    return given
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """Make a process group of all ranks that exchanges host memory, None without several; every rank calls this."""
+    return dist.new_group(backend=COMMUNICATION["cpu"]) if dist.is_initialized() else None
 
 
 def barrier() -> None:
@@ -108,6 +139,11 @@ def leave() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Say whether tensors of the device lie outside the host's memory."""
+    return device.type != "cpu"
 
 
 def describe(device: torch.device) -> str:

@@ -4,6 +4,8 @@ A state is a flat `{path: tensor or DTensor}` and an `extra` dict (step, configu
 rank), kept as `extra.json`. A checkpoint is written as `step-N.tmp`, synced, and renamed when whole; one that leaves is
 renamed before it is deleted. So a folder called `step-N` is whole at every instant, whatever is killed; `best` too, the
 one with the lowest held-out loss. Ranks share the file system; the mesh that loads may differ from the one that saved.
+
+`Behind` does this in a thread, from a copy of the state, while the run goes on.
 """
 
 import base64
@@ -15,14 +17,21 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from functional_trainer import backend
 
 NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: the previous content while a new one takes its place
+Writer = Callable[[Mapping[str, Tensor], Any], None]
+"""Given tensors by path and the process group to use, writes checkpoints of them."""
 HINTS = {
     errno.ENOSPC: "free some space, keep fewer checkpoints (--keep) or move the run to a larger disk (--out)",
     errno.EDQUOT: "the disk quota is used up: keep fewer checkpoints (--keep) or move the run elsewhere (--out)",
@@ -41,24 +50,66 @@ class _Writer(dcp.FileSystemWriter):
             raise _os_error(error) or error from error
 
 
-def save(folder: str | Path, step: int, tensors: Mapping[str, Tensor], extra: dict, keep: int | None = None) -> Path:
+class Behind:
+    """Call writers of checkpoints in a thread, each with a copy of the state in host memory, one after another.
+
+    Every rank makes one and calls it with the same. What a writer raises comes out of the next call, or at the end.
+    """
+
+    def __init__(self):
+        fast = torch.accelerator.is_available()
+        how = StagingOptions(fast, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=fast)
+        self.stager, self.threads = DefaultStager(how), ThreadPoolExecutor(1, "checkpoint")
+        self.group = backend.host_group()  # its exchanges must not mix with those of the step
+        self.writing: Future | None = None
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def __call__(self, write: Writer, tensors: Mapping[str, Tensor]) -> None:
+        """Wait for the writer before, copy the tensors, and return while `write` writes the copy."""
+        self.wait()
+        copy: Any = self.stager.stage(dict(tensors))
+        self.writing = self.threads.submit(write, copy, self.group)
+
+    def wait(self) -> None:
+        """Wait for the writer that was called last, and raise what it raised."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def __exit__(self, kind, *_) -> None:
+        self.threads.shutdown()
+        if kind is None:
+            self.wait()
+
+
+def at_once(write: Writer, tensors: Mapping[str, Tensor]) -> None:
+    """Call a writer of checkpoints as `Behind` does, but wait for it and copy nothing."""
+    write(tensors, None)
+
+
+def save(
+    folder: str | Path, step: int, tensors: Mapping[str, Tensor], extra: dict, keep: int | None = None, *,
+    group: Any = None,
+) -> Path:  # fmt: skip
     """Write `<folder>/checkpoints/step-<step>` and return it; every rank calls this with the same arguments.
 
     The `keep` newest checkpoints stay (None: all); older ones go once the new one is whole, and so do later ones, which
     belong to a branch that this step abandons. `extra` holds JSON values (string keys, lists) and bytes. Raises OSError
-    when it cannot be written: the partial checkpoint is removed, the others stay.
+    when it cannot be written: the partial checkpoint is removed, the others stay. `group` is the process group to use.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     root = Path(folder) / "checkpoints"
-    final = _write(root / f"step-{step}", tensors, extra)
-    _on_main(lambda: _prune(root, step, keep))
+    final = _write(root / f"step-{step}", tensors, extra, group)
+    _on_main(lambda: _prune(root, step, keep), group)
     return final
 
 
-def save_best(folder: str | Path, tensors: Mapping[str, Tensor], extra: dict) -> Path:
+def save_best(folder: str | Path, tensors: Mapping[str, Tensor], extra: dict, *, group: Any = None) -> Path:
     """Write `<folder>/checkpoints/best` as `save` does, in the place of the last one; `extra` has its "eval_loss"."""
-    return _write(Path(folder) / "checkpoints" / "best", tensors, extra)
+    return _write(Path(folder) / "checkpoints" / "best", tensors, extra, group)
 
 
 def best_loss(folder: str | Path) -> float:
@@ -113,12 +164,11 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
         listed = "\n".join(f"  {p}" for p in problems)
         raise ValueError(f"{path} does not fit the model in {len(problems)} of {len(had | want)} tensors:\n{listed}")
     tensors, extra = dict(like), _extra(path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
-        except (Exception, dcp.CheckpointException) as error:
-            raise _damaged(f"{path}: its tensors", error) from None
+    _expect_no_group()
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
+    except (Exception, dcp.CheckpointException) as error:
+        raise _damaged(f"{path}: its tensors", error) from None
     return tensors, extra
 
 
@@ -161,15 +211,15 @@ def _all(root: Path) -> list[tuple[int, bool, Path]]:
     return [(int(m[1]), m[2] is None, p) for m, p in found if m]
 
 
-def _write(final: Path, tensors: Mapping[str, Tensor], extra: dict) -> Path:
+def _write(final: Path, tensors: Mapping[str, Tensor], extra: dict, group: Any) -> Path:
     text = _encode(extra)
     partial = final.with_name(f"{final.name}.tmp")
     try:
-        _on_main(lambda: _prepare(final.parent, partial))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=_Writer(partial), no_dist=not dist.is_initialized())
-        _on_main(lambda: _publish(partial, final, text))
+        _on_main(lambda: _prepare(final.parent, partial), group)
+        _expect_no_group()
+        how: dict[str, Any] = {"process_group": group, "no_dist": not dist.is_initialized()}
+        dcp.save(dict(tensors), storage_writer=_Writer(partial), **how)
+        _on_main(lambda: _publish(partial, final, text), group)
     except BaseException as error:
         if _is_main():
             shutil.rmtree(partial, ignore_errors=True)
@@ -223,7 +273,12 @@ def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _on_main(action: Callable[[], None]) -> None:
+def _expect_no_group() -> None:
+    """Silence DCP about one process alone; for good, since filters that a thread sets for a while reach the others."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+def _on_main(action: Callable[[], None], group: Any) -> None:
     """Run `action` on rank 0; what it raises is raised on every rank."""
     error: list[BaseException | None] = [None]
     if _is_main():
@@ -232,7 +287,7 @@ def _on_main(action: Callable[[], None]) -> None:
         except Exception as raised:
             error = [raised]
     if dist.is_initialized():
-        dist.broadcast_object_list(error)
+        dist.broadcast_object_list(error, group=group)
     if error[0] is not None:
         raise error[0]
 

@@ -17,24 +17,26 @@ A folder is compared with the table before anything is read, and everything that
 import itertools
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from functional_trainer import param, tree
 from functional_trainer.errors import brief, read_json
-from functional_trainer.param import Param
+from functional_trainer.param import Param, Part
 from functional_trainer.types import ONE_DEVICE
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By their names in a header, in the order in which the library writes tensors of several."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 """Tensors that a file may hold although the model has tied them to another one; they must then be equal."""
@@ -122,10 +124,11 @@ def load(
     device: torch.device | str | None = None,
     shard=ONE_DEVICE,
 ) -> tuple[tree.Tree, Sequence[Name]]:
-    """Read the parameters of a folder, leaf by leaf, in `dtype` (None: the file's), placed by `shard.put_leaf`.
+    """Read the parameters of a folder, leaf by leaf, in `dtype` (None: the file's), placed by `shard.init_leaf`.
 
-    `variants` are the name maps the folder may be written in; the one that fits best is used and returned. Missing,
-    extra, duplicate and mis-shaped tensors and unknown dtypes are listed in one ValueError.
+    Of each leaf this process holds and reads the part that it keeps. `variants` are the name maps the folder may be
+    written in; the one that fits best is used and returned. Missing, extra, duplicate and mis-shaped tensors and
+    unknown dtypes are listed in one ValueError.
     """
     folder = Path(path)
     files, promised = _files(folder)
@@ -147,14 +150,30 @@ def load(
             raise ValueError(
                 f"{folder} does not fit the model, {len(problems)} problem(s):\n  " + "\n  ".join(map(brief, problems))
             )
-        flat = {}
-        for leaf_path, p in tree.flatten(specs).items():
-            leaf = torch.empty(p.shape, dtype=dtype or DTYPES[entries[parts[leaf_path][0]].dtype], device=device)
-            for name in parts[leaf_path]:
-                part = leaf[slots[name].index]
-                part.copy_(handles[entries[name].file].get_tensor(name).view(part.shape))
-            flat[leaf_path] = shard.put_leaf(leaf_path, leaf)
+    flat = {}
+    for leaf_path, p in tree.flatten(specs).items():
+        where = [(entries[name].file, name, slots[name].index) for name in parts[leaf_path]]
+        kind = dtype or DTYPES[entries[parts[leaf_path][0]].dtype]
+        flat[leaf_path] = shard.init_leaf(leaf_path, p.shape, partial(_read, p.shape, where, kind, device))
     return tree.unflatten(flat, like=specs), variants[best]
+
+
+def _read(
+    shape: tuple[int, ...], where: Sequence[tuple[Path, str, tuple[int, ...]]], dtype: torch.dtype, device, part: Part
+) -> torch.Tensor:
+    """Read a part of a leaf of this shape, whose tensors, given by (file, name, index), are mapped and not copied.
+
+    Files are opened for it and closed after it, so that the pages that were read do not stay with the process.
+    """
+    leaf = torch.empty([s.stop - s.start for s in part], dtype=dtype, device=device)
+    kept = [at for at in where if all(s.start <= i < s.stop for i, s in zip(at[2], part, strict=False))]
+    with ExitStack() as stack:
+        handles = {file: stack.enter_context(_open(file)) for file in dict.fromkeys(file for file, *_ in kept)}
+        for file, name, index in kept:
+            theirs = handles[file].get_tensor(name).view(shape[len(index) :])
+            own = leaf[tuple(i - s.start for i, s in zip(index, part, strict=False))]
+            own.copy_(theirs[part[len(index) :]])
+    return leaf
 
 
 def save(
@@ -168,8 +187,8 @@ def save(
 ) -> None:
     """Write config.json and safetensors files of at most `max_shard_bytes` (more only for a single larger tensor).
 
-    Every rank gathers every leaf (`shard.full`), rank 0 writes. Files appear under their names only when all are
-    whole, config.json last; other files of the folder stay. OSError when the disk refuses.
+    Rank 0 collects one leaf at a time (`shard.collect`) and writes it; the others hold none. Files appear under their
+    names only when all are whole, config.json last; other files of the folder stay. OSError when the disk refuses.
     """
     folder, leaves = Path(path), tree.flatten(params)
     shards = _plan(expand(specs, names), leaves, max_shard_bytes)
@@ -178,15 +197,13 @@ def save(
         if shard.rank == 0:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-        for file, tensors in zip(shards, _gather(shards.values(), leaves, shard), strict=True):
-            if shard.rank == 0:
-                save_file(tensors, new / file, metadata={"format": "pt"})
+        _write(new, shards, leaves, shard)
         if shard.rank == 0:
             if len(shards) > 1:
                 _write_json(new / INDEX, _index(shards, leaves), sort_keys=True)
             _write_json(new / "config.json", _with_dtype(hf_config, {leaf.dtype for leaf in leaves.values()}))
             _publish(new, folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         size = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values()) / 1e9
         raise OSError(f"could not write the {size:.3g} GB of the model to {folder}: {error}") from error
@@ -309,17 +326,39 @@ def _plan(slots: dict[str, Slot], leaves: dict[str, torch.Tensor], limit: float)
     return {f"model-{k:05d}-of-{len(groups):05d}.safetensors": group for k, group in enumerate(groups, 1)}
 
 
-def _gather(shards, leaves: dict[str, torch.Tensor], shard) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors of each file, none but on rank 0; a leaf is gathered once, also when files share it."""
-    path, whole = None, torch.empty(0)
-    for slots in shards:
-        tensors = {}
-        for name, slot in slots.items():
-            if slot.path != path:
-                path, whole = slot.path, shard.full(leaves[slot.path]).detach()
-            if shard.rank == 0:
-                tensors[name] = whole[slot.index].reshape(slot.shape).contiguous().cpu()
-        yield tensors
+def _write(folder: Path, shards: dict[str, dict[str, Slot]], leaves: dict[str, torch.Tensor], shard) -> None:
+    """Write safetensors files, each tensor at its place as its leaf comes; ranks other than 0 only send their parts."""
+    path, whole = "", None
+    for file, slots in shards.items():
+        header, places = _header(slots, leaves)
+        with open(folder / file if shard.rank == 0 else os.devnull, "wb") as out:
+            out.write(header)
+            for name, slot in slots.items():
+                if slot.path != path:  # a leaf is collected once, also when files share it
+                    whole = None
+                    path, whole = slot.path, shard.collect(leaves[slot.path])
+                if whole is not None:
+                    out.seek(len(header) + places[name][0])
+                    out.write(whole[slot.index].reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _header(slots: dict[str, Slot], leaves: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return what a safetensors file of these tensors begins with, and where behind it each begins and ends.
+
+    As the library orders them: wide types first, then by name (github.com/huggingface/safetensors).
+    """
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    order = list(DTYPES)
+    types = {name: kinds[leaves[slot.path].dtype] for name, slot in slots.items()}
+    about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name in sorted(slots, key=lambda n: (order.index(types[n]), n)):
+        start, end = end, end + math.prod(slots[name].shape) * DTYPES[types[name]].itemsize
+        places[name] = start, end
+        about[name] = {"dtype": types[name], "shape": slots[name].shape, "data_offsets": (start, end)}
+    text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places
 
 
 def _index(shards: dict[str, dict[str, Slot]], leaves: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,18 @@ import torch
 
 from functional_trainer import backend, checkpoint, config, flops, tree
 from functional_trainer.data.loader import Loader
+from functional_trainer.errors import brief
 from functional_trainer.losses import Loss
 from functional_trainer.metrics import Metrics
 from functional_trainer.profile import profiled
 from functional_trainer.state import TrainState, kinds, trained, weight_norms
 from functional_trainer.step import evaluate
 from functional_trainer.types import ONE_DEVICE, Batch
+from functional_trainer.watchdog import watched
 
-MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "eval_every", "device", "max_skipped", "answers"}
-MAY_DIFFER |= {"samples", "mesh", "micro_batch", "compile", "remat", "profile", "wandb", "data.workers", "data.cache"}
-MAY_DIFFER |= {"rules"}
+MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "saving", "eval_every", "device", "max_skipped"}
+MAY_DIFFER |= {"answers", "samples", "mesh", "micro_batch", "compile", "remat", "profile", "wandb", "timeout", "rules"}
+MAY_DIFFER |= {"data.workers", "data.cache"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 
@@ -51,6 +53,21 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
         except OSError as error:
             raise ValueError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
     return source
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Compare what all ranks must have alike, by name; ValueError, the same on each, says which has what instead."""
+    given = backend.everyone(dict(facts))
+    odd = []
+    for name in dict.fromkeys(name for theirs in given for name in theirs):
+        found: dict[str, list[str]] = {}
+        for rank, theirs in enumerate(given):
+            found.setdefault(brief(theirs.get(name, "absent"), 80), []).append(str(rank))
+        if len(found) > 1:
+            held = (f"{value} on rank {brief(', '.join(ranks), 60)}" for value, ranks in found.items())
+            odd.append(f"\n  {name} is {', '.join(held)}")
+    if odd:
+        raise ValueError(f"ranks differ in {len(odd)} of what must be the same on all of a run:{''.join(odd[:20])}")
 
 
 def _differences(old: Any, new: Any) -> list[str]:
@@ -114,12 +131,7 @@ def train(
     `options` are `RunOptions`; metrics and checkpoints go to its `out`. At every evaluation come the loss of each of
     the `held_out` loaders, and what `sample(params)` returns to be shown. Ctrl-C finishes the step, saves and returns.
     """
-    if resume is not None:
-        _, extra = checkpoint.load(resume, tree.flatten(state))
-        loader.restore(extra.get("loader"))
-    start, stopped = int(state.step), False
-    if start > total_steps:
-        raise ValueError(f"{resume} is at step {start}, the run would end at {total_steps}: raise --steps or --epochs")
+    start, stopped = _restored(resume, state, loader, total_steps), False
     best = _best_so_far(options, held_out)
 
     def due(done: int, every: int) -> bool:
@@ -129,11 +141,15 @@ def train(
         options.out, total_steps=total_steps, start_step=start, main=shard.rank == 0, wandb=options.wandb,
         config=asdict(options),
     )  # fmt: skip
-    with closing(loader), rows as metrics, stoppable() as asked, profiled(rows, options.profile, device) as tick:
+    with (
+        closing(loader), rows as metrics, stoppable() as asked, profiled(rows, options.profile, device) as tick,
+        _saving(options.saving, device) as writes, watched(options.timeout / 2, options.out, shard.rank) as alive,
+    ):  # fmt: skip
         if resume is not None:
             metrics.print(f"resumed from {resume} at step {start} of {total_steps}; {total_steps - start} are left")
         names, clock = list(kinds(trained(state))), time.perf_counter()
         for done in range(start + 1, total_steps + 1):
+            alive()
             row, clock, stopped = _one(step, state, loader, model, asked, options, shard, device, names, clock)
             evaluated = due(done, options.eval_every)
             if evaluated:
@@ -143,7 +159,7 @@ def train(
                 metrics.samples(done, sample(state.params))
             _check_finite(done, row["skipped"], options, metrics)
             save = stopped or due(done, options.save_every)
-            best = _save(options, done, state, loader, row.get("eval_loss", math.nan), best, save)
+            best = _save(writes, options, done, state, loader, row.get("eval_loss", math.nan), best, save)
             if save and not (stopped or done == total_steps):  # then the run is drawn as it closes
                 metrics.draw(age=60)
             tick()
@@ -151,6 +167,17 @@ def train(
                 metrics.print(f"stopped after step {done} of {total_steps}; the same command continues from there")
                 break
     return state, not stopped
+
+
+def _restored(resume: Path | None, state: TrainState, loader: Loader, total_steps: int) -> int:
+    """Take over the state and the place in the data of a checkpoint; return the step it is at."""
+    if resume is not None:
+        _, extra = checkpoint.load(resume, tree.flatten(state))
+        loader.restore(extra.get("loader"))
+    start = int(state.step)
+    if start > total_steps:
+        raise ValueError(f"{resume} is at step {start}, the run would end at {total_steps}: raise --steps or --epochs")
+    return start
 
 
 def _one(
@@ -199,16 +226,27 @@ def _best_so_far(options: Any, held_out: Mapping[str, Loader] | None) -> float:
     return checkpoint.best_loss(options.out)
 
 
-def _save(options: Any, done: int, state: TrainState, loader: Loader, value: float, best: float, due: bool) -> float:
+def _saving(how: str, device: torch.device) -> Any:
+    """Return a context of what calls writers of checkpoints: behind the run's back, or at once."""
+    behind = how == "async" or how == "auto" and backend.has_own_memory(device)
+    return checkpoint.Behind() if behind else nullcontext(checkpoint.at_once)
+
+
+def _save(
+    writes: Callable, options: Any, done: int, state: TrainState, loader: Loader, value: float, best: float, due: bool
+) -> float:
     """Save the state as the best, if its held-out loss `value` is below it, and then if it is due; return the best."""
-    if due or value < best:
-        flat, extra = tree.flatten(state), {"loader": loader.state(), "step": done}
+    extra = {"loader": loader.state(), "step": done}
+
+    def write(flat: Mapping[str, torch.Tensor], group: Any) -> None:
         if value < best:
-            best = value
-            checkpoint.save_best(options.out, flat, extra | {"eval_loss": best})
+            checkpoint.save_best(options.out, flat, extra | {"eval_loss": value}, group=group)
         if due:
-            checkpoint.save(options.out, done, flat, extra, options.keep)
-    return best
+            checkpoint.save(options.out, done, flat, extra, options.keep, group=group)
+
+    if due or value < best:
+        writes(write, tree.flatten(state))
+    return value if value < best else best
 
 
 def _counts(model: Any, batch: Batch, stop: bool, shard, device) -> torch.Tensor:

@@ -254,8 +254,12 @@ class RunOptions:
     """Steps between checkpoints (0: only at the end)."""
     keep: int = 2
     """Checkpoints to keep."""
+    saving: Literal["auto", "async", "wait"] = "auto"
+    """Write checkpoints while the run goes on, from a copy in host memory, or wait (auto: async but on the CPU)."""
     keep_best: bool = False
     """Keep checkpoints/best besides: the lowest held-out loss so far, saved at evaluations that improve on it."""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for the others; where a step takes half as long, each process prints its stacks."""
     max_skipped: int = 5
     """Non-finite gradients in a row after which the run stops."""
     samples: int | None = None
@@ -282,7 +286,7 @@ class RunOptions:
             raise ValueError(f"--wandb {self.wandb}: wandb is not installed; pip install wandb")
         none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
         within("", self, **dict.fromkeys(none, (0, "")))
-        within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped"), (1, "")))
+        within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped", "timeout"), (1, "")))
 
     def micro_batches(self, world: int) -> int:
         """Return the passes of a step on each of `world` devices; ValueError if they cannot be equal."""

@@ -89,16 +89,16 @@ class OneDevice:
         """Return the sums of squares (n,) of whole tensors placed as `params`, given those of this rank's parts."""
         return torch.stack(squares)
 
-    def put_leaf(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        """Place one host tensor where the rule of `path` says."""
-        return x
-
     def full(self, x: torch.Tensor) -> torch.Tensor:
         """Gather one parameter whole."""
         return x
 
+    def collect(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Bring one parameter whole into the host memory of rank 0, part by part; None on the others."""
+        return x.detach().cpu()
+
     def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[Part], torch.Tensor]) -> torch.Tensor:
-        """Place one parameter, of which `make` draws a part."""
+        """Place one parameter, of which `make` draws or reads the part that this process keeps."""
         return make(tuple(slice(0, size) for size in shape))
 
     def put_batch(self, batch: Batch) -> Batch:

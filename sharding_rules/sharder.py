@@ -4,6 +4,7 @@ At rest parameters and optimizer state are DTensors. In a step there are plain t
 of operands say how they are placed. Maths runs in `local` regions, and all that ranks exchange is derived from names.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.utils import _pytree as pytree
 
 from functional_trainer import tree
@@ -313,18 +314,38 @@ class Sharder:
                 raise ValueError(f"params/{path}: axes that share a dim of a parameter come as in {AXES}, not {axes}")
         return tuple(Shard(dims(where)[a]) if a in dims(where) else Replicate() for a in self.sizes)
 
-    def put_leaf(self, path: str, x: torch.Tensor) -> DTensor:
-        return distribute_tensor(x, self.mesh, self.placements(path, tuple(x.shape)), src_data_rank=None)
-
     def full(self, x: DTensor) -> torch.Tensor:
         return x.full_tensor()
 
+    def collect(self, x: DTensor) -> torch.Tensor | None:
+        own, whole = x.to_local().detach().contiguous(), None
+        if self.rank == 0:
+            whole, came = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(own)
+        for at in itertools.product(*map(range, self.mesh.shape)):
+            sender = int(self.mesh.mesh[at])
+            if any(i and q.is_replicate() for i, q in zip(at, x.placements, strict=True)):
+                continue  # a copy
+            if whole is not None:
+                if sender != 0:
+                    dist.recv(came, sender)
+                whole[_part(tuple(x.shape), x.placements, self.mesh.shape, at)] = own if sender == 0 else came
+            elif sender == self.rank:
+                dist.send(own, 0)
+        return whole
+
     def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[Part], torch.Tensor]) -> DTensor:
-        placed, part = self.placements(path, shape), []
-        for size, axes in zip(shape, self.where(f"params/{path}", use=False), strict=True):
-            index, ways = self._index(axes)
-            part.append(slice(index * (size // ways), (index + 1) * (size // ways)))
-        return DTensor.from_local(make(tuple(part)), self.mesh, placed, run_check=False)
+        placed = self.placements(path, shape)
+        part = _part(shape, placed, self.mesh.shape, self.mesh.get_coordinate() or ())
+        return DTensor.from_local(make(part), self.mesh, placed, run_check=False)
+
+
+def _part(shape: Sequence[int], placed: Sequence[Placement], sizes: Sequence[int], at: Sequence[int]) -> Part:
+    """Return the part of a tensor that the rank at coordinates `at` of a mesh stores."""
+    index, ways = [0] * len(shape), [1] * len(shape)
+    for q, size, i in zip(placed, sizes, at, strict=True):
+        if isinstance(q, Shard):
+            index[q.dim], ways[q.dim] = index[q.dim] * size + i, ways[q.dim] * size
+    return tuple(slice(n // w * i, n // w * (i + 1)) for n, i, w in zip(shape, index, ways, strict=True))
 
 
 def _around(mesh: DeviceMesh, held: Placements, fn: Callable, x: torch.Tensor, batch: int) -> torch.Tensor:

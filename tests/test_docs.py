@@ -210,7 +210,7 @@ def tensorboard(words: list[str], place: Path) -> None:
 
 RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"{PYTHON}{RUN}( .*)?": recipe,
-    rf"torchrun --nproc-per-node \d+ {RUN} .*": recipe,
+    rf"torchrun (--nnodes .* )?--nproc-per-node \d+ .*{RUN} .*": recipe,
     rf"{PYTHON}experiments/rules\.py .*": ruled,
     rf"{PYTHON}experiments/compare\.py .*": compared,
     rf"{PYTHON}experiments/(benchmarks/\w+|plan|dry_run)\.py( .*)?": benchmark,

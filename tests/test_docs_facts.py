@@ -21,7 +21,7 @@ from tests.test_docs import PAGES, ROOT, pip
 
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
 FLAGS = {f"--{name}".replace("_", "-") for at, cls in docs.sections().items() for name, *_ in docs.options(cls, at)}
-OTHERS = {"--config", "--help", "--build-arg"} | {
+OTHERS = {"--config", "--help", "--build-arg", "--max-restarts"} | {
     f"--{field.name}".replace("_", "-")
     for module in (compare, plan, rules, sft_cpu, gpu_suite, memory)
     for field in fields(module.Options)

@@ -83,7 +83,11 @@ def ours(model: Any, params: tree.Tree, batch: dict[str, Any], how: dict[str, An
     assert mesh
     shard = Sharder.of(RULES[model.config.hf["model_type"]], mesh, model.specs)
     adamw = optimizers.adamw(optimizers.schedule("constant", sft_cpu.LR, 1), sft_cpu.BETAS, sft_cpu.EPS, sft_cpu.DECAY)
-    state = init_state(tree.map_with_path(lambda path, p: shard.put_leaf(path, p.clone()), params), adamw)
+
+    def place(path: str, p: torch.Tensor) -> torch.Tensor:
+        return shard.init_leaf(path, tuple(p.shape), lambda part: p[part].clone())
+
+    state = init_state(tree.map_with_path(place, params), adamw)
     step = make_train_step(model, losses.sft("none"), adamw, shard=shard, clip=sft_cpu.CLIP, **how)
     return lambda: step(state, shard.put_batch(batch))[1]["loss"].item()
 

@@ -88,11 +88,16 @@ def run(cwd: Path, *flags: Any, status: int = 0, **options: Any) -> str:
     return started.output
 
 
-def start_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = ()) -> list[Run]:
-    """Start the recipe in `world` processes, as torchrun would; `setups` are each one's `setup`."""
+def announced(world: int) -> dict[str, str]:
+    """Return what torchrun would tell each of `world` processes of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
+
+
+def start_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = ()) -> list[Run]:
+    """Start the recipe in `world` processes, as torchrun would; `setups` are each one's `setup`."""
+    shared = announced(world)
     each = zip_longest(range(world), setups)
     return [start(cwd, *flags, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, setup=s) for r, s in each]
 

@@ -90,7 +90,7 @@ CASES = {  # where, the n-th time, the message, checkpoints that must be there t
         "functional_trainer.checkpoint:_Writer.write_data", 3,
         "cannot write checkpoint small/run/checkpoints/best: No space left on device", ("step-2", "best"),
     ),
-    "hf": ("functional_trainer.hf:save_file", 1, "could not write the", ("step-4", "step-6", "best")),
+    "hf": ("functional_trainer.hf:_write", 1, "could not write the", ("step-4", "step-6", "best")),
     "tokenizer": ("functional_trainer.data.chat:Tokenizer.save", 1, "small/run/hf", ("step-4", "step-6", "best")),
 }  # fmt: skip
 

@@ -3,7 +3,8 @@ in the data, every row of metrics.jsonl, the best checkpoint and hf/, bit for bi
 
     make test-kills    52 kills of one process and 52 of two (fsdp2, gloo): 21 minutes on 2 cores; prints what each hit
 
-The run accumulates over micro-batches, mixes two weighed sources and has loader processes. Some two fifths of the
+The run accumulates over micro-batches, mixes two weighed sources, has loader processes and writes its checkpoints while
+it goes on. Some two fifths of the
 instants are uniform in the wall time of a whole run. The others are uniform in one phase of it, so that every phase
 is hit: there the run kills itself a random while after it has entered a function of that phase for the n-th time. The
 functions themselves are the real ones. A case's name is its seed: `pytest -m slow -k "uniform and fsdp2-17"` repeats
@@ -36,8 +37,8 @@ FLAGS: tuple[Any, ...] = (
     *("--data.seq-len", 64, "--eval-every", 2, "--save-every", 1, "--keep", 2, "--keep-best"),
 )
 LAYOUTS: dict[str, tuple[int, tuple[Any, ...]]] = {  # processes, and their flags
-    "one": (1, ("--data.workers", 2)),
-    "fsdp2": (2, ("--mesh.fsdp", 2, "--data.workers", 1)),
+    "one": (1, ("--saving", "async", "--data.workers", 2)),
+    "fsdp2": (2, ("--saving", "async", "--mesh.fsdp", 2, "--data.workers", 1)),
     "without workers": (1, ()),
 }
 PHASES = {
@@ -49,7 +50,7 @@ PHASES = {
     "write": ("functional_trainer.checkpoint:_Writer.write_data",),
     "publish": ("functional_trainer.checkpoint:_publish",),
     "prune": ("functional_trainer.checkpoint:_prune",),
-    "export": ("functional_trainer.hf:save_file", "functional_trainer.hf:_publish"),
+    "export": ("functional_trainer.hf:_write", "functional_trainer.hf:_publish"),
     "tokenizer": ("functional_trainer.data.chat:Tokenizer.save",),
     "sync": ("os:fsync",),
     "rename": ("pathlib:Path.rename",),
@@ -108,7 +109,10 @@ class Watch:
 
 
 def spans(file: Path) -> list[tuple[str, float]]:
-    """Read what a `Watch` noted: each call's phase and seconds, -1 for those that did not end, the innermost last."""
+    """Read what a `Watch` noted: each call's phase and seconds, -1 for those that did not end, the innermost last.
+
+    Calls of several threads may overlap.
+    """
     ended: list[tuple[str, float]] = []
     running: list[tuple[str, float]] = []
     for line in file.read_text().splitlines() if file.exists() else ():
@@ -116,7 +120,8 @@ def spans(file: Path) -> list[tuple[str, float]]:
         if sign == "+":
             running.append((phase, float(at)))
         else:
-            ended.append((phase, float(at) - running.pop()[1]))
+            last = max(i for i, (name, _) in enumerate(running) if name == phase)
+            ended.append((phase, float(at) - running.pop(last)[1]))
     return ended + [(phase, -1.0) for phase, _ in running]
 
 

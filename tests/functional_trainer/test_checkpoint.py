@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,45 @@ def run(code: str, *args, **env) -> subprocess.Popen:
 def test_a_file_size_limit_says_so(tmp_path):
     out = run(LIMITED, tmp_path).communicate(timeout=60)[0]
     assert "File too large" in out and "ulimit" in out and names(tmp_path) == ["step-1"], out
+
+
+def test_what_is_written_behind_is_the_state_when_it_was_asked_for(tmp_path):
+    """The run goes on at once and changes every tensor in place, for several checkpoints in a row."""
+
+    def write(step: int, go: threading.Event, copy, group):
+        assert go.wait(60) and group is None
+        checkpoint.save(tmp_path, step, copy, {"step": step}, group=group)
+
+    tensors = state(0)
+    with checkpoint.Behind() as behind:
+        for step in (1, 2, 3):
+            for p, t in state(step).items():
+                tensors[p].copy_(t)
+            go = threading.Event()
+            behind(partial(write, step, go), tensors)
+            assert checkpoint.latest(tmp_path) == (tmp_path / "checkpoints" / f"step-{step - 1}" if step > 1 else None)
+            for t in tensors.values():
+                t.zero_()
+            go.set()
+    for step in (1, 2, 3):
+        got, _ = checkpoint.load(tmp_path / "checkpoints" / f"step-{step}", state(0))
+        assert all(bits(got[p]) == bits(t) for p, t in state(step).items())
+
+
+def test_what_fails_behind_is_raised_by_the_next_call_or_at_the_end(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+
+    def write(tensors, group):
+        checkpoint.save(tmp_path, 2, tensors, {}, group=group)
+
+    with pytest.raises(OSError, match="cannot write checkpoint .*step-2: File exists"), checkpoint.Behind() as behind:
+        behind(write, state(1))
+    with pytest.raises(OSError, match="File exists"), checkpoint.Behind() as behind:
+        behind(write, state(1))
+        behind(lambda *_: pytest.fail("called"), state(2))
+    with pytest.raises(KeyError, match="first"), checkpoint.Behind() as behind:
+        behind(write, state(1))
+        raise KeyError("first")
 
 
 KILLED = """

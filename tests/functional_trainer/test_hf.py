@@ -1,5 +1,6 @@
 """Hugging Face folders: the name map both ways, bit-identical files, and errors that say everything at once."""
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -138,33 +139,75 @@ def test_shards_hold_at_most_the_limit_and_the_index_is_right(tmp_path):
             assert len(f.keys()) == 1 or sum(f.get_tensor(n).nbytes for n in f.keys()) <= 700
 
 
-def test_load_converts_and_hands_each_leaf_once_to_the_shard(folder):
-    class Recording(OneDevice):
-        def put_leaf(self, path, x):
-            seen.append((path, tuple(x.shape), x.dtype))
-            return x + 1
+class Part(OneDevice):
+    """Keeps one half of a dim of every leaf that has the dim, as a mesh would."""
 
-    seen: list = []
-    loaded, _ = hf.load(folder, SPECS, VARIANTS, dtype=torch.float64, shard=Recording())
-    assert seen == [(path, p.shape, torch.float64) for path, p in tree.flatten(SPECS).items()]
-    assert same(loaded, tree.map(lambda x: x.double() + 1, params()))
+    def __init__(self, dim, half):
+        self.dim, self.half = dim, half
+
+    def part(self, shape):
+        halves = [slice(n // 2 * self.half, n // 2 * (self.half + 1)) for n in shape]
+        return tuple(halves[d] if d == self.dim else slice(0, n) for d, n in enumerate(shape))
+
+    def init_leaf(self, path, shape, make):
+        return make(self.part(shape))
+
+
+@pytest.mark.parametrize("names", VARIANTS, ids=["per_expert", "fused"])
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_load_reads_the_part_that_is_kept_and_converts_it(tmp_path, names, dim, half):
+    hf.save(params(), SPECS, names, tmp_path, CONFIG, max_shard_bytes=700)
+    shard = Part(dim, half)
+    loaded, _ = hf.load(tmp_path, SPECS, VARIANTS, dtype=torch.float64, shard=shard)
+    assert same(loaded, tree.map(lambda x: x.double()[shard.part(x.shape)], params()))
+
+
+def test_load_opens_no_tensor_of_which_nothing_is_kept(folder, monkeypatch):
+    seen = []
+
+    class Handle:
+        def __init__(self, handle):
+            self.handle = handle
+
+        def get_tensor(self, name):
+            seen.append(name)
+            return self.handle.get_tensor(name)
+
+    read = hf._open
+    monkeypatch.setattr(hf, "_open", lambda file: contextlib.nullcontext(Handle(read(file))))
+    where = [(folder / "model.safetensors", f"l.1.experts.{e}.down.weight", (e,)) for e in range(3)]
+    part = (slice(1, 2), slice(0, 6), slice(3, 6))
+    down = hf._read((3, 6, 9), where, torch.float32, None, part)
+    assert seen == ["l.1.experts.1.down.weight"] and torch.equal(down, params()["layers"][1]["moe"]["down"][part])
 
 
 @pytest.mark.parametrize("limit", [5e9, 700])
-def test_save_gathers_each_leaf_once_and_only_rank_0_writes(tmp_path, limit):
-    class Gathering(OneDevice):
-        def full(self, x):
+def test_save_collects_each_leaf_once_and_only_rank_0_writes(tmp_path, limit):
+    class Collecting(OneDevice):
+        def collect(self, x):
             seen.append(x)
-            return x * 2
+            return x * 2 if self.rank == 0 else None
 
     for rank in (0, 1):
         seen: list = []
-        shard = Gathering()
+        shard = Collecting()
         shard.rank = rank
         hf.save(params(), SPECS, PER_EXPERT, tmp_path / str(rank), CONFIG, shard, limit)
         assert len(seen) == len(tree.flatten(SPECS))
     assert not (tmp_path / "1").exists()
     assert same(hf.load(tmp_path / "0", SPECS, VARIANTS)[0], tree.map(lambda x: x * 2, params()))
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    """Byte for byte, with every dtype in one file and names that sort apart from leaves."""
+    mixed = params() | {"norm": torch.rand(6, dtype=torch.float16), "embed": torch.rand(23, 6, dtype=torch.float64)}
+    mixed["layers"][0]["q"] = torch.rand(5, 4, 6).bfloat16()
+    names = (*PER_EXPERT[:-1], Name("a é.{i}.{e}", "layers/{i}/moe/down", "e"))
+    hf.save(mixed, SPECS, names, tmp_path, CONFIG)
+    again = tmp_path / "again.safetensors"
+    save_file(load_file(tmp_path / "model.safetensors"), again, metadata={"format": "pt"})
+    assert again.read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 def test_loaded_tensors_do_not_depend_on_the_file(folder):
@@ -202,7 +245,7 @@ def test_everything_wrong_is_in_one_error(folder):
         "missing   l.1.experts.2.down.weight (6, 9)",
         "extra     surplus.weight (3, 2) in model.safetensors",
         "shape     l.0.q.weight is (4, 6), the model needs (20, 6)",
-        "dtype     l.0.o.weight (6, 20) is I8, not one of F64, F32, F16, BF16",
+        "dtype     l.0.o.weight (6, 20) is I8, not one of F64, F32, BF16, F16",
         "dtype     the parts of layers/1/moe/gate_up are ['BF16', 'F32']; give a dtype",
     ):
         assert f"\n  {line}" in message, message

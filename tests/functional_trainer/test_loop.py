@@ -184,6 +184,16 @@ def test_checkpoints_come_as_often_as_asked_and_at_the_end(tmp_path):
         assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5]
 
 
+def test_checkpoints_written_behind_are_those_that_were_waited_for(tmp_path):
+    for saving in ("async", "wait"):
+        go(Options(out=str(tmp_path / saving), save_every=1, keep=9, saving=saving), counting(), steps=5)
+    assert saved(tmp_path / "async") == saved(tmp_path / "wait") == [f"step-{n}" for n in range(1, 6)]
+    for name in saved(tmp_path / "wait"):
+        both = [tmp_path / saving / "checkpoints" / name for saving in ("async", "wait")]
+        ours, theirs = (checkpoint.load(path, tree.flatten(fresh())) for path in both)
+        assert ours[1] == theirs[1] and all(torch.equal(t, theirs[0][p]) for p, t in ours[0].items())
+
+
 def test_the_data_goes_on_where_it_was(tmp_path):
     def tokens(name: str, *ends: int) -> list[list]:
         seen: list[list] = []

@@ -16,17 +16,27 @@ TENSORS = ("x", P("fsdp", "ep")), ("w", P(None, "ep")), ("y", P("fsdp", None)), 
 TOY = Rules((*TENSORS, ("batch/columns", P("fsdp"))))
 
 
+def place(shard, tensor: torch.Tensor) -> torch.Tensor:
+    return shard.init_leaf("layers/0/moe/gate_up", tuple(tensor.shape), lambda part: tensor[part])
+
+
 def collectives(shard, tensor: torch.Tensor) -> int:
     """Count the collectives that placing a leaf takes."""
     with CommDebugMode() as seen:
-        shard.put_leaf("layers/0/moe/gate_up", tensor)
+        place(shard, tensor)
     return seen.get_total_counts()
 
 
 def own_parts(shard) -> bool:
     """Say whether a placed leaf is this rank's own numbers, though ranks disagree about them."""
-    leaf = shard.put_leaf("layers/0/moe/gate_up", torch.full((8, 2, 14, 24), float(shard.rank)))
+    leaf = place(shard, torch.full((8, 2, 14, 24), float(shard.rank)))
     return bool((shard.storage(leaf) == shard.rank).all())
+
+
+def collected(shard, params: dict[str, torch.Tensor]) -> bool:
+    """Say whether rank 0 collects what a gather gives, and the others nothing."""
+    found = {path: (shard.collect(x), shard.full(x)) for path, x in params.items()}
+    return all(torch.equal(c, x) if shard.rank == 0 else c is None for c, x in found.values())
 
 
 def placed(mesh: str) -> dict:
@@ -36,7 +46,10 @@ def placed(mesh: str) -> dict:
     held = sum(shard.storage(x).numel() for x in tree.leaves(params))
     whole = {path: shard.full(x) for path, x in tree.flatten(params).items()}
     cost = collectives(shard, torch.ones(8, 2, 14, 24))
-    return {"params": whole, "held": held, "collectives": cost, "own": own_parts(shard)}
+    return {
+        "params": whole, "held": held, "collectives": cost, "own": own_parts(shard),
+        "collected": collected(shard, tree.flatten(params)),
+    }  # fmt: skip
 
 
 def save(mesh: str, folder: str) -> None:

@@ -105,6 +105,11 @@ def test_placing_a_leaf_sends_nothing(mesh, results):
     assert placed["collectives"] == 0 and placed["own"]
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_rank_0_alone_collects_a_leaf(mesh, results):
+    assert results[4 if " x " in mesh else 2]["placed"][mesh]["collected"]
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", ["checkpoint", "hf"])
 def test_what_one_mesh_saves_another_loads(world, kind, results, alone):

@@ -119,15 +119,19 @@ def test_uneven_dims_name_tensor_shape_and_rule(mesh):
     rows = ((r"params/norm", P(zero("fsdp", "ep"))), (r"params/w", P("ep", zero("fsdp"))), (r"x", P("ep", None)))
     rules = Rules((*rows, (r"whole", P(None, None)), (r"batch/columns", P(None, None))))
     shard = Sharder(rules, mesh)
+
+    def make(part):
+        return torch.ones([s.stop - s.start for s in part])
+
     with pytest.raises(ValueError) as error:
-        shard.put_leaf("norm", torch.ones(6))
+        shard.init_leaf("norm", (6,), make)
     assert "params/norm: dim 0 of (6,) does not divide into 4 shards (rule P(zero('fsdp', 'ep')))" in str(error.value)
     for shape, dim in (((5, 4), 0), ((4, 5), 1)):
         with pytest.raises(ValueError, match=f"params/w: dim {dim} of"):
-            shard.put_leaf("w", torch.ones(shape))
+            shard.init_leaf("w", shape, make)
     with pytest.raises(ValueError, match=r"params/w: shape \(4,\) has 1 dims, its rule P\('ep', zero\('fsdp'\)\) 2"):
-        shard.put_leaf("w", torch.ones(4))
-    assert shard.put_leaf("w", torch.ones(6, 4)).to_local().shape == (3, 2)
+        shard.init_leaf("w", (4,), make)
+    assert shard.init_leaf("w", (6, 4), make).to_local().shape == (3, 2)
     region = shard.local(torch.sin, ("whole > x",), ("x",))
     assert region(torch.ones(6, 4)).shape == (3, 4)
     with pytest.raises(ValueError, match=r"whole > x: dim 0 of this rank's \(3, 4\) does not divide into 2 parts"):
