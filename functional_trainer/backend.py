@@ -103,7 +103,12 @@ def join(device: torch.device, timeout: float = 1800, folder: str | Path = ".") 
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # exchanges that are remembered
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/flight-recorder-")
-        dist.init_process_group(COMMUNICATION[device.type], timeout=timedelta(seconds=timeout))
+        patience = timedelta(seconds=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+        # After a restart torchrun's store still has the addresses of the processes that are gone.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        kind = COMMUNICATION[device.type]
+        dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=patience)
     return dist.get_rank(), dist.get_world_size()
 
 

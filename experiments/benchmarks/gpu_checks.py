@@ -268,9 +268,9 @@ def our_side(model: Any, params: Any, batch: dict[str, Any]) -> tuple[Any, dict[
     ids: list[Any] = []
     experts = kernels.experts
 
-    def record(x, weights, expert_TK, *rest):
+    def record(x, weights, expert_TK, *rest, **options):
         ids.append(expert_TK)
-        return experts(x, weights, expert_TK, *rest)
+        return experts(x, weights, expert_TK, *rest, **options)
 
     params = tree.map(lambda w: w.detach().requires_grad_(), params)
     with mock.patch.object(kernels, "experts", record):

@@ -114,12 +114,12 @@ def results(fn, leaves, grad):
     return out, *torch.autograd.grad(out, leaves, grad)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("backend", ["blas", "reference"])
 @given(case=routed())
 @settings(max_examples=60)
 def test_experts_equal_a_dense_loop(backend, dtype, tolerance, case):
-    """In 16 bit within its rounding of the largest element; the loop is in float64."""
+    """In 16 bit within some roundings of what the sums are made of, which may cancel; the loop is in float64."""
     expert, leaves, grad = case
     leaves, grad, n = [t.to(dtype) for t in leaves], grad.to(dtype), leaves[2].shape[0]
     wide = [t.double() for t in leaves]
@@ -127,9 +127,11 @@ def test_experts_equal_a_dense_loop(backend, dtype, tolerance, case):
     def ours(x, weights, gate_up, down):
         return kernels.experts(x, weights, expert, gate_up, down, n, backend=backend)
 
-    wants = results(lambda *p: dense(*p, expert), wide, grad.double())
-    for a, b in zip(results(ours, leaves, grad), wants, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+    loop = lambda *p: dense(*p, expert)  # noqa: E731
+    wants = results(loop, wide, grad.double())
+    sizes = results(loop, [t.abs() for t in wide], grad.double().abs())
+    for a, b, size in zip(results(ours, leaves, grad), wants, sizes, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1.0, size.abs().max().item()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
