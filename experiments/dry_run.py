@@ -50,7 +50,7 @@ def main(o: Options) -> None:
     ran = plan.observed(shard, model, build, plan.columns(o.rows, o.seq_len), watch)
     dist.destroy_process_group()
     seconds = time.perf_counter() - begin
-    planned = plan.plan(model, build, rules, sizes, o.rows, o.seq_len, o.document, o.dispatch)
+    planned = plan.plan(model, build, rules, sizes, o.rows, o.seq_len, o.document, o.dispatch, False)
     calls, nbytes = (sum(n for key, n in ran.items() if key[0] == what) for what in ("calls", "sent"))
     params, moments = (ran["rest", what] / 1e9 for what in ("params", "moments"))
     depth = len(model.specs["layers"])

@@ -1,7 +1,8 @@
 """The train step: the only place where gradients are taken and parameters change.
 
     weights = loss.weights(batch)                       of the whole batch, before the first backward
-    params  = masters cast to the compute dtype, once; so are their gradients, until they are summed or applied
+    params  = masters cast to the compute dtype, once; so are their gradients, until they are summed or applied.
+              With reduce="master" each layer casts, and gradients leave it in the masters' dtype
     grads   = sum over micro-batches of d/dparams sum_term coefficient * sum / weight
     state   = optimizer(state, clipped grads)           or the old state, bit for bit, if the norm is not finite
 
@@ -25,6 +26,7 @@ from functional_trainer.state import Metrics, TrainState, apply_gradient, sums_o
 from functional_trainer.types import ONE_DEVICE, Batch
 
 Remat = Literal["none", "selective", "layer"]
+Reduce = Literal["compute", "master"]
 
 
 def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
@@ -40,7 +42,10 @@ _selective.cache_hash = kernels.SOURCE  # type: ignore[attr-defined]  # without 
 
 
 def wrap_layer(model: Any, *, compile: bool, remat: Remat, backend: str = "inductor") -> Any:
-    """Return the model with its block recomputed in backward (all of it, or the cheap rest), compiled, or both."""
+    """Return the model with its block recomputed in backward (all of it, or the cheap rest), compiled, or both.
+
+    A compiled block that is recomputed has its gathered weights as inputs, which backward gathers again.
+    """
     layer = model.layer
     if remat != "none":
         how: dict[str, Any] = {"context_fn": _selective} if remat == "selective" else {}
@@ -51,7 +56,7 @@ def wrap_layer(model: Any, *, compile: bool, remat: Remat, backend: str = "induc
 
     if compile:
         layer = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
-    return replace(model, layer=layer, ahead=remat == "none")
+    return replace(model, layer=layer, gather="kept" if remat == "none" else "again" if compile else "inside")
 
 
 def evaluate(model: Any, loss: Loss, params: tree.Tree, batch: Batch, buffers: tree.Tree, shard=ONE_DEVICE):
@@ -91,12 +96,14 @@ def add(total: tuple, more: tuple) -> tuple:
 
 def make_train_step(
     model: Any, loss: Loss, optimizer: Optimizer, *, shard=ONE_DEVICE, micro_batches: int = 1, clip: float = 1.0,
-    compile: Literal["step", "layer", "off"] = "off", remat: Remat = "none", backend: str = "inductor",
+    compile: Literal["step", "layer", "off"] = "off", remat: Remat = "none", reduce: Reduce = "compute",
+    backend: str = "inductor",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Build `step(state, batch) -> (state, metrics)`. The state is donated: the result lives in its storage.
 
     Columns of `batch` are (B, S), split along B into `micro_batches`. Metrics: 0-d loss, each term, lr, grad_norm,
     skipped; grad_norms, as `state.kinds`; the loss's reported sums. `clip` is the largest gradient norm, 0 for none.
+    `reduce` is the type in which devices add gradients: that of the computation or the master weights'.
     """
     if micro_batches > 1 and not loss.accumulates:
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
@@ -116,14 +123,20 @@ def make_train_step(
     def gradients(state: TrainState, batch: Batch):
         weights = total_weights(loss, batch, shard)
         params = tree.map(shard.storage, state.params)
-        params = params if model.dtype is None else tree.map(lambda p: p.to(model.dtype), params)
+        if model.dtype is not None and reduce == "compute":
+            params = tree.map(lambda p: p.to(model.dtype), params)
         first, *others = shard.micro(batch, micro_batches)
-        grad = partial(gradient, value_of, params, trained(state), weights=weights, buffers=state.buffers)
-        grads, means, reported = grad(batch=first)
+
+        def grad(batch: Batch):
+            found = gradient(value_of, params, trained(state), batch, weights, state.buffers)
+            shard.settle()
+            return found
+
+        grads, means, reported = grad(first)
         if others:  # summed in the masters' precision and in storage of their own
             grads = [g.to(p.dtype, copy=True) for g, p in zip(grads, trained(state).values(), strict=True)]
         for micro in others:
-            grads, means, reported = add((grads, means, reported), grad(batch=micro))
+            grads, means, reported = add((grads, means, reported), grad(micro))
         return grads, means, reported
 
     def step(state: TrainState, batch: Batch) -> Metrics:

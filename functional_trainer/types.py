@@ -1,7 +1,8 @@
 """The few types that models, losses and the step share."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -11,6 +12,11 @@ from functional_trainer.param import Part
 
 Batch = dict[str, torch.Tensor]
 """Named per-token columns, each (B, S): tokens, targets, segment_ids (0 = padding), positions, weights, ..."""
+
+
+Gather = Literal["kept", "again", "inside"]
+"""Where a layer's parameters are gathered: before the layer before it runs, and then kept until backward or gathered
+again there, a layer ahead too; or inside of the layer."""
 
 
 class Output(NamedTuple):
@@ -41,9 +47,17 @@ class OneDevice:
     dispatch: str | None = None
     """How tokens travel to experts: a backend of `kernels.experts`' `exchange`, None for its default."""
 
-    def fetch(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> Any:
-        """Begin to gather parameters; `weights` takes what this returns as well, and finishes."""
-        return params
+    def ahead(
+        self, layers: list[tree.Tree], prefix: str, dtype: torch.dtype | None, gather: Gather
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield what `weights` takes for each layer, the next layer's being on their way, and a context to run it in.
+
+        Gradients of what comes so are not there before `settle` is called.
+        """
+        yield from ((layer, nullcontext()) for layer in layers)
+
+    def settle(self) -> None:
+        """Wait for gradients that backward left on their way."""
 
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
         """Return the parameters below `prefix` as the maths uses them: cast to `dtype`, gathered over storage axes."""

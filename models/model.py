@@ -1,6 +1,6 @@
 """A model: a config, a tree of abstract parameters and pure functions over trees of tensors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import kernels
 from functional_trainer import param
 from functional_trainer.hf import Name
 from functional_trainer.tree import Tree
-from functional_trainer.types import ONE_DEVICE, Batch, Output, Unembed
+from functional_trainer.types import ONE_DEVICE, Batch, Gather, Output, Unembed
 from models import layers
 
 COLUMNS = "batch/columns"
@@ -34,8 +34,7 @@ class Model:
     """Hugging Face name maps, the layouts that checkpoints come in; the first is written."""
     dtype: torch.dtype | None = None
     """Compute dtype; parameters are cast at use. None computes in the parameters' own dtype."""
-    ahead: bool = True
-    """Whether a layer's parameters are fetched before the layer before it runs, and so kept until backward."""
+    gather: Gather = "kept"
 
     def init(self, seed: int, dtype: torch.dtype = torch.float32, device=None, shard=ONE_DEVICE) -> Tree:
         """Draw a parameter tree."""
@@ -74,29 +73,23 @@ class Model:
         rows["cos"], rows["sin"] = tables(batch["positions"])
         rows |= _append_rows(cache, batch)
         stats: list[dict] = []
-        for i, (p, fetched) in enumerate(self._fetched(params["layers"], shard)):
+        coming = shard.ahead(params["layers"], layers.LAYER, self.dtype, self.gather)
+        fetched = hooks = None
+        for i, p in enumerate(params["layers"]):
+            del fetched, hooks  # so that no more than two layers are gathered
+            fetched, hooks = next(coming)
             if "routed_experts" in batch and "moe" in p:
                 rows = rows | {"routed_experts": batch["routed_experts"][:, :, len(stats)]}
-            x_BSD, aux = self.layer(
-                fetched, x_BSD, rows, window=c.windows[i], dtype=self.dtype, shard=shard,
-                cache=None if cache is None else cache["layers"][i],
-            )  # fmt: skip
+            with hooks:
+                x_BSD, aux = self.layer(
+                    fetched, x_BSD, rows, window=c.windows[i], dtype=self.dtype, shard=shard,
+                    cache=None if cache is None else cache["layers"][i],
+                )  # fmt: skip
             stats += [aux] if aux else []
         scale = shard.weights({"norm": params["norm"]}, "params", self.dtype)["norm"]
         hidden = layers.norm(x_BSD, scale, "params/norm", c.eps, shard)
         aux = {k: torch.stack([s[k] for s in stats]) for k in stats[0]} if stats else {}
         return Output(hidden, aux, cache)
-
-    def _fetched(self, blocks: list[Tree], shard) -> Iterator[tuple[Tree, Any]]:
-        """Yield each layer's parameters, and as they are to be handed to it: if `ahead`, with the next one's coming."""
-        if not self.ahead:
-            yield from zip(blocks, blocks, strict=True)
-            return
-        coming = shard.fetch(blocks[0], layers.LAYER, self.dtype) if blocks else None
-        for i, block in enumerate(blocks):
-            now = coming
-            coming = shard.fetch(blocks[i + 1], layers.LAYER, self.dtype) if i + 1 < len(blocks) else None
-            yield block, now
 
     def unembed(self, params: Tree, shard=ONE_DEVICE) -> Unembed:
         """Return what turns hidden states into logits, in the compute dtype."""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 ops: Any = torch.ops._c10d_functional
+wait = ops.wait_tensor
 
 
 class Step(NamedTuple):
@@ -33,7 +34,7 @@ class Step(NamedTuple):
 
 def _gathered(x: torch.Tensor, s: Step, dim: int) -> torch.Tensor:
     """Put equal tensors of all ranks together along `dim`."""
-    whole = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), s.ways, s.group))
+    whole = wait(ops.all_gather_into_tensor(x.contiguous(), s.ways, s.group))
     return whole if dim == 0 else whole.unflatten(0, (s.ways, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -51,14 +52,14 @@ def run(x: torch.Tensor, steps: tuple[Step, ...]) -> torch.Tensor:
         elif s.kind == "gather":
             x = _gathered(x, s, s.dim)
         elif s.kind == "sum":
-            x = ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", s.group))
+            x = wait(ops.all_reduce(x.contiguous(), "sum", s.group))
         elif s.kind == "scatter":
             pieces = _pieces(x, s).flatten(0, 1)
-            x = ops.wait_tensor(ops.reduce_scatter_tensor(pieces, "sum", s.ways, s.group))
+            x = wait(ops.reduce_scatter_tensor(pieces, "sum", s.ways, s.group))
         elif s.kind == "swap":
             pieces = _pieces(x, s)
             even = [1] * s.ways
-            arrived = ops.wait_tensor(ops.all_to_all_single(pieces, even, even, s.group))
+            arrived = wait(ops.all_to_all_single(pieces, even, even, s.group))
             x = arrived.movedim(0, s.to).flatten(s.to, s.to + 1)
         elif s.kind == "copy":
             x = x.repeat_interleave(s.ways, s.dim)
@@ -92,44 +93,90 @@ def check(shape: Sequence[int], steps: tuple[Step, ...], name: str) -> None:
 
 
 class _Move(torch.autograd.Function):
-    """Take one list of steps forward and another backward."""
+    """Cast, take one list of steps forward, and another backward in the dtype from before the cast."""
 
     @staticmethod
-    def forward(ctx, x, steps, back):
-        ctx.back = back
-        return run(x, steps)
+    def forward(ctx, x, steps, back, dtype):
+        ctx.back, ctx.dtype = back, x.dtype
+        return run(x if dtype is None else x.to(dtype), steps)
 
     @staticmethod
     def backward(ctx, grad):
-        return run(grad, ctx.back), None, None
+        return run(grad.to(ctx.dtype), ctx.back), None, None, None
 
 
-def move(x: torch.Tensor, steps: tuple[Step, ...], back: tuple[Step, ...]) -> torch.Tensor:
-    """Take `steps`, and `back` with the gradient."""
-    return _Move.apply(x, steps, back) if steps or back else x
+def move(
+    x: torch.Tensor, steps: tuple[Step, ...], back: tuple[Step, ...], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Cast, take `steps`, and `back` with the gradient: in the dtype of `x`."""
+    if not steps and not back:
+        return x if dtype is None else x.to(dtype)
+    return _Move.apply(x, steps, back, dtype)
+
+
+class Late:
+    """Gradients' exchanges that backward goes on without: a layer's, until the layer before it is there as well.
+
+    More would hold whole gradients of more layers; waiting at once would leave the links idle while a layer computes.
+    """
+
+    def __init__(self):
+        self.of: Any = None
+        self.begun: list[tuple[torch.Tensor, Step | None, torch.Tensor | None]] = []
+
+    def begin(self, grad: torch.Tensor, gather: Step | None, total: Step | None, of: Any) -> torch.Tensor:
+        """Begin to scatter a gradient, or else to add it; `of` is the same for what belongs to one layer."""
+        if self.of is not of:
+            self._advance()
+            self.of = of
+        if gather is None:
+            return self._add(grad, total)
+        part = ops.reduce_scatter_tensor(grad, "sum", gather.ways, gather.group)
+        self.begun.append((part, total, grad))
+        return part
+
+    def _add(self, part: torch.Tensor, total: Step | None) -> torch.Tensor:
+        if total is not None:
+            self.begun.append((ops.all_reduce_(part, "sum", total.group), None, None))
+        return part
+
+    def _advance(self) -> None:
+        """Wait for what is on its way, and begin the sums that come after it."""
+        begun, self.begun = self.begun, []
+        for part, total, _ in begun:
+            wait(part)
+            self._add(part, total)
+
+    def settle(self) -> None:
+        """Wait until all is there."""
+        while self.begun:
+            self._advance()
 
 
 class _Bucket(torch.autograd.Function):
-    """Begin to gather flat parts (n,) to (ways n,); scatter and add the gradient, over `total`'s ranks too if given.
+    """Say that `whole` (ways n,) is what was gathered of tensors of n elements, whose gradient is scattered and added.
 
-    The gradient's exchange is waited for at once: until then it would hold the whole gradients of every layer.
+    Backward comes to this as soon as the gradient is there only if it is said after the layer before has run.
     """
 
     @staticmethod
-    def forward(ctx, part, gather, total):
-        ctx.gather, ctx.total = gather, total
-        if gather is None:
-            return part.view_as(part)
-        return ops.all_gather_into_tensor(part, gather.ways, gather.group)
+    def forward(ctx, whole, gather, total, late, of, *xs):
+        ctx.gather, ctx.total, ctx.late, ctx.of = gather, total, late, of
+        ctx.shapes, ctx.dtype = [x.shape for x in xs], xs[0].dtype
+        return whole.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        part = grad
-        if ctx.gather is not None:
-            part = ops.wait_tensor(ops.reduce_scatter_tensor(part, "sum", ctx.gather.ways, ctx.gather.group))
-        if ctx.total is not None:
-            part = ops.wait_tensor(ops.all_reduce(part, "sum", ctx.total.group))
-        return part, None, None
+        part = grad.to(ctx.dtype)
+        if ctx.late is not None:
+            part = ctx.late.begin(part, ctx.gather, ctx.total, ctx.of)
+        else:
+            if ctx.gather is not None:
+                part = wait(ops.reduce_scatter_tensor(part, "sum", ctx.gather.ways, ctx.gather.group))
+            if ctx.total is not None:
+                part = wait(ops.all_reduce(part, "sum", ctx.total.group))
+        sizes = [shape.numel() for shape in ctx.shapes]
+        return *(None,) * 5, *(x.view(shape) for x, shape in zip(part.split(sizes), ctx.shapes, strict=True))
 
 
 class _Wait(torch.autograd.Function):
@@ -137,20 +184,32 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        return ops.wait_tensor(x).view_as(x)
+        return wait(x).view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
         return grad
 
 
-def bucket(xs: list[torch.Tensor], gather: Step | None, total: Step | None) -> torch.Tensor:
-    """Begin to do to tensors of one dtype what `move` does with (gather,) and (scatter, total): in one exchange."""
-    return _Bucket.apply(torch.cat([x.reshape(-1) for x in xs]), gather, total)
+@torch.no_grad()
+def bucket(xs: list[torch.Tensor], gather: Step | None, dtype: torch.dtype | None) -> torch.Tensor:
+    """Begin to gather tensors of one dtype, cast, in one exchange."""
+    part = torch.cat([x.reshape(-1).to(dtype or x.dtype) for x in xs])
+    return part if gather is None else ops.all_gather_into_tensor(part, gather.ways, gather.group)
+
+
+def bind(
+    whole: torch.Tensor, xs: list[torch.Tensor], gather: Step | None, total: Step | None, late: Late | None, of: Any
+) -> torch.Tensor:
+    """Bind what `bucket` returned to its tensors: gradients do what those of `move` with (scatter, total) do.
+
+    With `late` they are not there before it is settled. `of` is the same for what belongs to one layer.
+    """
+    return _Bucket.apply(whole, gather, total, late, of, *xs)
 
 
 def unpack(whole: torch.Tensor, xs: list[torch.Tensor], dims: list[int]) -> list[torch.Tensor]:
-    """Return the tensors that were gathered, each along its dim, from the result of `bucket`."""
+    """Return the tensors that were gathered, each along its dim, from the result of `bind`."""
     sizes = [x.numel() for x in xs]
     parts = _Wait.apply(whole).view(-1, sum(sizes)).split(sizes, 1)
     return [

@@ -22,7 +22,7 @@ from functional_trainer.param import Part
 from sharding_rules.exchange import run
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Held, Rules
-from sharding_rules.sharder import Sharder
+from sharding_rules.sharder import Fetched, Sharder
 from sharding_rules.watch import Costs, Watch, size
 
 SHAPES = torch.device("meta")
@@ -75,8 +75,11 @@ class Planner(Sharder):
     """The first rank's `Sharder` on a `Grid`: parameters are plain tensors, and a `Watch` learns what is what."""
 
     watch: Watch = field(default_factory=Watch)
+    compiled: bool = False
+    """Whether layers are compiled: then the next one's weights are on their way while one runs."""
     held: dict[torch.Tensor, Held] = field(default_factory=dict)
     """The axes that shard each dim of a parameter at rest."""
+    coming: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -89,10 +92,17 @@ class Planner(Sharder):
         self.held[p] = where
         return p
 
+    def _fetch(self, *args: Any) -> Any:
+        with self.watch.within("weights gathered"):
+            return super()._fetch(*args)
+
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
         self.watch.label = "activations"
+        alone = self.compiled and "/layers/" in prefix and not isinstance(params, Fetched)
         with self.watch.within("weights gathered"):
-            return super().weights(tree.map(self.watch.leaf, params), prefix, dtype)
+            made = super().weights(tree.map(self.watch.leaf, params), prefix, dtype)
+            self.coming[:] = [torch.empty(size(made), dtype=torch.uint8, device=SHAPES)] if alone else []
+        return made
 
     def squares(self, squares: list[torch.Tensor], params: list) -> torch.Tensor:
         self.watch.label = "update"
@@ -152,12 +162,12 @@ def onward(total: Costs, less: Costs, more: Costs, times: int) -> Costs:
 
 def plan(
     model: Any, build: Build, rules: Rules, sizes: dict[str, int], rows: int, length: int, document: int = 0,
-    dispatch: str | None = None,
+    dispatch: str | None = None, compiled: bool = True,
 ) -> Costs:  # fmt: skip
     """Return what a step of `rows` rows of `length` tokens for each data rank costs one rank of a mesh.
 
-    `document` is the length of the documents in a row (0: a row is one), `dispatch` as in `Sharder`. ValueError as of
-    `Rules.fit`, or if the mesh has one device only.
+    `document` is the length of the documents in a row (0: a row is one), `dispatch` as in `Sharder`. If layers are
+    `compiled` two are gathered at a time. ValueError as of `Rules.fit`, or if the mesh has one device only.
     """
     if not Grid(sizes).shape:
         raise ValueError("a mesh of one device exchanges nothing; give an axis more, as in fsdp=8")
@@ -165,7 +175,7 @@ def plan(
     def costs(layers: list[int]) -> Costs:
         some, watch = cut(model, sorted(layers)), Watch(document or length)
         fitted = Sharder.of(rules, Grid(sizes), some.specs)  # type: ignore[arg-type]
-        shard = Planner(fitted.rules, fitted.mesh, dispatch, watch)
+        shard = Planner(fitted.rules, fitted.mesh, dispatch, watch, compiled)
         return observed(shard, some, build, columns(rows, length), watch)
 
     few = [i for of in kinds(model) for i in dict.fromkeys((*of[:2], of[-1]))]

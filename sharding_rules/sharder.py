@@ -6,8 +6,9 @@ of operands say how they are placed. Maths runs in `local` regions, and all that
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from functional_trainer import tree
 from functional_trainer.param import Part
-from functional_trainer.types import ONE_DEVICE
-from sharding_rules.exchange import Step, bucket, check, move, run, unpack
+from functional_trainer.types import ONE_DEVICE, Gather
+from sharding_rules.exchange import Late, Step, bind, bucket, check, move, run, unpack, wait
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Held, Rules, Short, dims, held, repeat, route
 
@@ -54,6 +55,35 @@ class Fetched:
 pytree.register_dataclass(Fetched)
 
 
+class Again:
+    """Lets go of gathered weights after forward; backward gathers each layer's again, and the next one's ahead."""
+
+    def __init__(self, fetch: Callable[[int], Fetched]):
+        self.fetch = fetch
+        self.coming: dict[int, list[torch.Tensor]] = {}
+
+    def hooks(self, layer: int, whole: list[torch.Tensor]) -> Any:
+        """Return the context in which a layer is to run that is given `whole`."""
+        places = {x.untyped_storage().data_ptr(): i for i, x in enumerate(whole)}
+
+        def pack(x: torch.Tensor) -> Any:
+            place = places.get(x.untyped_storage().data_ptr())
+            return x if place is None else (place, x.size(), x.stride(), x.storage_offset())
+
+        def unpack(kept: Any) -> torch.Tensor:
+            return kept if isinstance(kept, torch.Tensor) else self._whole(layer, kept[0]).as_strided(*kept[1:])
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    @torch.no_grad()
+    def _whole(self, layer: int, place: int) -> torch.Tensor:
+        self.coming.pop(layer + 1, None)
+        for i in (layer, layer - 1):
+            if i >= 0 and i not in self.coming:
+                self.coming[i] = self.fetch(i).whole
+        return wait(self.coming[layer][place])
+
+
 @dataclass(frozen=True, eq=False)
 class Sharder:
     """`functional_trainer.types.OneDevice` on a mesh (without axes of size one); see there for each method."""
@@ -61,6 +91,7 @@ class Sharder:
     rules: Rules
     mesh: DeviceMesh
     dispatch: str | None = None
+    late: Late = field(default_factory=Late, init=False)
 
     def __post_init__(self):
         axes = self.mesh.mesh_dim_names or ()
@@ -127,20 +158,51 @@ class Sharder:
 
     # in a step: plain tensors, each rank's part ----------------------------------------------------------------------
 
-    def fetch(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> "Fetched":
-        """Cast, and begin to gather: all parameters that the same ranks share in one exchange."""
+    def ahead(
+        self, layers: list[tree.Tree], prefix: str, dtype: torch.dtype | None, gather: Gather
+    ) -> Iterator[tuple[Any, Any]]:
+        if gather == "inside":
+            yield from ((layer, nullcontext()) for layer in layers)
+            return
+        late = None if torch.compiler.is_compiling() else self.late
+
+        def fetch(i: int) -> Fetched:
+            return self._fetch(layers[i], prefix, dtype)
+
+        again, coming = Again(fetch), [fetch(0)] if layers else []
+        for i in range(len(layers)):
+            now = coming.pop()
+            coming += [fetch(i + 1)] if i + 1 < len(layers) else []
+            hooks = again.hooks(i, now.whole) if gather == "again" else nullcontext()
+            given = self._bound(now, prefix, late), hooks
+            del now  # the layer's alone, to be let go of when it has run
+            yield given
+            del given
+
+    def _fetch(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None) -> Fetched:
+        """Begin to gather, cast: all parameters that the same ranks share in one exchange."""
         flat = {path: self.storage(w) for path, w in tree.flatten(params).items()}
-        flat = {path: w if dtype is None else w.to(dtype) for path, w in flat.items()}
         buckets = self._buckets(flat, prefix)
-        whole = [bucket([flat[path] for path in paths], *steps) for steps, paths, _ in buckets]
+        whole = [bucket([flat[path] for path in paths], gather, dtype) for (gather, _), paths, _ in buckets]
         return Fetched(tree.unflatten(flat, params), whole)
 
+    def _bound(self, fetched: Fetched, prefix: str, late: Late | None = None) -> Fetched:
+        """Return what was fetched, with gradients."""
+        flat, of = tree.flatten(fetched.parts), None if late is None else object()
+        buckets = zip(fetched.whole, self._buckets(flat, prefix), strict=True)
+        bound = [bind(whole, [flat[path] for path in paths], *steps, late, of) for whole, (steps, paths, _) in buckets]
+        return Fetched(fetched.parts, bound)
+
+    def settle(self) -> None:
+        self.late.settle()
+
     def weights(self, params: "tree.Tree | Fetched", prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
-        params = params if isinstance(params, Fetched) else self.fetch(params, prefix, dtype)
+        params = params if isinstance(params, Fetched) else self._bound(self._fetch(params, prefix, dtype), prefix)
         flat = tree.flatten(params.parts)
         for whole, (_, paths, along) in zip(params.whole, self._buckets(flat, prefix), strict=True):
             flat |= dict(zip(paths, unpack(whole, [flat[path] for path in paths], along), strict=True))
-        flat |= {path: move(flat[path], *moves) for path, moves in self._alone(flat, prefix).items()}
+        alone = self._alone(tree.flatten(params.parts), prefix)
+        flat |= {path: move(flat[path], *moves, dtype) for path, moves in alone.items()}
         return tree.unflatten(flat, params.parts)
 
     def _moves(self, flat: dict[str, torch.Tensor], prefix: str) -> dict[str, Moves]:

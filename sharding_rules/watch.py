@@ -153,9 +153,9 @@ class Watch(TorchDispatchMode):
                 made = func.redispatch(OURS, *args, **kwargs)
         else:
             made = func(*args, **kwargs)
-        if func.namespace == "_c10d_functional" and name in COLLECTIVES:
-            self.sent["calls", name, args[-1]] += 1
-            self.sent["sent", name, args[-1]] += max(args[0].nbytes, made.nbytes)
+        if func.namespace == "_c10d_functional" and (kind := name.removesuffix("_")) in COLLECTIVES:
+            self.sent["calls", kind, args[-1]] += 1
+            self.sent["sent", kind, args[-1]] += max(args[0].nbytes, made.nbytes)
         elif count := FLOPS.get(name):
             self.products[count(self.document, *args), size((args, made))] += 1
         self.see(made, self.inside[-1] if self.inside else "backward" if in_backward() else self.label)

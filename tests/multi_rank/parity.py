@@ -67,7 +67,7 @@ class Case:
         return replace(self, options={})
 
 
-SHORT = {"num_hidden_layers": 1}
+SHORT, THREE = {"num_hidden_layers": 1}, {"num_hidden_layers": 3}
 FULL = {"tie_word_embeddings": True, "attention_bias": True, "mlp_only_layers": [0]}
 CASES = {
     "dense tied, biases": Case(DENSE),
@@ -120,7 +120,10 @@ COMPILED = {
         MOE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, mixed=True
     ),
     "moe, recomputed selectively, layer compiled": Case(
-        MOE | SHORT, options={"remat": "selective", "compile": "layer", "backend": "aot_eager"}, uneven=True
+        MOE | THREE, options={"remat": "selective", "compile": "layer", "backend": "aot_eager"}, uneven=True
+    ),
+    "dense, recomputed, layer compiled, 2 micro-batches": Case(
+        DENSE | THREE, options={"remat": "layer", "compile": "layer", "backend": "aot_eager", "micro_batches": 2}
     ),
     "dense, layer compiled": Case(DENSE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
     "moe, by Inductor": Case(MOE | SHORT, options={"compile": "layer"}, uneven=True),

@@ -11,7 +11,7 @@ import torch
 import models
 from experiments.benchmarks.live_bytes import LiveBytes
 from experiments.rules import RULES
-from functional_trainer import flops, losses, optimizers, tree
+from functional_trainer import flops, losses, optimizers, param, tree
 from functional_trainer.state import init_state
 from functional_trainer.step import make_train_step
 from sharding_rules import Sharder
@@ -102,11 +102,11 @@ def real_peaks(mesh: str, rows: int, length: int) -> dict[str, int]:
     return {name: real_peak(case, mesh, rows, length) for name, case in LARGE_CASES.items()}
 
 
-def planned(case: Case, name: str, rows: int, length: int) -> Costs:
+def planned(case: Case, name: str, rows: int, length: int, *, compiled: bool = False) -> Costs:
     config, options = case
     model, build = models.from_config(config), builder("meta", options)
     rules, grid = RULES[config["model_type"]], sizes(parity.MESHES[name])
-    return plan(model, build, rules, grid, rows, length, dispatch=options.get("dispatch"))
+    return plan(model, build, rules, grid, rows, length, dispatch=options.get("dispatch"), compiled=compiled)
 
 
 def but_memory(costs: Costs) -> Costs:
@@ -184,6 +184,17 @@ def test_what_a_part_of_the_peak_is():
     assert costs["memory", "forward", "logits"] > ROWS * LENGTH * config["vocab_size"] * 4
     assert costs["memory", "forward", "weights cast"] < 100  # masters are in the compute dtype: the weights of terms
     assert ("memory", "forward", "gradients") not in costs and costs["memory", "first", "gradients"] > 0
+
+
+def test_where_layers_are_compiled_the_next_one_is_gathered_too():
+    """That is all that changes."""
+    config = parity.MOE | DEEP
+    one, two = (planned((config, {"remat": "layer"}), "fsdp2", ROWS, LENGTH, compiled=c) for c in (False, True))
+    specs = models.from_config(config).specs["layers"][0]
+    layer = param.count(specs) * 4
+    key = "memory", "last", "weights gathered"
+    assert two[key] - one[key] == layer
+    assert but_memory(one) == but_memory(two)
 
 
 def test_a_mesh_of_one_device_is_refused():

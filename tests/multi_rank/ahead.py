@@ -1,0 +1,63 @@
+"""What a rank does in a step whose layers are compiled, in order."""
+
+import weakref
+from typing import Any
+
+import torch
+
+from sharding_rules.sharder import Sharder
+from tests.multi_rank import parity
+
+DEPTH = 4
+NAMES = {
+    "_c10d_functional::all_gather_into_tensor": "gather",
+    "_c10d_functional::reduce_scatter_tensor": "scatter",
+    "_c10d_functional::wait_tensor": "wait",
+    "Torch-Compiled Region: 0/0": "forward",
+    "CompiledFunctionBackward": "backward",
+}
+"""Events of a trace that matter."""
+
+
+def events(step: Any, *args: Any) -> list[str]:
+    """Return what a step does, by the clock of its trace."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        step(*args)
+    found = sorted(trace.events(), key=lambda e: e.time_range.start)
+    return [NAMES[e.name] for e in found if e.name in NAMES]
+
+
+def gathered(step: Any, *args: Any) -> int:
+    """Return how many layers' gathered weights a step has at most, at the moments when one begins to be gathered."""
+    alive: list[weakref.ref] = []
+    most, fetch = 0, Sharder._fetch
+
+    def watching(self, params, prefix, dtype):
+        nonlocal most
+        made = fetch(self, params, prefix, dtype)
+        if prefix != "params":  # a layer's, and not the embedding
+            alive.extend(weakref.ref(x.untyped_storage()) for x in made.whole[:1])
+            most = max(most, sum(x() is not None for x in alive))
+        return made
+
+    Sharder._fetch = watching  # type: ignore[method-assign]
+    try:
+        step(*args)
+    finally:
+        Sharder._fetch = fetch  # type: ignore[method-assign]
+    return most
+
+
+def traced(remat: str) -> dict[str, Any]:
+    """Return the events of a step on fsdp2, and how many layers are gathered at most."""
+    options = {"compile": "layer", "backend": "aot_eager", "remat": remat}
+    case = parity.Case(parity.DENSE | {"num_hidden_layers": DEPTH}, options=options)
+    shard = parity.sharder(case, "fsdp2")
+    _, step, state = parity.start(case, shard)
+    rows = shard.put_batch(parity.own_rows(case, shard))
+    step(state, rows)
+    return {"events": events(step, state, rows), "gathered": gathered(step, state, rows)}
+
+
+def all_traced() -> dict[str, dict[str, Any]]:
+    return {remat: traced(remat) for remat in ("none", "selective", "layer")}
