@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 1000
 """Length of the run whose schedules are drawn."""
 BEGIN, END = "<!-- written by `make docs` from here -->\n\n", "\n<!-- to here -->\n"
-BAR = "\\|"  # a vertical bar inside a cell
 
 
 def helps(cls: type) -> dict[str, str]:
@@ -43,16 +42,17 @@ def show(default: Any) -> str:
     """Write a default as on the command line, nothing for none."""
     if default is dataclasses.MISSING:
         return "must be given"
-    words = default if isinstance(default, tuple) else () if default is None else (default,)
+    words = default if isinstance(default, tuple) else () if default in (None, "") else (default,)
     return " ".join(f"`{word}`" for word in words)
 
 
 def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
     """Yield (dotted name, type, default, help) of the options of one section, those of its sections left out."""
-    hints, texts = get_type_hints(cls), helps(cls)
+    hints, named, texts = get_type_hints(cls), get_type_hints(cls, include_extras=True), helps(cls)
     for field in dataclasses.fields(cls):
-        if not dataclasses.is_dataclass(hints[field.name]):
-            yield prefix + field.name, hints[field.name], field.default, texts.get(field.name, "")
+        if not dataclasses.is_dataclass(hint := hints[field.name]):
+            flag = getattr(named[field.name], "__metadata__", [None])[0]
+            yield flag.name if flag else prefix + field.name, hint, field.default, texts.get(field.name, "")
 
 
 def sections() -> dict[str, type]:
@@ -66,7 +66,7 @@ def sections() -> dict[str, type]:
 
 def table(*rows: tuple[str, ...]) -> str:
     """Lay out rows, the first of which is the head."""
-    head, *others = ["| " + " | ".join(cell.replace("|", BAR) for cell in row) + " |" for row in rows]
+    head, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *others]) + "\n"
 
 

@@ -38,6 +38,10 @@ class Options:
     """What is computed again in backward."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; masters are float32."""
+    reduce: Literal["compute", "master"] = "compute"
+    """Type in which devices add gradients."""
+    rules: str | None = None
+    """Table of your own: FILE.py, FILE.py:NAME or FILE.yaml (default: the family's)."""
     gpu: Literal["H100", "H200", "B200", "A100"] = "H100"
     """Device, with the links and the network of its maker's server."""
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -46,40 +50,39 @@ class Options:
     """Also draw it here."""
 
 
-def pieces(o: Options) -> tuple[Any, Any, Any, dict[str, int]]:
-    """Return the model, what builds its step, its rules and the sizes of the axes."""
+def pieces(o: Options, model: Any = None) -> tuple[Any, Any, Any, dict[str, int]]:
+    """Return the model (of --model if not given), what builds its step, its rules and the sizes of the axes."""
     import torch
 
-    import models
-    from experiments.rules import RULES
+    from experiments.rules import chosen, read
     from functional_trainer import init_state, losses, make_train_step, optimizers
     from sharding_rules.mesh import parse
 
-    model = models.from_config(models.PRESETS.get(o.model, o.model))
+    model = model or read(o.model)
 
     def build(model, shard):
         optimizer = optimizers.from_options(o.optim, 1000, model.specs)
-        how: dict[str, Any] = {"micro_batches": o.micro_batches, "remat": o.remat}
+        how: dict[str, Any] = {"micro_batches": o.micro_batches, "remat": o.remat, "reduce": o.reduce}
         state = init_state(model.init(0, device="meta", shard=shard), optimizer)
         return make_train_step(model, losses.sft(), optimizer, shard=shard, **how), state
 
-    whole = replace(model, dtype=getattr(torch, o.dtype))
-    return whole, build, RULES[model.config.hf["model_type"]], parse(o.mesh)
+    sizes = parse(o.mesh)
+    return replace(model, dtype=getattr(torch, o.dtype)), build, chosen(o.rules, model, sizes), sizes
 
 
-def estimate(o: Options) -> Any:
-    """Return the `roofline.Estimate` of a step."""
+def estimate(o: Options, model: Any = None) -> Any:
+    """Return the `roofline.Estimate` of a step (of a model other than --model's, if given)."""
     import torch
 
     from functional_trainer import backend, flops
     from sharding_rules import plan, roofline
 
-    model, _, rules, sizes = pieces(o)
+    model, _, rules, sizes = pieces(o, model)
     if o.rows % o.micro_batches:
         raise ValueError(f"--rows {o.rows} cannot be split into --micro-batches {o.micro_batches}")
 
     def costs(passes: int) -> dict:
-        build = pieces(replace(o, micro_batches=passes))[1]
+        build = pieces(replace(o, micro_batches=passes), model)[1]
         rows = o.rows // o.micro_batches * passes
         return plan.plan(model, build, rules, sizes, rows, o.seq_len, o.document, o.dispatch)
 
@@ -97,12 +100,9 @@ def estimate(o: Options) -> Any:
 def main(o: Options) -> None:
     from rich.console import Console
 
-    import models
     from experiments.fit import cheapest
     from sharding_rules import report
 
-    if o.model not in models.PRESETS and not Path(o.model).is_dir():
-        raise ValueError(f"--model {o.model}: no folder, and no preset; these are: {', '.join(models.PRESETS)}")
     e = estimate(o)
     title = (
         f"{o.model} on {o.mesh}: {e.world} x {o.gpu}, {e.tokens:,} tokens a step in rows of {o.seq_len}; {o.dtype}, "

@@ -58,6 +58,7 @@ def main(o: Options) -> None:
     optimizer = optimizers.from_options(o.optim, run.steps, model.specs)
     form, parts = "layer" if o.compile == "auto" else o.compile, o.micro_batches(run.shard.data[1])
     how: dict[str, Any] = {"micro_batches": parts, "clip": o.optim.max_grad_norm, "compile": form, "remat": o.remat}
+    how |= {"reduce": o.mesh.reduce}
     step = make_train_step(model, loss, optimizer, shard=run.shard, **how)
     graphs = {"step": ": one graph" if parts == 1 and o.remat == "none" else ": two graphs, gradient and update"}
     devices, counts = f"{run.world} x {backend.describe(run.device)}", run.loader.pieces.stats

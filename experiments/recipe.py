@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import models
-from experiments import data, rules
+from experiments import auto, data, rules
 from functional_trainer import backend, checkpoint, exact_match, tree, types
 from functional_trainer.data import Loader, Record, Tokenizer
 from functional_trainer.loop import agree, claim
@@ -89,12 +89,11 @@ def start(o: Any, answers: int) -> Run:
     rank, world = backend.join(device, o.timeout, o.out)
     flags = {f"--{key.replace('/', '.')}": value for key, value in tree.flatten(asdict(o)).items()}
     agree({flag: value for flag, value in flags.items() if flag not in ("--device", "--data.cache")})
-    sizes = {axis: getattr(o.mesh, axis) for axis in ("dp", "fsdp", "ep", "cp", "tp")}
-    grid = mesh.make(mesh.Mesh(**sizes), device, world)
     resume = claim(o, main=rank == 0)
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "first_light" / "tokenizer")
     hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
+    grid = mesh.make(mesh.Mesh(**auto.sizes(o, model, device, rank, world)), device, world)
     axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}
     table = rules.chosen(o.rules, model, axes)
     shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch) if grid else types.ONE_DEVICE

@@ -2,6 +2,7 @@
 
     python experiments/rules.py explain --model 1t --mesh fsdp=64,ep=8
     python experiments/rules.py lint --model HF_FOLDER --mesh fsdp=4,tp=2 --rules my_rules.py:RULES
+    python experiments/rules.py plan --model 235b-a22b --mesh fsdp=64,ep=8 ...      # is experiments/plan.py
 
 Read from specs: no weights, no devices, no processes. `lint` exits with status 1 if anything is wrong.
 """
@@ -49,6 +50,13 @@ class Options:
     """Compute type, in which parameters are gathered."""
 
 
+def read(name: str) -> models.Model:
+    """Return the model of a preset or of a Hugging Face folder."""
+    if name not in models.PRESETS and not Path(name).is_dir():
+        raise ValueError(f"--model {name}: no folder, and no preset; these are: {', '.join(models.PRESETS)}")
+    return models.from_config(models.PRESETS.get(name, name))
+
+
 def shapes(model: models.Model) -> Shapes:
     """Return the shapes of a model's parameters by the path that rules match."""
     return {f"params/{path}": p.shape for path, p in tree.flatten(model.specs).items()}
@@ -85,9 +93,7 @@ def show(o: Options, console: Console, model: models.Model, rules: Rules, heard:
 
 
 def main(o: Options) -> None:
-    if o.model not in models.PRESETS and not Path(o.model).is_dir():
-        raise ValueError(f"--model {o.model}: no folder, and no preset; these are: {', '.join(models.PRESETS)}")
-    model = models.from_config(models.PRESETS.get(o.model, o.model))
+    model = read(o.model)
     sizes, heard = parse(o.mesh), hear(model)
     rules = load(o.rules) if o.rules else chosen(None, model, sizes)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -103,4 +109,10 @@ def main(o: Options) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, Options, doc=__doc__ or "")
+    if sys.argv[1:2] == ["plan"]:
+        from experiments import plan
+
+        del sys.argv[1]
+        config.run(plan.main, plan.Options, doc=plan.__doc__ or "")
+    else:
+        config.run(main, Options, doc=__doc__ or "")

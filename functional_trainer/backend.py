@@ -151,6 +151,14 @@ def has_own_memory(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def memory(device: torch.device) -> int:
+    """Return the bytes that this process may hold on its device: a GPU's, or its share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def describe(device: torch.device) -> str:
     """Return the device's name as its maker writes it."""
     if device.type == "cuda":

@@ -4,7 +4,9 @@ import importlib.util
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ class OptimOptions:
 
 @dataclass(frozen=True)
 class MeshOptions:
+    layout: Annotated[str, tyro.conf.arg(name="mesh", prefix_name=False)] = ""
+    """All sizes at once, as fsdp=4,ep=2; or auto, which picks them by what a step would take and says why."""
     dp: int = 1
     """Data-parallel devices that hold the same parameters; fsdp below them makes it HSDP."""
     fsdp: int = 0
@@ -223,11 +227,15 @@ class MeshOptions:
     """Devices that share heads, hidden units and the vocabulary."""
     dispatch: Literal["exact", "static"] = "exact"
     """How tokens travel to experts: just the rows, whose numbers the host waits for, or blocks of a fixed size."""
+    reduce: Literal["compute", "master"] = "compute"
+    """Type in which devices add gradients: --dtype, or the master weights', which is twice the bytes of bfloat16."""
     pp: int = 1
     """Pipeline stages; there are none yet, so 1."""
 
     def __post_init__(self):
         within("mesh.", self, fsdp=(0, ""), **dict.fromkeys(("dp", "ep", "cp", "tp", "pp"), (1, "")))
+        if self.layout and any(getattr(self, a) != (a != "fsdp") for a in ("dp", "fsdp", "ep", "cp", "tp", "pp")):
+            raise ValueError(f"--mesh {self.layout} says all sizes at once; leave --mesh.dp, --mesh.fsdp, ... away")
         if self.pp != 1:
             raise ValueError(f"--mesh.pp {self.pp}: pipeline stages do not exist yet; use fsdp, ep, cp and tp")
 

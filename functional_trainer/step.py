@@ -1,8 +1,7 @@
 """The train step: the only place where gradients are taken and parameters change.
 
     weights = loss.weights(batch)                       of the whole batch, before the first backward
-    params  = masters cast to the compute dtype, once; so are their gradients, until they are summed or applied.
-              With reduce="master" each layer casts, and gradients leave it in the masters' dtype
+    params  = masters cast to the compute dtype, once; so are their gradients, until they are summed or applied
     grads   = sum over micro-batches of d/dparams sum_term coefficient * sum / weight
     state   = optimizer(state, clipped grads)           or the old state, bit for bit, if the norm is not finite
 
@@ -25,6 +24,7 @@ from functional_trainer.optimizers import Optimizer
 from functional_trainer.state import Metrics, TrainState, apply_gradient, sums_of_squares, trained, update_block
 from functional_trainer.types import ONE_DEVICE, Batch
 
+Compile = Literal["step", "layer", "off"]
 Remat = Literal["none", "selective", "layer"]
 Reduce = Literal["compute", "master"]
 
@@ -42,10 +42,7 @@ _selective.cache_hash = kernels.SOURCE  # type: ignore[attr-defined]  # without 
 
 
 def wrap_layer(model: Any, *, compile: bool, remat: Remat, backend: str = "inductor") -> Any:
-    """Return the model with its block recomputed in backward (all of it, or the cheap rest), compiled, or both.
-
-    A compiled block that is recomputed has its gathered weights as inputs, which backward gathers again.
-    """
+    """Return the model with its block recomputed in backward (all of it, or the cheap rest), compiled, or both."""
     layer = model.layer
     if remat != "none":
         how: dict[str, Any] = {"context_fn": _selective} if remat == "selective" else {}
@@ -79,12 +76,15 @@ def objective(model: Any, loss: Loss, shard, params: tree.Tree, batch: Batch, we
     return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
 
 
-def gradient(value_of: Callable, params: tree.Tree, paths: dict, batch: Batch, weights: Metrics, buffers: tree.Tree):
+def gradient(
+    shard, value_of: Callable, params: tree.Tree, paths: dict, batch: Batch, weights: Metrics, buffers: tree.Tree
+):
     """Return this rank's part of the gradient of each of `paths`, in their order, the means of the loss's terms and its
     reported sums."""
     leaves = {path: x.detach().requires_grad_(path in paths) for path, x in tree.flatten(params).items()}
     value, means, reported = value_of(tree.unflatten(leaves, params), batch, weights, buffers)
     grads = torch.autograd.grad(value, [leaves[path] for path in paths])
+    shard.settle()
     return list(grads), tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
 
 
@@ -96,14 +96,13 @@ def add(total: tuple, more: tuple) -> tuple:
 
 def make_train_step(
     model: Any, loss: Loss, optimizer: Optimizer, *, shard=ONE_DEVICE, micro_batches: int = 1, clip: float = 1.0,
-    compile: Literal["step", "layer", "off"] = "off", remat: Remat = "none", reduce: Reduce = "compute",
-    backend: str = "inductor",
+    compile: Compile = "off", remat: Remat = "none", reduce: Reduce = "compute", backend: str = "inductor",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Build `step(state, batch) -> (state, metrics)`. The state is donated: the result lives in its storage.
 
     Columns of `batch` are (B, S), split along B into `micro_batches`. Metrics: 0-d loss, each term, lr, grad_norm,
     skipped; grad_norms, as `state.kinds`; the loss's reported sums. `clip` is the largest gradient norm, 0 for none.
-    `reduce` is the type in which devices add gradients: that of the computation or the master weights'.
+    Devices add gradients in the compute dtype, or, if `reduce` is "master", where each layer casts, in the masters'.
     """
     if micro_batches > 1 and not loss.accumulates:
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
@@ -122,21 +121,15 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch):
         weights = total_weights(loss, batch, shard)
-        params = tree.map(shard.storage, state.params)
-        if model.dtype is not None and reduce == "compute":
-            params = tree.map(lambda p: p.to(model.dtype), params)
+        cast = model.dtype if reduce == "compute" else None
+        params = tree.map(lambda p: shard.storage(p).to(cast or p.dtype), state.params)
         first, *others = shard.micro(batch, micro_batches)
-
-        def grad(batch: Batch):
-            found = gradient(value_of, params, trained(state), batch, weights, state.buffers)
-            shard.settle()
-            return found
-
-        grads, means, reported = grad(first)
+        grad = partial(gradient, shard, value_of, params, trained(state), weights=weights, buffers=state.buffers)
+        grads, means, reported = grad(batch=first)
         if others:  # summed in the masters' precision and in storage of their own
             grads = [g.to(p.dtype, copy=True) for g, p in zip(grads, trained(state).values(), strict=True)]
         for micro in others:
-            grads, means, reported = add((grads, means, reported), grad(micro))
+            grads, means, reported = add((grads, means, reported), grad(batch=micro))
         return grads, means, reported
 
     def step(state: TrainState, batch: Batch) -> Metrics:

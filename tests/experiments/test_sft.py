@@ -319,8 +319,10 @@ def test_no_result_depends_on_the_split(place):
 def test_two_processes_learn_the_same_and_may_take_over_a_run(place):
     exact = (*BASE, "--dtype", "float64", "--save-every", 3)
     run(place, *exact, "--out", "single")
-    for name, flags in {"fsdp": ("--mesh.fsdp", 2), "ep": ("--mesh.ep", 2)}.items():
-        run_ranks(place, 2, *exact, *flags, "--out", name)
+    meshes: dict[str, tuple] = {"fsdp": ("--mesh.fsdp", 2), "ep": ("--mesh", "ep=2")}
+    meshes["auto"] = ("--mesh", "auto", "--mesh.reduce", "master")
+    for name, flags in meshes.items():
+        assert ("--mesh auto: " in run_ranks(place, 2, *exact, *flags, "--out", name)) == (name == "auto")
         assert torch.allclose(losses(place / name), losses(place / "single"), rtol=1e-12, atol=0), name
         assert [r["load"] for r in rows(place / name)] == [r["load"] for r in rows(place / "single")]
     for checkpoint in ("ep", "single"):

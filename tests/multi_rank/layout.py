@@ -7,7 +7,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import models
 from functional_trainer import checkpoint, tree
-from sharding_rules import P, Rules, Sharder
+from sharding_rules import P, Rules, Sharder, zero
 from sharding_rules.mesh import make
 from tests.multi_rank.parity import CPU, MESHES, MOE, Case, sharder
 
@@ -100,4 +100,24 @@ def derived() -> dict:
         parts: list[torch.Tensor] = [torch.empty_like(grad) for _ in range(4)]
         torch.distributed.all_gather(parts, grad.contiguous())
         found[called] = parts
+    return found
+
+
+def added() -> dict[str, float]:
+    """Gather parameters of ones, cast to bfloat16, on dp2 x fsdp2; return the gradient of each that ranks add up.
+
+    One rank has a gradient of 1, the others 2**-9, which bfloat16 rounds away beside 1.
+    """
+    rows = ("params/bucket", P(zero("fsdp"))), ("params/alone", P(zero("fsdp"), zero("dp"))), ("batch/columns", P(None))
+    shard = Sharder(Rules(rows), make(MESHES["dp2 x fsdp2"], CPU, 4))
+    share = 1.0 if shard.rank == 0 else 2**-9
+    found = {}
+    for stored in (torch.float32, torch.bfloat16):
+        for name, shape in (("bucket", (2,)), ("alone", (2, 2))):
+            leaf = torch.ones(shape, dtype=stored, requires_grad=True)
+            (w,) = tree.leaves(shard.weights({name: leaf}, "params", torch.bfloat16))
+            assert w.dtype == torch.bfloat16 and w.shape[0] == 4
+            (grad,) = torch.autograd.grad((w * share).sum(), leaf)
+            assert grad.dtype == stored and (grad == grad.flatten()[0]).all()
+            found[f"{name}, {stored}"] = grad.flatten()[0].item()
     return found

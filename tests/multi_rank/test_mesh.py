@@ -36,6 +36,7 @@ def four_ranks(folder: str) -> dict:
         "placed": {mesh: layout.placed(mesh) for mesh in meshes},
         "loaded": layout.load("fsdp2 x ep2", f"{folder}/ep2"),
         "derived": layout.derived(),
+        "added": layout.added(),
     }
 
 
@@ -137,6 +138,12 @@ def test_gradients_of_a_region_are_derived(results):
     for name, parts in results[4]["derived"].items():
         for ours, theirs in zip(parts, expected[name], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_gradients_are_added_in_the_type_that_parameters_are_handed_over_in(results):
+    exact, rounded = 1 + 3 * 2**-9, {1.0, 1 + 2**-7}
+    for name, gradient in results[4]["added"].items():
+        assert gradient == exact if "float32" in name else gradient in rounded, name
 
 
 def fails_on_rank_one() -> None:
