@@ -108,7 +108,7 @@ def make_train_step(
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
     if optimizer.whole and shard.world > 1:
         raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
-    one_graph = compile == "step" and micro_batches == 1 and remat == "none"
+    one_graph, cast = compile == "step" and micro_batches == 1 and remat == "none", reduce == "compute" and model.dtype
     model = wrap_layer(model, compile=compile == "layer", remat=remat, backend=backend)
 
     def jit(fn: Callable, when: bool) -> Callable:
@@ -121,7 +121,6 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Batch):
         weights = total_weights(loss, batch, shard)
-        cast = model.dtype if reduce == "compute" else None
         params = tree.map(lambda p: shard.storage(p).to(cast or p.dtype), state.params)
         first, *others = shard.micro(batch, micro_batches)
         grad = partial(gradient, shard, value_of, params, trained(state), weights=weights, buffers=state.buffers)
