@@ -6,6 +6,7 @@
     scale    divide by the number of ranks: what all have alike becomes each one's share
     copy     repeat each element of a dim, `ways` times          fold   add the copies
     place    put this rank's part of a dim among zeros
+    fit      make a dim `to` long: cut off its end, or add zeros to it
 
 Tensors are plain, and collectives are the functional ones, which compilers see. Within a dim a step splits what is
 there and joins what is innermost, so of several axes on one dim the last to come is the first to go.
@@ -68,6 +69,9 @@ def run(x: torch.Tensor, steps: tuple[Step, ...]) -> torch.Tensor:
         elif s.kind == "place":
             before, after = s.rank * x.shape[s.dim], (s.ways - 1 - s.rank) * x.shape[s.dim]
             x = F.pad(x, (0, 0) * (x.ndim - 1 - s.dim) + (before, after))
+        elif s.kind == "fit":
+            more = s.to - x.shape[s.dim]
+            x = F.pad(x, (0, 0) * (x.ndim - 1 - s.dim) + (0, more)) if more > 0 else x.narrow(s.dim, 0, s.to)
         elif s.kind == "scale":
             x = x / s.ways
         else:

@@ -9,7 +9,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from sharding_rules.rules import Held, P, Rules
+from sharding_rules.rules import Held, P, Rules, chunk
 
 MASTER = torch.float32
 """In which parameters are stored."""
@@ -56,8 +56,8 @@ def group(rules: Rules, params: Mapping[str, tuple[int, ...]]) -> list[Group]:
 
 
 def part(shape: Iterable[int], where: Held, sizes: Sizes) -> tuple[int, ...]:
-    """Return the shape of one device's part of a tensor."""
-    return tuple(n // math.prod(sizes[a] for a in axes) for n, axes in zip(shape, where, strict=True))
+    """Return the shape of one device's part of a tensor, the largest if they are not alike."""
+    return tuple(chunk(n, [(0, sizes[a]) for a in axes]).stop for n, axes in zip(shape, where, strict=True))
 
 
 def explain(rules: Rules, params: Mapping[str, tuple[int, ...]], sizes: Sizes) -> list[Placed]:

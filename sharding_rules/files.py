@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from sharding_rules.rules import P, Rules, optional, repeat, zero
+from sharding_rules.rules import P, Rules, optional, padded, repeat, zero
 
 
 def load(given: str) -> Rules:
@@ -42,15 +42,15 @@ def _python(file: Path, name: str) -> Rules:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with !zero, !repeat and !optional."""
+    """YAML with !zero, !padded, !repeat and !optional."""
 
 
 def _axes(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> zero | repeat:
-    """Read `!zero [axis, axis]` or `!repeat [axis, axis]`."""
-    if not isinstance(node, yaml.SequenceNode) or tag not in ("zero", "repeat"):
-        raise yaml.YAMLError(f"!{tag}{node.start_mark}: write !zero [axis, axis], !repeat [axis, axis]")
-    axes = loader.construct_sequence(node)
-    return zero(*axes) if tag == "zero" else repeat(*axes)
+    """Read `!zero [axis, axis]`, `!padded [axis, axis]` or `!repeat [axis, axis]`."""
+    kinds: dict[str, type[zero] | type[repeat]] = {"zero": zero, "padded": padded, "repeat": repeat}
+    if not isinstance(node, yaml.SequenceNode) or tag not in kinds:
+        raise yaml.YAMLError(f"!{tag}{node.start_mark}: write {', '.join(f'!{kind} [axis, axis]' for kind in kinds)}")
+    return kinds[tag](*loader.construct_sequence(node))
 
 
 def _optional(loader: yaml.SafeLoader, node: yaml.Node) -> optional:
@@ -89,6 +89,7 @@ def _row(row: Any) -> tuple[str, P]:
         raise ValueError(f"{row!r} is no row; write ['regex', [entry of each dim]]")
     for entry in row[1]:
         if not all(isinstance(axis, str) for axis in (entry if isinstance(entry, list | tuple) else [entry or ""])):
-            raise ValueError(f"{entry!r} is no entry; write axis, [axis, axis], !zero [axis], !repeat [axis] or null")
+            kinds = "axis, [axis, axis], !zero [axis], !padded [axis], !repeat [axis] or null"
+            raise ValueError(f"{entry!r} is no entry; write {kinds}")
     spec = P(*(tuple(entry) if isinstance(entry, list) else entry for entry in row[1]))
     return Rules(((row[0], spec),)).table[0]

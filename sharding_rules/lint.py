@@ -28,7 +28,22 @@ from sharding_rules import maths
 from sharding_rules.explain import MASTER, Group, Sizes, group, mesh, part
 from sharding_rules.listen import Heard, Region, Shape
 from sharding_rules.mesh import AXES
-from sharding_rules.rules import Entry, Held, P, Rules, Short, axes_of, dims, held, optional, repeat, route, zero
+from sharding_rules.rules import (
+    Entry,
+    Held,
+    P,
+    Rules,
+    Short,
+    axes_of,
+    dims,
+    held,
+    optional,
+    padded,
+    repeat,
+    route,
+    unfit,
+    zero,
+)
 from sharding_rules.sharder import names
 
 GIANT = 2**20, 0.01
@@ -136,7 +151,7 @@ class Linter:
             yield Problem("dims", tensor, row, what, f"write one entry a dim, as in {self.stored(g.shape)}")
             return
         for dim, (size, axes) in enumerate(zip(g.shape, held(spec, self.sizes, use=False), strict=True)):
-            if size % math.prod(self.sizes[a] for a in axes):
+            if size % math.prod(self.sizes[a] for a in axes) and unfit(spec[dim]):
                 yield self.indivisible(tensor, row, spec, g.shape, dim, axes)
         for dim, entry in enumerate(spec):
             if (right := tuple(sorted(axes_of(entry), key=AXES.index))) != axes_of(entry):
@@ -155,6 +170,8 @@ class Linter:
             moved = list(spec)
             moved[whole[0]], moved[dim] = moved[dim], None
             fixes.append(f"{P(*moved)}, for dim {whole[0]} divides")
+        if isinstance(spec[dim], zero) and not isinstance(spec[dim], padded):
+            fixes.append(f"{padded(*axes_of(spec[dim]))}, whose parts may be unequal")
         what = f"dim {dim} of {shape} does not divide into {ways} parts ({mesh({a: self.sizes[a] for a in axes})})"
         return Problem("indivisible", tensor, row, what, ", or ".join(fixes) or f"take {axes[-1]} out of dim {dim}")
 

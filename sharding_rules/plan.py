@@ -77,8 +77,8 @@ class Planner(Sharder):
     watch: Watch = field(default_factory=Watch)
     compiled: bool = False
     """Whether layers are compiled: then the next one's weights are on their way while one runs."""
-    held: dict[torch.Tensor, Held] = field(default_factory=dict)
-    """The axes that shard each dim of a parameter at rest."""
+    held: dict[torch.Tensor, tuple[Held, tuple[int, ...]]] = field(default_factory=dict)
+    """What is `stored` of each parameter."""
     coming: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -88,9 +88,12 @@ class Planner(Sharder):
     def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[Part], torch.Tensor]) -> Any:
         self.placements(path, shape)  # says what is wrong
         where = self.where(f"params/{path}", use=False, shape=shape)
-        p = make(tuple(slice(0, n // self._index(axes)[1]) for n, axes in zip(shape, where, strict=True)))
-        self.held[p] = where
+        p = make(self.own(where, shape))
+        self.held[p] = where, shape
         return p
+
+    def stored(self, p: Any) -> tuple[Held, tuple[int, ...]]:
+        return self.held[p]
 
     def _fetch(self, *args: Any) -> Any:
         with self.watch.within("weights gathered"):
@@ -107,14 +110,6 @@ class Planner(Sharder):
     def squares(self, squares: list[torch.Tensor], params: list) -> torch.Tensor:
         self.watch.label = "update"
         return run(torch.stack(squares), (self._step("sum", tuple(self.sizes)),))
-
-    def around(self, p: Any) -> Callable:
-        def apply(fn: Callable, x: torch.Tensor, batch: int) -> torch.Tensor:
-            split = [(axes, dim) for dim, axes in enumerate(self.held[p]) if axes and dim >= batch]
-            whole = run(x, tuple(self._step("gather", axes, dim) for axes, dim in split))
-            return run(fn(whole), tuple(self._step("part", axes, dim) for axes, dim in split))
-
-        return apply
 
 
 def columns(rows: int, length: int) -> dict[str, torch.Tensor]:

@@ -43,6 +43,28 @@ class zero(tuple):
         return f"zero({', '.join(map(repr, self))})"
 
 
+class padded(zero):
+    """`zero` of a dim that may not divide: parts are those of torch.chunk, the last ones smaller or empty.
+
+    They are padded to equal ones while they travel, each tensor by itself.
+    """
+
+    lengths: frozenset[int] = frozenset()
+    """Of the dim, in the parameters of the row; known when the table is fitted to a model."""
+
+    def __repr__(self) -> str:
+        return f"padded({', '.join(map(repr, self))})"
+
+
+def chunk(size: int, places: Iterable[tuple[int, int]]) -> slice:
+    """Return the part of a dim that is number i of n along each axis, outer to inner, as torch.chunk cuts."""
+    start, stop = 0, size
+    for i, n in places:
+        step = -(-(stop - start) // n)
+        start, stop = min(start + i * step, stop), min(start + (i + 1) * step, stop)
+    return slice(start, stop)
+
+
 def axes_of(entry: Entry) -> tuple[str, ...]:
     """Return the mesh axes that an entry of a `P` names, outer to inner."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -87,9 +109,13 @@ def held(spec: P, axes: Iterable[str], *, use: bool) -> Held:
 
 
 def shortened(spec: P, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
-    """Return the entries of a parameter of this shape: `Short` where a `repeat` is needed."""
+    """Return the entries for a parameter of this shape: `Short` where a `repeat` is needed, lengths of `padded`."""
 
     def of(size: int, entry: Entry) -> Entry:
+        if isinstance(entry, padded):
+            known = padded(*entry)
+            known.lengths = entry.lengths | {size}
+            return known
         ways = math.prod(sizes.get(axis, 1) for axis in axes_of(entry))
         return Short(*entry) if isinstance(entry, repeat) and size < ways and ways % size == 0 else entry
 
@@ -175,12 +201,20 @@ class Rules:
         if len(spec) != len(shape):
             raise ValueError(f"{name}: shape {tuple(shape)} has {len(shape)} dims, its rule {spec} {len(spec)}")
         for dim, (size, axes) in enumerate(zip(shape, where, strict=True)):
-            if size % (ways := math.prod(sizes[axis] for axis in axes)):
+            if size % (ways := math.prod(sizes[axis] for axis in axes)) and (fix := unfit(spec[dim])):
                 raise ValueError(
                     f"{name}: dim {dim} of {tuple(shape)} does not divide into {ways} shards (rule {spec}); "
-                    f"change the mesh or the rule"
+                    f"change the mesh or the rule{fix}"
                 )
         return where
+
+
+def unfit(entry: Entry) -> str:
+    """Return what else would help where a dim does not divide, "" if it need not."""
+    if isinstance(entry, padded):
+        lengths = ", ".join(map(str, sorted(entry.lengths)))
+        return f": {entry} is for one length, here are {lengths}; give each a row" if len(entry.lengths) > 1 else ""
+    return f", or write padded{zero.__repr__(entry)[4:]}" if isinstance(entry, zero) else " "
 
 
 def dims(where: Held) -> dict[str, int]:

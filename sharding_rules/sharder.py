@@ -6,7 +6,7 @@ of operands say how they are placed. Maths runs in `local` regions, and all that
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -23,7 +23,7 @@ from functional_trainer.param import Part
 from functional_trainer.types import ONE_DEVICE, Gather
 from sharding_rules.exchange import Late, Step, bind, bucket, check, move, run, unpack, wait
 from sharding_rules.mesh import AXES
-from sharding_rules.rules import Held, Rules, Short, dims, held, repeat, route
+from sharding_rules.rules import Held, Rules, Short, chunk, dims, held, padded, repeat, route
 
 Placements = tuple[Placement, ...]
 Moves = tuple[tuple[Step, ...], tuple[Step, ...]]
@@ -228,11 +228,33 @@ class Sharder:
     def _gather(self, path: str) -> Moves:
         """Return the steps from storage to use; a gradient comes as each rank's share and leaves summed and cut."""
         rest, use = (self.where(path, use=use) for use in (False, True))
-        stored = [(axes, dim) for dim, axes in enumerate(rest) if axes != use[dim]]
-        back = [self._step("scatter", axes, dim) for axes, dim in stored]
+        steps: list[Step] = []
+        back: list[Step] = []
+        for dim, (axes, entry) in enumerate(zip(rest, self.rules.spec(path), strict=True)):
+            if axes != use[dim]:
+                there, and_back = self._whole(axes, dim, max(entry.lengths) if isinstance(entry, padded) else 0)
+                steps, back = [*steps, *there], [*back, *and_back]
         if whole := self._axes(rest, whole=True):
             back.append(self._step("sum", whole))
-        return tuple(self._step("gather", axes, dim) for axes, dim in stored), tuple(back)
+        return tuple(steps), tuple(back)
+
+    def _whole(self, axes: tuple[str, ...], dim: int, length: int) -> Moves:
+        """Return the steps that gather a dim of this length, and those of the gradient; parts are `chunk`s."""
+        if not axes:
+            return (), ()
+        if length % self._index(axes)[1] == 0:
+            return (self._step("gather", axes, dim),), (self._step("scatter", axes, dim),)
+        steps: list[Step] = []
+        back: list[Step] = []
+        for axis in axes:
+            equal, ways = -(-length // self.sizes[axis]), self.sizes[axis]
+            own = chunk(length, [(self.mesh.get_local_rank(axis), ways)])
+            steps = [_fit(dim, equal), self._step("gather", axis, dim), _fit(dim, length), *steps]
+            length = own.stop - own.start
+            back = [*back, _fit(dim, equal * ways), self._step("scatter", axis, dim), _fit(dim, length)]
+            if length == 0:  # the ranks of the next axes have nothing to share
+                break
+        return tuple(steps), tuple(back)
 
     def _between(self, start: Held, end: Held, shares: Iterable[str], back_shares: Iterable[str]) -> Moves:
         """Return the steps from one placement to another, and those of the gradient.
@@ -358,8 +380,23 @@ class Sharder:
     def storage(self, x: torch.Tensor) -> torch.Tensor:
         return x.to_local() if isinstance(x, DTensor) else x
 
-    def around(self, p: DTensor) -> Callable:
-        return partial(_around, self.mesh, tuple(p.placements))
+    def stored(self, p: Any) -> tuple[Held, tuple[int, ...]]:
+        """Return the axes that shard each dim of a parameter at rest, and the shape of all of it."""
+        shards = [(axis, q.dim) for axis, q in zip(self.sizes, p.placements, strict=True) if isinstance(q, Shard)]
+        return tuple(tuple(axis for axis, dim in shards if dim == d) for d in range(p.ndim)), tuple(p.shape)
+
+    def own(self, where: Held, shape: Sequence[int], at: Mapping[str, int] | None = None) -> Part:
+        """Return the part of a tensor that this rank stores, or the one at these coordinates."""
+        at = at or {axis: self.mesh.get_local_rank(axis) for axis in self.sizes}
+        pairs = zip(shape, where, strict=True)
+        return tuple(chunk(length, [(at[axis], self.sizes[axis]) for axis in axes]) for length, axes in pairs)
+
+    def around(self, p: Any) -> Callable:
+        (where, shape), split = self.stored(p), []
+        for dim, part in enumerate(self.own(where, shape)):
+            if where[dim]:
+                split.append((dim, self._whole(where[dim], dim, shape[dim])[0], part.start, part.stop - part.start))
+        return partial(_around, tuple(split))
 
     def squares(self, squares: list[torch.Tensor], params: list[DTensor]) -> torch.Tensor:
         shares = []
@@ -377,42 +414,50 @@ class Sharder:
         return tuple(Shard(dims(where)[a]) if a in dims(where) else Replicate() for a in self.sizes)
 
     def full(self, x: DTensor) -> torch.Tensor:
-        return x.full_tensor()
+        # Not full_tensor(), which puts a dim that several axes do not divide together in a wrong order.
+        steps = [self._whole(axes, dim, n)[0] for dim, (axes, n) in enumerate(zip(*self.stored(x), strict=True))]
+        return run(x.to_local(), tuple(itertools.chain(*steps)))
 
     def collect(self, x: DTensor) -> torch.Tensor | None:
         own, whole = x.to_local().detach().contiguous(), None
         if self.rank == 0:
-            whole, came = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(own)
+            whole = torch.empty(x.shape, dtype=x.dtype)
         for at in itertools.product(*map(range, self.mesh.shape)):
             sender = int(self.mesh.mesh[at])
             if any(i and q.is_replicate() for i, q in zip(at, x.placements, strict=True)):
                 continue  # a copy
-            if whole is not None:
-                if sender != 0:
-                    dist.recv(came, sender)
-                whole[_part(tuple(x.shape), x.placements, self.mesh.shape, at)] = own if sender == 0 else came
-            elif sender == self.rank:
+            part = self.own(*self.stored(x), dict(zip(self.sizes, at, strict=True)))
+            if whole is not None and sender == 0:
+                whole[part] = own
+            elif whole is not None and whole[part].numel():
+                came = torch.empty_like(whole[part], memory_format=torch.contiguous_format, device=own.device)
+                dist.recv(came, sender)
+                whole[part] = came
+            elif sender == self.rank and own.numel():
                 dist.send(own, 0)
         return whole
 
     def init_leaf(self, path: str, shape: tuple[int, ...], make: Callable[[Part], torch.Tensor]) -> DTensor:
-        placed = self.placements(path, shape)
-        part = _part(shape, placed, self.mesh.shape, self.mesh.get_coordinate() or ())
-        return DTensor.from_local(make(part), self.mesh, placed, run_check=False)
+        placed, where = self.placements(path, shape), self.where(f"params/{path}", use=False, shape=shape)
+        at: dict[str, Any] = {"shape": torch.Size(shape), "stride": torch.empty(shape, device="meta").stride()}
+        return DTensor.from_local(make(self.own(where, shape)), self.mesh, placed, run_check=False, **at)
 
 
-def _part(shape: Sequence[int], placed: Sequence[Placement], sizes: Sequence[int], at: Sequence[int]) -> Part:
-    """Return the part of a tensor that the rank at coordinates `at` of a mesh stores."""
-    index, ways = [0] * len(shape), [1] * len(shape)
-    for q, size, i in zip(placed, sizes, at, strict=True):
-        if isinstance(q, Shard):
-            index[q.dim], ways[q.dim] = index[q.dim] * size + i, ways[q.dim] * size
-    return tuple(slice(n // w * i, n // w * (i + 1)) for n, i, w in zip(shape, index, ways, strict=True))
+def _fit(dim: int, length: int) -> Step:
+    return Step("fit", dim, length, 0, 1, "")
 
 
-def _around(mesh: DeviceMesh, held: Placements, fn: Callable, x: torch.Tensor, batch: int) -> torch.Tensor:
-    """Gather a part over the axes that split matrices, apply `fn`, and return this rank's part of the result."""
-    whole = [p if p.is_shard() and p.dim < batch else Replicate() for p in held]  # type: ignore[attr-defined]
-    gathered = DTensor.from_local(x, mesh, held, run_check=False).redistribute(placements=whole)
-    made = DTensor.from_local(fn(gathered.to_local()), mesh, whole, run_check=False)
-    return made.redistribute(placements=held).to_local()
+def _around(
+    split: tuple[tuple[int, tuple[Step, ...], int, int], ...], fn: Callable, x: torch.Tensor, batch: int
+) -> torch.Tensor:
+    """Gather a part along the dims after the first `batch`, apply `fn`, and return this rank's part of the result.
+
+    `split` is the dims that are sharded: number, steps that gather it, start and length of this rank's part.
+    """
+    split = tuple(s for s in split if s[0] >= batch)
+    for _, steps, _, _ in split:
+        x = run(x, steps)
+    made = fn(x)
+    for dim, _, start, length in split:
+        made = made.narrow(dim, start, length)
+    return made

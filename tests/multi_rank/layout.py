@@ -9,9 +9,10 @@ import models
 from functional_trainer import checkpoint, tree
 from sharding_rules import P, Rules, Sharder, zero
 from sharding_rules.mesh import make
-from tests.multi_rank.parity import CPU, MESHES, MOE, Case, sharder
+from tests.multi_rank.parity import CPU, MESHES, MOE, PADDED, Case, sharder
 
 CONFIG = MOE | {"attention_bias": True, "mlp_only_layers": [0]}
+EVEN, UNEVEN = Case(CONFIG), Case(CONFIG | {"hidden_size": 5}, rows=PADDED)
 TENSORS = ("x", P("fsdp", "ep")), ("w", P(None, "ep")), ("y", P("fsdp", None)), ("scale", P(None))
 TOY = Rules((*TENSORS, ("batch/columns", P("fsdp"))))
 
@@ -52,19 +53,19 @@ def placed(mesh: str) -> dict:
     }  # fmt: skip
 
 
-def save(mesh: str, folder: str) -> None:
+def save(mesh: str, folder: str, case: Case = EVEN) -> None:
     """Write a checkpoint and a Hugging Face folder of the initial parameters."""
-    shard = sharder(Case(CONFIG), mesh)
-    model = models.from_config(CONFIG)
+    shard = sharder(case, mesh)
+    model = models.from_config(case.config)
     params = model.init(3, dtype=torch.float64, shard=shard)
     checkpoint.save(folder, 1, tree.flatten(params), {"mesh": mesh})
     models.save_pretrained(model, params, Path(folder) / "hf", shard=shard)
 
 
-def load(mesh: str, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+def load(mesh: str, folder: str, case: Case = EVEN) -> dict[str, dict[str, torch.Tensor]]:
     """Read both into differently drawn parameters on another mesh; return them whole."""
-    shard = sharder(Case(CONFIG), mesh)
-    params = models.from_config(CONFIG).init(4, dtype=torch.float64, shard=shard)
+    shard = sharder(case, mesh)
+    params = models.from_config(case.config).init(4, dtype=torch.float64, shard=shard)
     tensors, _ = checkpoint.load(Path(folder) / "checkpoints" / "step-1", tree.flatten(params))
     _, read = models.from_pretrained(Path(folder) / "hf", shard=shard)
     return {

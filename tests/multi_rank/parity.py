@@ -11,7 +11,7 @@ from functional_trainer import losses, optimizers, tree
 from functional_trainer.state import ema, init_state
 from functional_trainer.step import make_train_step
 from functional_trainer.types import ONE_DEVICE
-from sharding_rules import P, Rules, Sharder, qwen3, qwen3_moe, zero
+from sharding_rules import P, Rules, Sharder, padded, qwen3, qwen3_moe, zero
 from sharding_rules.mesh import Mesh, make
 
 ROWS, LENGTH, STEPS = 8, 12, 3
@@ -67,6 +67,11 @@ class Case:
         return replace(self, options={})
 
 
+PADDED = tuple(
+    (pattern, P(*(padded(*entry) if isinstance(entry, zero) else entry for entry in spec)))
+    for pattern, spec in qwen3_moe.RULES.table
+)
+"""Dims that are stored in parts need not divide."""
 SHORT, THREE = {"num_hidden_layers": 1}, {"num_hidden_layers": 3}
 FULL = {"tie_word_embeddings": True, "attention_bias": True, "mlp_only_layers": [0]}
 CASES = {
@@ -92,6 +97,8 @@ CASES = {
         MOE, options={"remat": "selective"}, uneven=True, dispatch="static"
     ),
     "moe, several optimizers, 2 micro-batches": Case(MOE, options={"micro_batches": 2}, mixed=True),
+    "moe, padded, several optimizers": Case(MOE | {"hidden_size": 27}, rows=PADDED, mixed=True, uneven=True),
+    "dense, padded, some ranks store nothing": Case(DENSE | {"hidden_size": 5}, rows=PADDED),
 }
 WIDE = (
     (r"params/layers/\w+/moe/gate_up", P(("ep", "cp"), None, None, zero("fsdp", "tp"))),

@@ -31,7 +31,9 @@ def two_ranks(folder: str) -> dict:
 
 def four_ranks(folder: str) -> dict:
     meshes = WORLDS[4]
+    layout.save("fsdp2 x ep2", f"{folder}/uneven", layout.UNEVEN)
     return {
+        "uneven": layout.load("fsdp4", f"{folder}/uneven", layout.UNEVEN),
         "train": parity.train_all(list(parity.CASES), meshes),
         "placed": {mesh: layout.placed(mesh) for mesh in meshes},
         "loaded": layout.load("fsdp2 x ep2", f"{folder}/ep2"),
@@ -124,6 +126,17 @@ def test_a_mesh_writes_the_bytes_of_one_process(mesh, results, folder, tmp_path)
     models.save_pretrained(model, model.init(3, dtype=torch.float64), tmp_path)
     expected = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert {file.name: file.read_bytes() for file in (folder / mesh / "hf").iterdir()} == expected
+
+
+def test_parts_that_are_not_alike_are_saved_and_loaded_on_another_mesh(results, folder, tmp_path):
+    """Five of a dim over four ranks: 2, 1, 1, 1 as fsdp2 x ep2, and 2, 2, 1, none as fsdp4."""
+    model = models.from_config(layout.UNEVEN.config)
+    params = model.init(3, dtype=torch.float64)
+    for loaded in results[4]["uneven"].values():
+        assert all(torch.equal(loaded[path], x) for path, x in tree.flatten(params).items())
+    models.save_pretrained(model, params, tmp_path)
+    for file in (folder / "uneven" / "hf").iterdir():
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes()
 
 
 def test_gradients_of_a_region_are_derived(results):

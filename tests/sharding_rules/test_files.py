@@ -7,6 +7,7 @@ from experiments.rules import RULES
 from sharding_rules import P, Rules, optional, zero
 from sharding_rules.files import load
 from sharding_rules.rules import repeat
+from tests.multi_rank.parity import PADDED
 
 HEAD = "from sharding_rules.qwen3_moe import RULES as SHIPPED\nfrom sharding_rules.rules import P, Rules, zero\n"
 
@@ -25,17 +26,17 @@ def entry(e):
         list(e) if isinstance(e, tuple) else e, default_flow_style=True).removesuffix("...\n").strip()  # fmt: skip
 
 
-@pytest.mark.parametrize("family", RULES)
-def test_yaml_says_all_that_a_table_can(family, tmp_path):
+@pytest.mark.parametrize("rules", [*RULES.values(), Rules(PADDED)])
+def test_yaml_says_all_that_a_table_can(rules, tmp_path):
     rows = []
-    for pattern, spec in RULES[family].table:
+    for pattern, spec in rules.table:
         tag = "!optional " * isinstance(pattern, optional)
         rows.append(f"- [{tag}'{pattern}', [{', '.join(map(entry, spec))}]]\n")
     (tmp_path / "my.yaml").write_text("".join(rows))
     read = load(str(tmp_path / "my.yaml"))
-    assert read == RULES[family]
+    assert read == rules
     kinds = lambda rules: [(type(p), *map(type, spec)) for p, spec in rules.table]  # noqa: E731
-    assert kinds(read) == kinds(RULES[family])
+    assert kinds(read) == kinds(rules)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_wrong_python(text, message, tmp_path):
          ["row 1: P('fsdp', 'fsdp'): axis 'fsdp' is used twice", "row 2: 1 is no entry", "row 3: ['b'] is no row",
           "row 4: ['dp', {}] is no entry", "row 5: row 'd(': not a regular expression"]),
         ("a: b\n", ["wanted a list of rows [regex, [entry of each dim]], found dict"]),
-        ("- [a, [!zeros [fsdp]]]\n", ["not valid YAML", "write !zero [axis, axis], !repeat [axis, axis]"]),
+        ("- [a, [!zeros [fsdp]]]\n", ["not valid YAML", "write !zero [axis, axis], !padded [axis, axis], "]),
         ("- [!optional [a], [fsdp]]\n", ["write !optional 'regex'"]),
         ("- [a, [\n", ["not valid YAML"]),
     ],

@@ -3,14 +3,16 @@
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.tensor import Shard
 
 import models
 from experiments.rules import RULES
 from functional_trainer import tree
-from sharding_rules import P, Rules, Sharder, optional, zero
+from sharding_rules import P, Rules, Sharder, explain, optional, padded, zero
 from sharding_rules.mesh import Mesh, make
-from sharding_rules.rules import held, route
+from sharding_rules.rules import chunk, held, route
 from tests.sharding_rules import golden
 
 PRESETS = {name: config | {"num_hidden_layers": 2} for name, config in models.PRESETS.items()}
@@ -136,6 +138,27 @@ def test_uneven_dims_name_tensor_shape_and_rule(mesh):
     assert region(torch.ones(6, 4)).shape == (3, 4)
     with pytest.raises(ValueError, match=r"whole > x: dim 0 of this rank's \(3, 4\) does not divide into 2 parts"):
         region(torch.ones(3, 4))
+
+
+@given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), max_size=3))
+def test_unequal_parts_are_those_of_torch(size, places):
+    places, expected = [(i % n, n) for i, n in places], torch.arange(size)
+    for i, n in places:
+        parts = expected.chunk(n)
+        expected = parts[i] if i < len(parts) else expected[:0]
+    assert torch.equal(torch.arange(size)[chunk(size, places)], expected)
+
+
+def test_a_padded_dim_need_not_divide():
+    """If the row has one length; where zero is written the error says that padded would do."""
+    shapes = {"params/a": (7, 4)}
+    with pytest.raises(ValueError, match=r"or write padded\('fsdp'\)"):
+        Rules((("params/.*", P(zero("fsdp"), None)),)).fit(shapes, {"fsdp": 3})
+    padding = Rules((("params/.*", P(padded("fsdp"), None)),))
+    assert padding.fit(shapes, {"fsdp": 3}).spec("params/a")[0].lengths == {7}
+    assert explain.explain(padding, shapes, {"fsdp": 3})[0].rest_shape == (3, 4)
+    with pytest.raises(ValueError, match=r"padded\('fsdp'\) is for one length, here are 6, 7; give each a row"):
+        padding.fit(shapes | {"params/b": (6, 4)}, {"fsdp": 3})
 
 
 def test_an_output_cannot_be_whole_where_operands_are_split(mesh):
