@@ -27,6 +27,8 @@ from functional_trainer.types import ONE_DEVICE, Batch
 Compile = Literal["step", "layer", "off"]
 Remat = Literal["none", "selective", "layer"]
 Reduce = Literal["compute", "master"]
+IN_ORDER = {"reorder_for_peak_memory": False}
+"""Options of Inductor that leave a layer's gather where the model begins it, a layer ahead."""
 
 
 def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
@@ -94,6 +96,11 @@ def add(total: tuple, more: tuple) -> tuple:
     return total[0], *tree.map(torch.add, total[1:], more[1:])
 
 
+def compiled(fn: Callable, when: bool, backend: str, exchanges: bool) -> Callable:
+    options: Any = IN_ORDER if exchanges and backend == "inductor" else None
+    return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options) if when else fn
+
+
 def make_train_step(
     model: Any, loss: Loss, optimizer: Optimizer, *, shard=ONE_DEVICE, micro_batches: int = 1, clip: float = 1.0,
     compile: Compile = "off", remat: Remat = "none", reduce: Reduce = "compute", backend: str = "inductor",
@@ -110,10 +117,7 @@ def make_train_step(
         raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
     one_graph, cast = compile == "step" and micro_batches == 1 and remat == "none", reduce == "compute" and model.dtype
     model = wrap_layer(model, compile=compile == "layer", remat=remat, backend=backend)
-
-    def jit(fn: Callable, when: bool) -> Callable:
-        return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend) if when else fn
-
+    jit = partial(compiled, backend=backend, exchanges=shard.world > 1)
     squares, update = (jit(f, compile == "layer") for f in (sums_of_squares, partial(update_block, optimizer.update)))
     two_graphs = compile == "step" and not one_graph
     value_of = jit(partial(objective, model, loss, shard), two_graphs)

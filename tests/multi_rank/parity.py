@@ -135,6 +135,7 @@ COMPILED = {
     "dense, layer compiled": Case(DENSE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
     "moe, by Inductor": Case(MOE | SHORT, options={"compile": "layer"}, uneven=True),
     "moe, step compiled": Case(MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True),
+    "dense, step by Inductor": Case(DENSE | SHORT, options={"compile": "step"}, uneven=True),
     "moe, blocks, step compiled": Case(
         MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True, dispatch="static"
     ),

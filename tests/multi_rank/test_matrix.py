@@ -24,6 +24,9 @@ COMPILED = [
     *((mesh, "moe, layer compiled") for mesh in TRIPLES),
     *((mesh, "moe, blocks, step compiled") for mesh in ("ep2", "ep2 x tp2")),
     *((mesh, "moe, by Inductor") for mesh in ("ep2", "cp2 x tp2")),
+    ("fsdp2", "dense, step by Inductor"),
+    *((mesh, "moe, recomputed selectively, layer compiled") for mesh in ("fsdp2", "fsdp2 x ep2")),
+    *((mesh, "dense, recomputed, layer compiled, 2 micro-batches") for mesh in ("fsdp2", "dp2 x fsdp2")),
 ]
 
 
