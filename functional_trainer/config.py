@@ -8,6 +8,7 @@ torch, so that `--help` is instant.
 import argparse
 import dataclasses
 import difflib
+import faulthandler
 import os
 import re
 import reprlib
@@ -86,8 +87,9 @@ def cli(cls: type[T], *, doc: str, argv: Sequence[str] | None = None) -> T:
 def run(main: Callable[[T], None], cls: type[T], *, doc: str) -> None:
     """Parse the command line and call `main` with it; an error of our own or of the system is one message, status 1.
 
-    torchrun reports the first error of all ranks as the cause.
+    torchrun reports the first error of all ranks as the cause. A crash below Python prints the stacks of all threads.
     """
+    faulthandler.enable()
     options = cli(cls, doc=doc)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record

@@ -151,7 +151,7 @@ class Linter:
             yield Problem("dims", tensor, row, what, f"write one entry a dim, as in {self.stored(g.shape)}")
             return
         for dim, (size, axes) in enumerate(zip(g.shape, held(spec, self.sizes, use=False), strict=True)):
-            if size % math.prod(self.sizes[a] for a in axes) and unfit(spec[dim]):
+            if size % math.prod(self.sizes[a] for a in axes) and unfit(spec[dim]) is not None:
                 yield self.indivisible(tensor, row, spec, g.shape, dim, axes)
         for dim, entry in enumerate(spec):
             if (right := tuple(sorted(axes_of(entry), key=AXES.index))) != axes_of(entry):

@@ -23,7 +23,7 @@ from sharding_rules.exchange import run
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Held, Rules
 from sharding_rules.sharder import Fetched, Sharder
-from sharding_rules.watch import Costs, Watch, size
+from sharding_rules.watch import Costs, Watch, in_backward, size
 
 SHAPES = torch.device("meta")
 Build = Callable[[Any, Any], tuple[Callable, Any]]
@@ -80,6 +80,7 @@ class Planner(Sharder):
     held: dict[torch.Tensor, tuple[Held, tuple[int, ...]]] = field(default_factory=dict)
     """What is `stored` of each parameter."""
     coming: list[torch.Tensor] = field(default_factory=list)
+    """The next layer's weights, and in backward the whole gradients of the layer after it, which are on their way."""
 
     @property
     def rank(self) -> int:
@@ -105,6 +106,9 @@ class Planner(Sharder):
         with self.watch.within("weights gathered"):
             made = super().weights(tree.map(self.watch.leaf, params), prefix, dtype)
             self.coming[:] = [torch.empty(size(made), dtype=torch.uint8, device=SHAPES)] if alone else []
+        if alone and in_backward():
+            with self.watch.within("backward"):
+                self.coming.append(torch.empty_like(self.coming[0]))
         return made
 
     def squares(self, squares: list[torch.Tensor], params: list) -> torch.Tensor:

@@ -201,7 +201,7 @@ class Rules:
         if len(spec) != len(shape):
             raise ValueError(f"{name}: shape {tuple(shape)} has {len(shape)} dims, its rule {spec} {len(spec)}")
         for dim, (size, axes) in enumerate(zip(shape, where, strict=True)):
-            if size % (ways := math.prod(sizes[axis] for axis in axes)) and (fix := unfit(spec[dim])):
+            if size % (ways := math.prod(sizes[axis] for axis in axes)) and (fix := unfit(spec[dim])) is not None:
                 raise ValueError(
                     f"{name}: dim {dim} of {tuple(shape)} does not divide into {ways} shards (rule {spec}); "
                     f"change the mesh or the rule{fix}"
@@ -209,12 +209,12 @@ class Rules:
         return where
 
 
-def unfit(entry: Entry) -> str:
-    """Return what else would help where a dim does not divide, "" if it need not."""
+def unfit(entry: Entry) -> str | None:
+    """Return what else would help where a dim does not divide, None if it need not."""
     if isinstance(entry, padded):
         lengths = ", ".join(map(str, sorted(entry.lengths)))
-        return f": {entry} is for one length, here are {lengths}; give each a row" if len(entry.lengths) > 1 else ""
-    return f", or write padded{zero.__repr__(entry)[4:]}" if isinstance(entry, zero) else " "
+        return f": {entry} is for one length, here are {lengths}; give each a row" if len(entry.lengths) > 1 else None
+    return f", or write padded{zero.__repr__(entry)[4:]}" if isinstance(entry, zero) else ""
 
 
 def dims(where: Held) -> dict[str, int]:

@@ -121,6 +121,8 @@ def recipe(words: list[str], place: Path) -> None:
 
 def axes(flags: list[str]) -> list[str]:
     """Let two ranks stand for all that the command has."""
+    if "--mesh" in flags:
+        return []
     return ["--mesh.ep", "2", "--mesh.fsdp", "1"] if "--mesh.ep" in flags else ["--mesh.fsdp", "2"]
 
 
@@ -208,9 +210,18 @@ def tensorboard(words: list[str], place: Path) -> None:
     assert list((place / board.flags.logdir).glob("*/tensorboard/events*"))
 
 
+def accelerated(words: list[str], place: Path) -> None:
+    at = words.index("experiments/qwen3_moe_sft.py")
+    command = [Path(sys.executable).parent / words[0], *words[1:at], RECIPE, *small(words[at + 1 :])]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "on 2 x cpu" in done.stdout, done.stdout + done.stderr
+    assert rows(place / words[-1])
+
+
 RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"{PYTHON}{RUN}( .*)?": recipe,
     rf"torchrun (--nnodes .* )?--nproc-per-node \d+ .*{RUN} .*": recipe,
+    rf"accelerate launch .*{RUN} .*": accelerated,
     rf"{PYTHON}experiments/rules\.py .*": ruled,
     rf"{PYTHON}experiments/compare\.py .*": compared,
     rf"{PYTHON}experiments/(benchmarks/\w+|plan|dry_run)\.py( .*)?": benchmark,

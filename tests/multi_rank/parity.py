@@ -117,7 +117,7 @@ MATRIX = {
     "moe": Case(MOE | FULL, uneven=True, mixed=True),
     "moe, 2 micro-batches": Case(MOE | FULL, uneven=True, options={"micro_batches": 2}),
     "moe, experts over ep and cp": Case(MOE | FULL, uneven=True, rows=WIDE),
-    "moe, experts split by tp": Case(MOE | FULL, uneven=True, rows=SPLIT),
+    "moe, experts split by tp": Case(MOE | FULL | {"moe_intermediate_size": 16}, uneven=True, rows=SPLIT),
     "moe in float32": Case(MOE | FULL, uneven=True, dtype=torch.float32),
 }
 """What every mesh runs, but for micro-batches where a rank has a single row."""
