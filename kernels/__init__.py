@@ -18,6 +18,7 @@ import torch._functorch.config
 from kernels import attention as _attention
 from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
+from kernels import moe_fused as _moe_fused
 from kernels.elementwise import promote, rms_norm, rope, swiglu
 from kernels.embedding import embedding
 from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabulary_part
@@ -35,7 +36,8 @@ SOURCE = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).p
 
 EXPENSIVE = frozenset({
     "aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "functional_trainer::grouped_matmul",
-    "functional_trainer::attention_documents", "flash_attn::_flash_attn_varlen_forward", "flex_attention",
+    "functional_trainer::moe", "functional_trainer::attention_documents",
+    "flash_attn::_flash_attn_varlen_forward", "flex_attention",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
     "_c10d_functional::all_to_all_single", "aten::topk",
@@ -65,6 +67,14 @@ class Backend(NamedTuple):
     measured_on: tuple[str, ...]
 
 
+def _layer(matmul: Callable) -> Callable:
+    """Compose an expert layer from a grouped matmul."""
+    expand, reduce = (partial(end, matmul=matmul) for end in (_moe.gather_matmul, _moe.matmul_combine))
+    return partial(_moe.layer, expand=expand, reduce=reduce)
+
+
+_host = partial(_moe.layer, expand=_grouped_matmul.gather_matmul, reduce=_grouped_matmul.matmul_combine)
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (
         Backend("documents", _attention.documents, ("cpu",), ("cpu",), ("cpu",)),
@@ -78,6 +88,12 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("blas", _grouped_matmul.blas, ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
         Backend("torch", _grouped_matmul.grouped_mm, ("cuda",), ("cuda", "cpu"), ()),
         Backend("reference", _grouped_matmul.reference, ("*",), ("*",), ("cpu",)),
+    ),
+    "experts": (
+        Backend("blas", _host, ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
+        Backend("torch", _layer(_grouped_matmul.grouped_mm), ("cuda",), ("cuda", "cpu"), ()),
+        Backend("triton", _moe_fused.layer, (), ("cuda",), ()),
+        Backend("reference", _layer(_grouped_matmul.reference), ("*",), ("*",), ("cpu",)),
     ),
     "exchange": (
         Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),
@@ -139,12 +155,7 @@ def experts(
 ) -> torch.Tensor:  # fmt: skip
     """Apply a dropless mixture of SwiGLU experts; see `kernels.moe.experts`.
 
-    `backend` is one of `grouped_matmul`, `exchange` one of `exchange`, for experts that the ranks of `group` share.
+    `backend` is one of `experts`, `exchange` one of `exchange`, for experts that the ranks of `group` share.
     """
-    chosen = pick("grouped_matmul", x_TD.device.type, backend)
-    if chosen.name == "blas":
-        ends = _grouped_matmul.gather_matmul, _grouped_matmul.matmul_combine
-    else:
-        ends = partial(_moe.gather_matmul, matmul=chosen.fn), partial(_moe.matmul_combine, matmul=chosen.fn)
-    travel = pick("exchange", x_TD.device.type, exchange).fn
-    return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, *ends, travel, group)
+    mlp, travel = pick("experts", x_TD.device.type, backend).fn, pick("exchange", x_TD.device.type, exchange).fn
+    return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, mlp, travel, group)

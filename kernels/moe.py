@@ -93,21 +93,19 @@ def experts(
     gate_up_E2FD: torch.Tensor,
     down_EDF: torch.Tensor,
     n_experts: int,
-    expand: Callable[..., torch.Tensor],
-    reduce: Callable[..., torch.Tensor],
+    mlp: Callable[..., torch.Tensor],
     exchange: Callable[..., torch.Tensor],
     group=None,
 ) -> torch.Tensor:
     """Return the weighted sum of each token's K experts, (T, D).
 
     `exchange` is `exact` or `static`; only a process group needs it. `expert_TK` holds ids in [0, E], E meaning
-    padding; the weight tensors hold this rank's experts. `expand` multiplies tokens into rows and `reduce` rows into
-    tokens, as `gather_matmul` and `matmul_combine` do.
+    padding; the weight tensors hold this rank's experts. `mlp` applies them, as `layer` does.
     """
     order_R, inverse_R, counts_E = routing = sort_by_expert(expert_TK, n_experts)
     slots = expert_TK.shape[1]
     weights_R = Dispatch.apply(weights_TK.reshape(-1, 1), order_R, inverse_R, 1)[:, 0]
-    mlp = partial(layer, gate_up_E2FD=gate_up_E2FD, down_EDF=down_EDF, expand=expand, reduce=reduce)
+    mlp = partial(mlp, gate_up_E2FD=gate_up_E2FD, down_EDF=down_EDF)
     if group is None:
         return mlp(x_TD, weights_R, routing, slots)
     x_RD = Dispatch.apply(x_TD, order_R, inverse_R, slots)

@@ -54,8 +54,10 @@ def samples():
 
 
 def test_every_op_has_samples():
+    """But for those of Triton, which are checked where it interprets (test_moe_triton.py)."""
     names = torch._C._dispatch_get_all_op_names()
-    assert sorted(n.split("::")[1] for n in names if n.startswith("functional_trainer::")) == sorted(samples())
+    ours = {n.split("::")[1] for n in names if n.startswith("functional_trainer::")}
+    assert sorted(ours - {"moe", "moe_grad"}) == sorted(samples())
 
 
 @pytest.mark.parametrize("name", sorted(samples()))

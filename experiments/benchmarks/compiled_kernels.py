@@ -1,0 +1,153 @@
+"""Compile every Triton kernel and config of ours for NVIDIA's generations, without a GPU, and report what came out.
+
+    python experiments/benchmarks/compiled_kernels.py --write docs/kernels.md
+
+Of each: registers a thread, bytes spilled, shared memory, and the tensor-core instruction. A kernel must not spill,
+must fit into shared memory, and must use wgmma on sm_90 and tcgen05 on sm_100 in 16 bit. Exits with status 1 otherwise.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clone without installing
+
+from functional_trainer import config
+
+TARGETS = {"sm80": (80, 163 * 1024), "sm90": (90, 227 * 1024), "sm100": (100, 227 * 1024)}
+"""Compute capability, and the most shared memory of a block in bytes (CUDA programming guide, capabilities)."""
+POINTERS = {
+    "_up": "x w scale order ends h a", "_rows": "x w ends y", "_down_grad": "dout w scale order ends h a dh ds",
+    "_weight_grad": "g x order ends dw", "_combine": "y inverse ends out",
+}  # fmt: skip
+WHOLE = {"order": "*i64", "ends": "*i64", "inverse": "*i64", "ds": "*fp32"}
+CONSTS = {"E": 128, "E2": 128, "K": 8, "SCALED": True, "GATHER_G": True, "GATHER_X": False, "TRANSPOSED": True}
+MATMULS = ("up", "rows", "down_grad", "weight_grad")
+BEGIN, END = "<!-- written by compiled_kernels.py from here -->\n\n", "\n<!-- to here -->\n"
+
+
+@dataclass(frozen=True)
+class Options:
+    generations: tuple[str, ...] = ("sm80", "sm90", "sm100")
+    """Which of sm80, sm90 and sm100."""
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    """Which of bf16, fp16 and fp32."""
+    only: str = ""
+    """Kernel to compile (all if empty)."""
+    write: Path | None = None
+    """Page whose table is written anew, between its marks."""
+
+
+class Compiled(NamedTuple):
+    """What a compiler made of a kernel."""
+
+    kernel: str
+    generation: str
+    dtype: str
+    config: str
+    registers: int
+    spilled: int
+    shared: int
+    instruction: str
+
+    @property
+    def wrong(self) -> str:
+        """Say what is not as it must be."""
+        wanted = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}[self.generation]
+        if self.kernel != "combine" and self.dtype != "fp32" and self.instruction != wanted:
+            return f"uses {self.instruction}, not {wanted}"
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        most = TARGETS[self.generation][1]
+        return f"wants {self.shared} bytes of shared memory, {most} are there" if self.shared > most else ""
+
+
+def source(kernel: Any, dtype: str, sizes: dict[str, Any]) -> Any:
+    """Return a kernel with the types of its arguments; sizes of the model are multiples of 16, as all real ones are."""
+    from triton.compiler import ASTSource
+
+    pointers = POINTERS[kernel.fn.__name__].split()
+    consts = {k: v for k, v in (CONSTS | sizes).items() if k in kernel.arg_names}
+    types = {name: WHOLE.get(name, f"*{dtype}") if name in pointers else "i32" for name in kernel.arg_names}
+    types |= dict.fromkeys(consts, "constexpr")
+    whole = [i for i, name in enumerate(kernel.arg_names) if name not in consts]
+    places = {(kernel.arg_names.index(k),): v for k, v in consts.items()}
+    attrs = {(i,): [["tt.divisibility", 16]] for i in whole}
+    return ASTSource(fn=kernel, signature=types, constexprs=places, attrs=attrs)
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers and local bytes (which is where spills go) of a kernel's code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK", "LOCAL"))
+    return int(registers[1]), int(stack[1]) + int(local[1])  # type: ignore[index]
+
+
+def compiled(o: Options) -> Iterator[Compiled]:
+    """Compile everything that is asked for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from kernels import moe_triton
+
+    for generation in o.generations:
+        for dtype in o.dtypes:
+            for name in (*MATMULS, "combine"):
+                if o.only not in ("", name):
+                    continue
+                configs = moe_triton.CONFIGS[generation].get(name, ()) if dtype != "fp32" else (moe_triton.FLOAT32,)
+                for c in configs if name != "combine" else [moe_triton.Config(1, 1024, 1, 4, 1)]:
+                    sizes = {"BM": c.BM, "BN": c.BN, "BK": c.BK, "PRECISION": "ieee"}
+                    made = triton.compile(
+                        source(getattr(moe_triton, f"_{name}"), dtype, sizes),
+                        target=GPUTarget("cuda", TARGETS[generation][0], 32),
+                        options={"num_warps": c.warps, "num_stages": c.stages},
+                    )
+                    ptx = made.asm["ptx"]
+                    marks = ("tcgen05.mma", "tcgen05"), ("wgmma.mma", "wgmma"), ("mma.sync", "mma")
+                    instruction = next((short for mark, short in marks if mark in ptx), "fma")
+                    size = f"{c.BM} x {c.BN} x {c.BK}, {c.warps} warps, {c.stages} stages"
+                    got = usage(made.asm["cubin"])
+                    yield Compiled(name, generation, dtype, size, *got, made.metadata.shared, instruction)
+
+
+def table(found: list[Compiled]) -> str:
+    """Lay out what was found."""
+    head = "| kernel | target | type | tile, warps, stages | registers | spilled | shared, KiB | products by |"
+    rows = [
+        f"| {c.kernel} | {c.generation} | {c.dtype} | {c.config} | {c.registers} | {c.spilled} | "
+        f"{c.shared / 1024:.1f} | {c.instruction} |" for c in found
+    ]  # fmt: skip
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows]) + "\n"
+
+
+def main(o: Options) -> None:
+    from rich.progress import track
+
+    found = []
+    for c in track(compiled(o), "compiling", total=None, transient=True):
+        found.append(c)
+    text = table(found)
+    if o.write:
+        before, rest = o.write.read_text("utf-8").split(BEGIN)
+        o.write.write_text(before + BEGIN + text + END + rest.split(END)[1], "utf-8")
+    print(text)
+    wrong = [f"{c.kernel} on {c.generation} in {c.dtype} ({c.config}): {c.wrong}" for c in found if c.wrong]
+    print("\n".join(wrong) or f"{len(found)} compiled: no spills, within shared memory, on tensor cores in 16 bit")
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    config.run(main, Options, doc=__doc__ or "")

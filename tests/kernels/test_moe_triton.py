@@ -1,0 +1,77 @@
+"""The Triton expert layer: interpreted against float64, and compiled for the chips that it is for."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.benchmarks import compiled_kernels
+from kernels import moe_triton
+from tests.kernels import moe_cases
+from tests.kernels.interpreted import Interpreter
+from tests.kernels.moe_cases import Case
+
+ROOT = Path(__file__).parents[2]
+LIMIT = {torch.float32: 2e-6, torch.float16: 4e-3}
+
+
+@pytest.fixture(scope="module")
+def there():
+    with Interpreter() as interpreter:
+        yield interpreter
+
+
+@given(
+    tokens=st.integers(1, 80), slots=st.integers(1, 4), experts=st.integers(1, 9), width=st.integers(1, 80),
+    hidden=st.integers(1, 70), dtype=st.sampled_from([torch.float32, torch.float16]),
+    favour=st.sampled_from([0.0, 0.7, 1.0]), padding=st.booleans(), scaled=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25)
+def test_it_is_as_exact_as_its_dtype(there, **drawn):
+    """Odd sizes, experts without rows, all rows one expert's, padding; nothing reads what nobody wrote."""
+    case = Case(**drawn)
+    assert max(there.run(moe_cases.errors, case)) < LIMIT[case.dtype]  # NaN is not below
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_tiles_that_are_full_and_several(there, dtype):
+    case = Case(tokens=200, slots=2, experts=3, width=144, hidden=130, dtype=dtype)
+    assert max(there.run(moe_cases.errors, case)) < LIMIT[dtype]
+
+
+def test_two_runs_give_the_same_bits(there):
+    assert there.run(moe_cases.repeats, Case(dtype=torch.float16, favour=0.3))
+
+
+def test_compilers_are_told_the_truth(there):
+    there.run(moe_cases.checked)
+
+
+@pytest.mark.parametrize("generation", compiled_kernels.TARGETS)
+def test_every_config_compiles_without_spills_onto_tensor_cores(generation):
+    program = [sys.executable, ROOT / "experiments" / "benchmarks" / "compiled_kernels.py", "--generations", generation]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    count = sum(len(configs) for configs in moe_triton.CONFIGS[generation].values())
+    assert f"{2 * (count + 1) + 5} compiled: no spills" in done.stdout
+
+
+def test_what_must_not_be_is_told():
+    good = compiled_kernels.Compiled("up", "sm90", "bf16", "", 200, 0, 1000, "wgmma")
+    assert not good.wrong and not good._replace(dtype="fp32", instruction="fma").wrong
+    assert good._replace(instruction="mma").wrong == "uses mma, not wgmma"
+    assert good._replace(spilled=8).wrong == "spills 8 bytes"
+    assert "232448 are there" in good._replace(shared=240_000).wrong
+
+
+def test_the_page_lists_every_config():
+    text = (ROOT / "docs" / "kernels.md").read_text("utf-8")
+    for generation, by_kernel in moe_triton.CONFIGS.items():
+        for name, configs in by_kernel.items():
+            for c in configs:
+                size = f"{c.BM} x {c.BN} x {c.BK}, {c.warps} warps, {c.stages} stages"
+                assert f"| {name} | {generation} | bf16 | {size} |" in text
