@@ -140,15 +140,23 @@ def grouped_matmul(at: At, name: str) -> list[Check]:
     return compare(at, ours, lambda x, w: reference(x, w, counts), leaves)
 
 
-def experts(at: At) -> list[Check]:
-    """Check the routed experts against a loop over all of them, padding tokens among the tokens."""
+def experts(at: At, name: str, routing: str) -> list[Check]:
+    """Check an expert layer against a loop over all experts, padding tokens among the tokens.
+
+    Routing is balanced, skewed (half of the tokens to one of the first K experts) or all to the first K.
+    """
     import torch
     import torch.nn.functional as F
 
     import kernels
 
+    backend = next(b for b in kernels.BACKENDS["experts"] if b.name == name)
+    if at.device.type not in backend.serves and "*" not in backend.serves:
+        raise Skip(f"serves {', '.join(backend.serves)}")
     T, D, E, K, hidden = at.pick((30, 24, 5, 2, 16), (512, 2048, 128, 8, 768))
-    ids = torch.rand(T, E, device=at.device).topk(K).indices
+    scores = torch.rand(T, E, device=at.device)
+    scores[: {"balanced": 0, "skewed": T // 2, "extreme": T}[routing], :K] += 1
+    ids = scores.topk(K).indices
     ids[-3:] = E
 
     def reference(x, w, gate_up, down):
@@ -159,7 +167,7 @@ def experts(at: At) -> list[Check]:
         return y
 
     leaves = [randn(at, *shape) * shape[-1] ** -0.5 for shape in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden))]
-    return compare(at, lambda x, w, g, d: kernels.experts(x, w, ids, g, d, E), reference, leaves)
+    return compare(at, lambda x, w, g, d: kernels.experts(x, w, ids, g, d, E, backend=name), reference, leaves)
 
 
 def linear_logprob(at: At, plain: bool) -> list[Check]:
@@ -373,7 +381,11 @@ CASES: dict[str, Callable[[At], list[Check]]] = {
     },
     "attention flex compiled": partial(attention, name="flex", window=None, compiled=True),
     **{f"grouped_matmul {name}": partial(grouped_matmul, name=name) for name in ("reference", "blas", "torch")},
-    "experts": experts,
+    **{
+        f"experts {name}, {routing}": partial(experts, name=name, routing=routing)
+        for name in ("blas", "torch", "triton")
+        for routing in ("balanced", "skewed", "extreme")
+    },
     "linear_logprob": partial(linear_logprob, plain=True),
     "linear_logprob bias softcap temperature mask": partial(linear_logprob, plain=False),
     "elementwise": partial(elementwise, compiled=False),

@@ -44,22 +44,25 @@ def layers_that_fit(device: Any, tokens: int) -> int:
     return max(1, min(48, math.floor((free - 18 * fixed - logits - update) / (18 * layer + kept))))
 
 
-def prefer(name: str) -> None:
-    """Make an attention backend this process's default."""
+def prefer(op: str, name: str) -> None:
+    """Make a backend of an op this process's default."""
     import kernels
 
-    table = kernels.BACKENDS["attention"]
-    kernels.BACKENDS["attention"] = (*(b._replace(default_on=("*",)) for b in table if b.name == name), *table)
+    table = kernels.BACKENDS[op]
+    kernels.BACKENDS[op] = (*(b._replace(default_on=("*",)) for b in table if b.name == name), *table)
 
 
-def our_step(at: At, model: Any, batch: Any, form: str, attention: str | None, masters: str) -> Callable[[], Callable]:
+def our_step(
+    at: At, model: Any, batch: Any, form: str, attention: str | None, masters: str, experts: str | None = None
+) -> Callable[[], Callable]:
     """Return what builds a fresh state and its step; the compiled step itself is made once."""
     import torch
 
     from functional_trainer import init_state, losses, make_train_step, optimizers
 
-    if attention:
-        prefer(attention)
+    for op, name in (("attention", attention), ("experts", experts)):
+        if name:
+            prefer(op, name)
     adamw = optimizers.adamw(optimizers.schedule("constant", sft_cpu.LR, 1), sft_cpu.BETAS, weight_decay=sft_cpu.DECAY)
     model = dataclasses.replace(model, dtype=torch.bfloat16)
     step = make_train_step(model, losses.sft(), adamw, compile=form, backend=at.compiler)  # type: ignore[arg-type]
@@ -110,6 +113,7 @@ def contestants(small: bool) -> dict[str, Callable]:
     if small:
         return found
     found["ours-layer-bf16"] = partial(ours, form="layer", masters="bfloat16")
+    found["ours-layer-triton"] = partial(ours, form="layer", experts="triton")
     found["ours-layer-flex"] = partial(ours, form="layer", attention="flex")
     found["ours-step"] = partial(ours, form="step")
     found["ours-off"] = partial(ours, form="off")

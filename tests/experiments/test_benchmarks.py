@@ -95,7 +95,8 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
         (n, d) for n in gpu_checks.CASES for d in gpu_checks.TOLERANCE
     }
     skipped = {c["case"] for c in out["checks"] if c["dtype"] == "float32" and c["status"] == "skip"}
-    assert skipped == {"attention flash_attn", "attention flash_attn window"}
+    triton = {f"experts triton, {routing}" for routing in ("balanced", "skewed", "extreme")}
+    assert skipped == {"attention flash_attn", "attention flash_attn window"} | triton
     assert [row["name"] for row in out["speed"]] == list(gpu_speed.contestants(True))
     assert all(row["tokens_s"] > 0 and row["mfu"] is None for row in out["speed"])
     assert [row["name"] for row in out["memory"]] == list(memory.SETTINGS)
