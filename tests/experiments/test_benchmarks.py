@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import models
 from experiments.benchmarks import gpu_checks, gpu_speed, gpu_suite, memory, runs, sft_cpu, sft_end_to_end
+from experiments.benchmarks import kernels as kernels_benchmark
 from experiments.benchmarks.live_bytes import LiveBytes, allocated
 from functional_trainer import flops, losses, tree
 from functional_trainer.step import evaluate, wrap_layer
@@ -322,3 +323,49 @@ def test_help_of_the_recipe_imports_no_torch():
     result = subprocess.run(command, capture_output=True, text=True)
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
     assert result.returncode == 0 and "tyro" in imported and not {"torch", "grain"} & imported
+
+
+# ops -----------------------------------------------------------------------------------------------------------------
+
+SMALL_OPS = {
+    "HOST": {"small": (40, 24, 16, 5, 2)}, "HEADS": {"small": (40, 24, 50)}, "ATTENTION": {"small": (2, 40, 4, 2, 8)},
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_ops(monkeypatch):
+    for name, sizes in SMALL_OPS.items():
+        monkeypatch.setattr(kernels_benchmark, name, sizes)
+
+
+@pytest.mark.filterwarnings("ignore:grouped_mm")
+def test_ops_are_timed_beside_peers_that_agree(small_ops, tmp_path):
+    kernels_benchmark.main(kernels_benchmark.Options(rounds=2, compile="off", json=tmp_path / "ops.json"))
+    rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    cases: dict[tuple, set[str]] = {}
+    for row in rows:
+        assert "failed" not in row and len(row["ms"]) == 2 and row["tflops"] > 0
+        cases.setdefault((row["op"], row["dtype"], row["note"]), set()).add(row["name"])
+    theirs = {f"hf-{name}" for name in sft_cpu.EXPERTS}
+    for routing in ("balanced", "mild", "extreme"):
+        assert cases["experts", "float32", routing] == {"floor", "ours-blas", "ours-torch"} | theirs
+    assert cases["linear_logprob", "bfloat16", ""] == {"floor", "ours", "torch", "logits"}
+
+
+def test_an_op_that_is_wrong_is_not_timed(small_ops, monkeypatch, capsys):
+    right = kernels_benchmark.ops.linear_logprob
+    wrong = lambda *args, **options: [x * 1.01 for x in right(*args, **options)]  # noqa: E731
+    monkeypatch.setattr(kernels_benchmark.ops, "linear_logprob", wrong)
+    with pytest.raises(SystemExit):
+        kernels_benchmark.main(kernels_benchmark.Options(ops=("linear_logprob",), dtypes=("float32",), rounds=1))
+    assert "differs from ours by" in capsys.readouterr().out
+
+
+def test_routing_is_as_skewed_as_its_name():
+    device = torch.device("cpu")
+    shares = {}
+    for routing in ("balanced", "mild", "extreme"):
+        ids = kernels_benchmark.chosen(routing, 2000, 32, 4, device)
+        assert all(len(set(row)) == 4 for row in ids.tolist())
+        shares[routing] = (torch.bincount(ids.flatten(), minlength=32).double() / ids.numel() * 32).tolist()
+    assert max(shares["balanced"]) < 1.2 and 1.5 < max(shares["mild"]) < 2.2 and max(shares["extreme"]) > 4

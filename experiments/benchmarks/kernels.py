@@ -1,0 +1,322 @@
+"""Time ops, forward and backward, beside their peers and the products that they cannot avoid.
+
+    python experiments/benchmarks/kernels.py --json kernels.json
+    python experiments/benchmarks/kernels.py --ops experts --shapes tiny --routing extreme --dtypes bfloat16
+
+Contestants of a case share one process, take turns, one run each a round, and must agree with ours before they are
+timed: results and gradients, within the type's error. Times are medians.
+
+    floor     the vendor's matrix products alone, each once forward and twice backward, on buffers made before: of the
+              experts with their actual numbers of rows, of the head for all tokens; of attention PyTorch's kernel for
+              each document (float32 on the CPU)
+    ours-X    `kernels` with backend X
+    ...*      compiled by Inductor
+    hf-X      transformers' Qwen3MoeExperts with implementation X, left out if it would copy more than --memory-gib
+    torch     F.linear_cross_entropy; scaled_dot_product_attention with a mask of documents
+    logits    all logits at once, and F.cross_entropy
+    liger     liger-kernel's fused head, where it is installed (it needs a GPU)
+
+Routing: balanced, mild (shares of experts fall from 2 to 0) and extreme (three of four slots go to the first experts).
+On a GPU, products of 8192 x 8192 and a copy of 1 GiB are timed in the same run: what TFLOP/s and GB/s there can be.
+"""
+
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clone without installing
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+import kernels as ops
+from experiments.benchmarks import sft_cpu
+from functional_trainer import backend, config
+
+HOST = {
+    "tiny": (2048, 256, 224, 16, 4), "30b-a3b, 16 experts, 512": (512, 2048, 768, 16, 8),
+    "30b-a3b, 16 experts, 2k": (2048, 2048, 768, 16, 8), "30b-a3b, 512": (512, 2048, 768, 128, 8),
+    "30b-a3b, 2k": (2048, 2048, 768, 128, 8),
+}  # fmt: skip
+"""Sizes of an expert layer on the CPU: tokens, width, expert width, experts, slots of a token."""
+WIDTHS = {
+    "30b-a3b": (2048, 768, 128, 8), "235b-a22b": (4096, 1536, 128, 8), "deepseek-v3": (7168, 2048, 256, 8),
+    "gpt-oss-20b": (2880, 2880, 32, 4), "gpt-oss-120b": (2880, 2880, 128, 4),
+}  # fmt: skip
+DEVICE = {f"{name}, {T // 1024}k": (T, *sizes) for name, sizes in WIDTHS.items() for T in (4096, 8192, 32768)}
+HEADS = {"tiny": (2048, 256, 1024), "30b-a3b, 512": (512, 2048, 151936), "30b-a3b, 4k": (4096, 2048, 151936)}
+"""Sizes of a head: tokens, width, vocabulary."""
+ATTENTION = {"tiny": (8, 256, 8, 4, 32), "30b-a3b, 2 x 2k": (2, 2048, 32, 4, 128)}
+"""Sizes of attention: rows, tokens of a row, query heads, key heads, head dim."""
+LIMIT = {"float32": 1e-4, "bfloat16": 4e-2}
+
+
+@dataclass(frozen=True)
+class Options:
+    device: str = "auto"
+    """Device to time on."""
+    ops: tuple[str, ...] = ("experts", "linear_logprob", "attention")
+    """Which of experts, linear_logprob and attention."""
+    shapes: tuple[str, ...] = ()
+    """Beginnings of names of sizes (none means all)."""
+    routing: tuple[str, ...] = ("balanced", "mild", "extreme")
+    """How tokens choose experts."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """Types of all operands."""
+    compile: Literal["on", "off"] = "on"
+    """Time the default expert layer and transformers' grouped one compiled by Inductor, too."""
+    rounds: int = 5
+    """Timed runs of each contestant, after one that is not."""
+    memory_gib: float = 8.0
+    """Memory that a contestant may take for copies."""
+    json: Path | None = None
+    """Also write the results here."""
+
+
+@dataclass
+class Case:
+    """One op at one size: contestants by name, each returning its result and gradients, and its FLOPs."""
+
+    op: str
+    shape: str
+    dtype: str
+    note: str
+    flops: float
+    contestants: dict[str, Callable[[], Any]]
+
+
+def leaf(device: torch.device, dtype: str, *shape: int) -> torch.Tensor:
+    """Draw an operand of unit products."""
+    x = torch.randn(shape, device=device) * shape[-1] ** -0.5
+    return x.to(getattr(torch, dtype)).requires_grad_()
+
+
+def both(fn: Callable[[], torch.Tensor], leaves: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+    """Run forward and backward."""
+    out = fn()
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def products(*sizes: tuple[int, int, int], dtype: str, device: torch.device) -> Callable[[], None]:
+    """Return what runs the three products of each (rows, in, out), on buffers that those of one size share."""
+    with device:
+        made = {size: sft_cpu.linear(*size, getattr(torch, dtype)) for size in dict.fromkeys(sizes)}
+
+    def run() -> None:
+        for size in sizes:
+            for call in made[size]:
+                call()
+
+    return run
+
+
+# cases ---------------------------------------------------------------------------------------------------------------
+
+
+def chosen(routing: str, T: int, E: int, K: int, device: torch.device) -> torch.Tensor:
+    """Draw K different experts for each token."""
+    favour = (
+        torch.linspace(2, 0, E, device=device).clamp_min(1e-3) if routing == "mild" else torch.ones(E, device=device)
+    )
+    if routing == "extreme":
+        favour[: max(K, E // 16)] = 3 * E / max(K, E // 16)
+    return torch.multinomial(favour.expand(T, E), K)
+
+
+def apply(sizes: tuple[int, ...], implementation: str, x, weights, ids, gate_up, down) -> torch.Tensor:
+    """Apply transformers' expert module with our weights."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    _, D, hidden, E, K = sizes
+    raw = Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=hidden, num_experts=E, num_experts_per_tok=K)
+    raw._experts_implementation = implementation
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(raw)
+    module.__dict__ |= {"gate_up_proj": gate_up.flatten(1, 2), "down_proj": down}
+    del module._parameters["gate_up_proj"], module._parameters["down_proj"]
+    return module(x, ids, weights)
+
+
+def experts(o: Options, device: torch.device, shape: str, sizes: tuple[int, ...], dtype: str) -> Iterator[Case]:
+    """Yield the cases of an expert layer of (tokens, width, expert width, experts, slots)."""
+    T, D, hidden, E, K = sizes
+    x, weights, gate_up, down = leaves = [
+        leaf(device, dtype, *s) for s in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden))
+    ]
+    grad = torch.randn(T, D, device=device).to(x.dtype)
+    whole, other = (torch.compile(fn, dynamic=False) for fn in (ops.experts, partial(apply, sizes, "grouped_mm")))
+    for routing in o.routing:
+        ids = chosen(routing, T, E, K, device)
+        counts = torch.bincount(ids.flatten(), minlength=E).tolist()
+        needed = [size for n in counts if n for size in ((n, D, 2 * hidden), (n, hidden, D))]
+        found: dict[str, Callable] = {"floor": products(*needed, dtype=dtype, device=device)}
+        for b in ops.BACKENDS["experts"]:
+            if b.name != "reference" and device.type in b.serves:
+                run = partial(ops.experts, x, weights, ids, gate_up, down, E, backend=b.name)
+                found[f"ours-{b.name}"] = partial(both, run, leaves, grad)
+        for name in sft_cpu.EXPERTS:
+            if name != "batched_mm" or T * K * 3 * D * hidden * x.itemsize < o.memory_gib * 2**30:
+                found[f"hf-{name}"] = partial(
+                    both, partial(apply, sizes, name, x, weights, ids, gate_up, down), leaves, grad
+                )
+        if o.compile == "on":
+            run = partial(whole, x, weights, ids, gate_up, down, E)
+            found["ours*"] = partial(both, run, leaves, grad)
+            found["hf-grouped_mm*"] = partial(both, partial(other, x, weights, ids, gate_up, down), leaves, grad)
+        yield Case("experts", shape, dtype, routing, 18.0 * T * K * D * hidden, found)
+
+
+def linear_logprob(o: Options, device: torch.device, shape: str, sizes: tuple[int, ...], dtype: str) -> Iterator[Case]:
+    """Yield the case of a head of (tokens, width, vocabulary): the mean negative log-likelihood."""
+    T, D, V = sizes
+    h, w = leaves = [leaf(device, dtype, T, D), leaf(device, dtype, V, D)]
+    targets, one = torch.randint(0, V, (T,), device=device), torch.ones((), device=device)
+    loss = lambda logp: -logp.mean()  # noqa: E731
+    found = {
+        "floor": products((T, D, V), dtype=dtype, device=device),
+        "ours": lambda: both(lambda: loss(ops.linear_logprob(h, w, targets, entropy=False)[0]), leaves, one),
+        "torch": lambda: both(lambda: F.linear_cross_entropy(h, w, targets).float(), leaves, one),
+        "logits": lambda: both(lambda: F.cross_entropy((h @ w.T).float(), targets), leaves, one),
+    }
+    if importlib.util.find_spec("liger_kernel") and backend.has_own_memory(device):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss()
+        found["liger"] = lambda: both(lambda: fused(w, h, targets).float(), leaves, one)
+    yield Case("linear_logprob", shape, dtype, "", 6.0 * T * D * V, found)
+
+
+def attention(o: Options, device: torch.device, shape: str, sizes: tuple[int, ...], dtype: str) -> Iterator[Case]:
+    """Yield the case of causal attention in packed documents: (rows, tokens of a row, heads, key heads, head dim)."""
+    from functional_trainer import flops
+    from kernels.attention import mask
+
+    B, S, N, K, H = sizes
+    batch = sft_cpu.packed_batch(B, S, 99, seed=1, shortest=S // 16)
+    lengths = flops.lengths(batch["segment_ids"]).tolist()
+    segments, positions = (batch[name].to(device) for name in ("segment_ids", "positions"))
+    q, k, v = leaves = [leaf(device, dtype, B, S, heads, H) for heads in (N, K, K)]
+    grad, seen = torch.randn_like(q), mask(segments, positions, segments, positions, None)
+
+    def sdpa() -> torch.Tensor:
+        heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(*heads, attn_mask=seen[:, None], enable_gqa=True).transpose(1, 2)
+
+    found: dict[str, Callable] = {"torch": partial(both, sdpa, leaves, grad)}
+    if not backend.has_own_memory(device):
+        calls = [sft_cpu.attend(n, N, H) for n in lengths]
+        found["floor"] = lambda: [call() for call in calls]
+    for b in ops.BACKENDS["attention"]:
+        if b.name not in ("reference", "shapes") and (device.type in b.serves or "*" in b.serves):
+            run = partial(ops.attention, q, k, v, segments, positions, backend=b.name)
+            found[f"ours-{b.name}"] = partial(both, run, leaves, grad)
+    yield Case("attention", shape, dtype, f"{len(lengths)} documents", 7.0 * N * H * sum(n * n for n in lengths), found)
+
+
+CASES = {"experts": experts, "linear_logprob": linear_logprob, "attention": attention}
+
+
+# timing --------------------------------------------------------------------------------------------------------------
+
+
+def off(ours: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Return the largest relative difference of results and gradients, in the 2-norm."""
+    pairs = zip(ours, other, strict=True)
+    return max(((a - b).float().norm() / a.float().norm().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+def raced(case: Case, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Return a row for each contestant: milliseconds of its runs, and how far it is from ours."""
+    rows: list[dict[str, Any]] = []
+    ours = next(run for name, run in case.contestants.items() if name.startswith("ours"))()
+    for name, run in case.contestants.items():
+        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "note": case.note, "name": name}
+        made = run()
+        far = 0.0 if name == "floor" else off(ours, made)
+        if not far <= LIMIT[case.dtype]:
+            row["failed"] = f"differs from ours by {far:.1e}"
+        rows.append(row | {"off": far, "ms": []})
+    del ours, made
+    for _ in range(rounds):
+        for row in rows:
+            if "failed" not in row:
+                backend.synchronize(device)
+                begin = time.perf_counter()
+                case.contestants[row["name"]]()
+                backend.synchronize(device)
+                row["ms"].append((time.perf_counter() - begin) * 1e3)
+    for row in rows:
+        row["median_ms"] = statistics.median(row["ms"]) if row["ms"] else None
+        row["tflops"] = case.flops / row["median_ms"] / 1e9 if row["ms"] else None
+    return rows
+
+
+def ceilings(device: torch.device) -> str:
+    """Time a large product and a copy on a GPU."""
+    if not backend.has_own_memory(device):
+        return ""
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    x = torch.empty(2**28, device=device)
+    found = []
+    for run in (lambda: a @ b, lambda: x.clone()):
+        times = []
+        for _ in range(10):
+            backend.synchronize(device)
+            begin = time.perf_counter()
+            run()
+            backend.synchronize(device)
+            times.append(time.perf_counter() - begin)
+        found.append(statistics.median(times))
+    product, copy = 2 * 8192**3 / found[0] / 1e12, 2 * x.nbytes / found[1] / 1e9
+    return f"a product of 8192 in bfloat16: {product:.0f} TFLOP/s; a copy: {copy:.0f} GB/s"
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print the rows of a case."""
+    first, floor = rows[0], next((r["median_ms"] for r in rows if r["name"] == "floor"), None)
+    made = Table(title=" ".join(filter(None, (first["op"], first["shape"], first["dtype"], first["note"]))))
+    for head in ("contestant", "ms", "x floor", "TFLOP/s", "from ours"):
+        made.add_column(head, justify="left" if head == "contestant" else "right")
+    for row in sorted(rows, key=lambda r: r["median_ms"] or 1e12):
+        if row["ms"]:
+            share = f"{row['median_ms'] / floor:.2f}" if floor else ""
+            made.add_row(row["name"], f"{row['median_ms']:.1f}", share, f"{row['tflops']:.3f}", f"{row['off']:.0e}")
+        else:
+            made.add_row(row["name"], row["failed"], "", "", "")
+    console.print(made)
+
+
+def main(o: Options) -> None:
+    device = backend.setup(o.device)
+    own, console, rows = backend.has_own_memory(device), Console(width=120), []
+    sizes: dict[str, dict[str, Any]] = {
+        "experts": DEVICE if own else HOST,
+        "linear_logprob": HEADS,
+        "attention": ATTENTION,
+    }
+    console.print(f"{backend.describe(device)}, torch {torch.__version__} {ceilings(device)}")
+    for op in o.ops:
+        for shape, size in sizes[op].items():
+            for dtype in o.dtypes if not o.shapes or shape.startswith(o.shapes) else ():
+                for case in CASES[op](o, device, shape, size, dtype):
+                    found = raced(case, o.rounds, device)
+                    show(found, console)
+                    rows += found
+    if o.json:
+        o.json.write_text(json.dumps({"options": asdict(o) | {"json": str(o.json)}, "rows": rows}, indent=1), "utf-8")
+    if any("failed" in row for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    config.run(main, Options, doc=__doc__ or "")
