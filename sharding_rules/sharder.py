@@ -338,7 +338,8 @@ class Sharder:
             return move(x, steps, back)
 
         def region(*args: torch.Tensor):
-            made = fn(*[moved(x, name, moves) for x, name, moves in zip(args, ins, arrive, strict=True)])
+            parts = [moved(x, name, moves) for x, name, moves in zip(args, ins, arrive, strict=True)]
+            made = fn(*parts) if torch.compiler.is_compiling() else _explained(fn, parts, ins)
             made = (made,) if len(outs) == 1 else made
             left = [moved(x, name, moves) for x, name, moves in zip(made, outs, leave, strict=True)]
             return left[0] if len(outs) == 1 else tuple(left)
@@ -441,6 +442,16 @@ class Sharder:
         placed, where = self.placements(path, shape), self.where(f"params/{path}", use=False, shape=shape)
         at: dict[str, Any] = {"shape": torch.Size(shape), "stride": torch.empty(shape, device="meta").stride()}
         return DTensor.from_local(make(self.own(where, shape)), self.mesh, placed, run_check=False, **at)
+
+
+def _explained(fn: Callable, parts: list[torch.Tensor], names: tuple[str, ...]) -> Any:
+    """Call `fn`; an error says which operands it was given, and of which shapes."""
+    try:
+        return fn(*parts)
+    except RuntimeError as error:
+        given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, parts, strict=True))
+        error.add_note(f"this rank's parts: {given}; `experiments/rules.py lint` finds rules that do not fit together")
+        raise
 
 
 def _fit(dim: int, length: int) -> Step:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sharding_rules.sharder import Sharder
+from sharding_rules.sharder import Again, Sharder
 from tests.multi_rank import parity
 
 DEPTH = 4
@@ -48,6 +48,27 @@ def gathered(step: Any, *args: Any) -> int:
     return most
 
 
+def saved(step: Any, *args: Any) -> tuple[int, int]:
+    """Return the scalars that a layer's forward leaves to its backward: of weights that are let go of, and of others."""
+    counts, hooks = {True: 0, False: 0}, Again.hooks
+
+    def watching(self, layer, whole):
+        made, places = hooks(self, layer, whole), {x.untyped_storage().data_ptr() for x in whole}
+
+        def pack(x):
+            counts[x.untyped_storage().data_ptr() in places] += x.numel() * (layer == 0)
+            return made.pack_hook(x)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, made.unpack_hook)
+
+    Again.hooks = watching  # type: ignore[method-assign]
+    try:
+        step(*args)
+    finally:
+        Again.hooks = hooks  # type: ignore[method-assign]
+    return counts[True], counts[False]
+
+
 def traced(remat: str) -> dict[str, Any]:
     """Return the events of a step on fsdp2, and how many layers are gathered at most."""
     options = {"compile": "layer", "backend": "aot_eager", "remat": remat}
@@ -56,7 +77,8 @@ def traced(remat: str) -> dict[str, Any]:
     _, step, state = parity.start(case, shard)
     rows = shard.put_batch(parity.own_rows(case, shard))
     step(state, rows)
-    return {"events": events(step, state, rows), "gathered": gathered(step, state, rows)}
+    return {"events": events(step, state, rows), "gathered": gathered(step, state, rows),
+            "saved": saved(step, state, rows)}  # fmt: skip
 
 
 def all_traced() -> dict[str, dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.multi_rank import ahead, launch
+import models
+from functional_trainer import param
+from tests.multi_rank import ahead, launch, parity
 from tests.multi_rank.ahead import DEPTH
 
 
@@ -37,6 +39,15 @@ def test_backward_gathers_again_a_layer_ahead(remat, traces):
     assert [span.count("gather") for span in after] == [2] + [1] * (DEPTH - 2) + [0]
     assert all(span.index("wait") > span.index("gather") for span in after[:-1])
     assert traces[remat]["gathered"] == 2
+
+
+def test_no_copy_of_a_weight_waits_for_backward(traces):
+    """What a recomputed layer saves is its input and, where that is asked for, products: not its weights."""
+    specs = models.from_config(parity.DENSE).specs["layers"][0]
+    for remat, fold in (("layer", 3), ("selective", 20)):
+        weights, others = traces[remat]["saved"]
+        assert weights == param.count(specs)
+        assert others < fold * parity.ROWS // 2 * parity.LENGTH * parity.DENSE["hidden_size"]
 
 
 @pytest.mark.parametrize("remat", ["none", "selective", "layer"])

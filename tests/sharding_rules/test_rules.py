@@ -172,6 +172,13 @@ def test_an_output_cannot_be_whole_where_operands_are_split(mesh):
     shard.local(torch.sin, ("whole",), ("whole",))
 
 
+def test_maths_that_fails_says_on_which_parts(mesh):
+    shard = Sharder(Rules((("x", P("fsdp", None)), ("w", P(None, "ep")), ("batch/columns", P(None)))), mesh)
+    with pytest.raises(RuntimeError) as error:
+        shard.local(torch.mm, ("x", "w"), ("x",))(torch.ones(2, 6), torch.ones(3, 6))
+    assert error.value.__notes__[0].startswith("this rank's parts: x (2, 6), w (3, 6); `experiments/rules.py lint`")
+
+
 def test_meshes_that_do_not_fit():
     with pytest.raises(ValueError, match="--mesh.fsdp 3 x --mesh.ep 2 is 6 processes, but 4 were started"):
         make(Mesh(fsdp=3, ep=2), torch.device("cpu"), 4)
