@@ -49,7 +49,7 @@ def gathered(step: Any, *args: Any) -> int:
 
 
 def saved(step: Any, *args: Any) -> tuple[int, int]:
-    """Return the scalars that a layer's forward leaves to its backward: of weights that are let go of, and of others."""
+    """Return the scalars that forward of a layer leaves to its backward: of weights that are let go of, and others."""
     counts, hooks = {True: 0, False: 0}, Again.hooks
 
     def watching(self, layer, whole):

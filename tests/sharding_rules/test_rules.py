@@ -173,9 +173,10 @@ def test_an_output_cannot_be_whole_where_operands_are_split(mesh):
 
 
 def test_maths_that_fails_says_on_which_parts(mesh):
-    shard = Sharder(Rules((("x", P("fsdp", None)), ("w", P(None, "ep")), ("batch/columns", P(None)))), mesh)
+    rows = ("x", P("fsdp", None)), ("w", P(None, "ep")), ("y", P("fsdp", "ep")), ("batch/columns", P(None))
+    shard = Sharder(Rules(rows), mesh)
     with pytest.raises(RuntimeError) as error:
-        shard.local(torch.mm, ("x", "w"), ("x",))(torch.ones(2, 6), torch.ones(3, 6))
+        shard.local(torch.mm, ("x", "w"), ("y",))(torch.ones(2, 6), torch.ones(3, 6))
     assert error.value.__notes__[0].startswith("this rank's parts: x (2, 6), w (3, 6); `experiments/rules.py lint`")
 
 
