@@ -87,7 +87,7 @@ def few_tasks() -> None:
 
 def small(flags: list[str]) -> list[str]:
     """Return the flags of a command and further ones that only make it small; a --config is of such a run already."""
-    steps = ["--steps", str(int(flags[flags.index("--steps") + 1]) // 50)] if "--steps" in flags else []
+    steps = ["--steps", str(max(1, int(flags[flags.index("--steps") + 1]) // 50))] if "--steps" in flags else []
     if "--config" in flags:
         return flags + steps
     few = [*(steps or ["--steps", "2"]), "--batch", "2", "--data.seq-len", "64", "--compile", "off"]
@@ -98,7 +98,7 @@ def ensure(place: Path, text: str) -> None:
     """Make the runs that a command or a block names, if no command has made them."""
     for name in re.findall(r"\bruns/\w+", text):
         if not (place / name / "hf").exists():
-            data = ["--model.path", "Qwen3-0.6B", "--data.train", "chats.jsonl", "--steps", "200", "--answers", "2"]
+            data = ["--model.path", "Qwen3-0.6B", "--data.train", "chats.jsonl", "--steps", "200"]
             sft_runs.run(place, *small([*data, "--out", name]))
 
 
