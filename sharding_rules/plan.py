@@ -105,10 +105,11 @@ class Planner(Sharder):
         alone = self.compiled and "/layers/" in prefix and not isinstance(params, Fetched)
         with self.watch.within("weights gathered"):
             made = super().weights(tree.map(self.watch.leaf, params), prefix, dtype)
-            self.coming[:] = [torch.empty(size(made), dtype=torch.uint8, device=SHAPES)] if alone else []
-        if alone and in_backward():
-            with self.watch.within("backward"):
-                self.coming.append(torch.empty_like(self.coming[0]))
+            # As many operations in forward as in backward, for selective recomputation counts them.
+            self.coming[:] = [torch.empty(alone * size(made), dtype=torch.uint8, device=SHAPES)]
+        with self.watch.within("backward"):
+            grads = alone * in_backward() * size(made)
+            self.coming.append(torch.empty(grads, dtype=torch.uint8, device=SHAPES))
         return made
 
     def squares(self, squares: list[torch.Tensor], params: list) -> torch.Tensor:

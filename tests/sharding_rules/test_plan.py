@@ -186,10 +186,11 @@ def test_what_a_part_of_the_peak_is():
     assert ("memory", "forward", "gradients") not in costs and costs["memory", "first", "gradients"] > 0
 
 
-def test_where_layers_are_compiled_the_next_one_is_gathered_too():
+@pytest.mark.parametrize("remat", ["layer", "selective"])
+def test_where_layers_are_compiled_the_next_one_is_gathered_too(remat):
     """That is all that changes."""
     config = parity.MOE | DEEP
-    one, two = (planned((config, {"remat": "layer"}), "fsdp2", ROWS, LENGTH, compiled=c) for c in (False, True))
+    one, two = (planned((config, {"remat": remat}), "fsdp2", ROWS, LENGTH, compiled=c) for c in (False, True))
     specs = models.from_config(config).specs["layers"][0]
     layer = param.count(specs) * 4
     for what in ("weights gathered", "backward"):  # of the layer after it, gradients
