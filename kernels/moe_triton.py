@@ -74,6 +74,14 @@ def _tile(ends, E: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, tile):
     return expert, first, tl.sum(end * here, 0)
 
 
+@triton.jit
+def _tokens(order, first, end, K: tl.constexpr, BM: tl.constexpr):
+    """Return the rows of a tile, counted from its first, which of them the expert has, and their tokens."""
+    row = tl.arange(0, BM)
+    used = row < end - first
+    return row, used, (tl.load(order + first + row, used, 0) // K).to(tl.int64)
+
+
 # forward --------------------------------------------------------------------------------------------------------------
 
 
@@ -87,9 +95,8 @@ def _up(
     expert, first, end = _tile(ends, E, E2, BM, tl.program_id(1))
     if expert == E:
         return
-    row, f, d = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    used = row < end - first
-    token = (tl.load(order + first + row, used, 0) // K).to(tl.int64)
+    row, used, token = _tokens(order, first, end, K, BM)
+    f, d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     x_at = x + token[:, None] * D + d[None, :]
     gate_at = w + expert.to(tl.int64) * 2 * F * D + f[None, :] * D + d[:, None]
     gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
@@ -163,9 +170,8 @@ def _down_grad(
     expert, first, end = _tile(ends, E, E2, BM, tl.program_id(1))
     if expert == E:
         return
-    row, f, d = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    used = row < end - first
-    token = (tl.load(order + first + row, used, 0) // K).to(tl.int64)
+    row, used, token = _tokens(order, first, end, K, BM)
+    f, d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
     dout_at = dout + token[:, None] * D + d[None, :]
     w_at = w + expert.to(tl.int64) * D * F + d[:, None] * F + f[None, :]
     da = tl.zeros((BM, BN), tl.float32)

@@ -64,7 +64,7 @@ class Again:
 
     def hooks(self, layer: int, whole: list[torch.Tensor]) -> Any:
         """Return the context in which a layer is to run that is given `whole`."""
-        places = {x.untyped_storage().data_ptr(): i for i, x in enumerate(whole)}
+        places = {x.untyped_storage().data_ptr(): i for i, x in enumerate(whole) if x.numel()}
 
         def pack(x: torch.Tensor) -> Any:
             place = places.get(x.untyped_storage().data_ptr())

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clone without installing
 
@@ -33,12 +33,12 @@ BEGIN, END = "<!-- written by compiled_kernels.py from here -->\n\n", "\n<!-- to
 
 @dataclass(frozen=True)
 class Options:
-    generations: tuple[str, ...] = ("sm80", "sm90", "sm100")
-    """Which of sm80, sm90 and sm100."""
-    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
-    """Which of bf16, fp16 and fp32."""
-    only: str = ""
-    """Kernel to compile (all if empty)."""
+    generations: tuple[Literal["sm80", "sm90", "sm100"], ...] = ("sm80", "sm90", "sm100")
+    """Targets."""
+    dtypes: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("bf16", "fp16", "fp32")
+    """Types of operands."""
+    only: Literal["up", "rows", "down_grad", "weight_grad", "combine", "all"] = "all"
+    """Kernel to compile."""
     write: Path | None = None
     """Page whose table is written anew, between its marks."""
 
@@ -104,7 +104,7 @@ def compiled(o: Options) -> Iterator[Compiled]:
     for generation in o.generations:
         for dtype in o.dtypes:
             for name in (*MATMULS, "combine"):
-                if o.only not in ("", name):
+                if o.only not in ("all", name):
                     continue
                 configs = moe_triton.CONFIGS[generation].get(name, ()) if dtype != "fp32" else (moe_triton.FLOAT32,)
                 for c in configs if name != "combine" else [moe_triton.Config(1, 1024, 1, 4, 1)]:
@@ -140,7 +140,9 @@ def main(o: Options) -> None:
         found.append(c)
     text = table(found)
     if o.write:
-        before, rest = o.write.read_text("utf-8").split(BEGIN)
+        if BEGIN not in (page := o.write.read_text("utf-8")) or END not in page:
+            raise ValueError(f"--write {o.write}: it has no marks between which the table would be written")
+        before, rest = page.split(BEGIN)
         o.write.write_text(before + BEGIN + text + END + rest.split(END)[1], "utf-8")
     print(text)
     wrong = [f"{c.kernel} on {c.generation} in {c.dtype} ({c.config}): {c.wrong}" for c in found if c.wrong]

@@ -64,13 +64,13 @@ LIMIT = {"float32": 1e-4, "bfloat16": 4e-2}
 class Options:
     device: str = "auto"
     """Device to time on."""
-    ops: tuple[str, ...] = ("experts", "linear_logprob", "attention")
-    """Which of experts, linear_logprob and attention."""
+    ops: tuple[Literal["experts", "linear_logprob", "attention"], ...] = ("experts", "linear_logprob", "attention")
+    """Ops to time."""
     shapes: tuple[str, ...] = ()
     """Beginnings of names of sizes (none means all)."""
-    routing: tuple[str, ...] = ("balanced", "mild", "extreme")
+    routing: tuple[Literal["balanced", "mild", "extreme"], ...] = ("balanced", "mild", "extreme")
     """How tokens choose experts."""
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Types of all operands."""
     compile: Literal["on", "off"] = "on"
     """Time the default expert layer and transformers' grouped one compiled by Inductor, too."""
@@ -304,6 +304,9 @@ def main(o: Options) -> None:
         "linear_logprob": HEADS,
         "attention": ATTENTION,
     }
+    known = [shape for op in o.ops for shape in sizes[op]]
+    if odd := [s for s in o.shapes if not any(shape.startswith(s) for shape in known)]:
+        raise ValueError(f"--shapes {odd[0]}: no size begins so; these are: {'; '.join(dict.fromkeys(known))}")
     console.print(f"{backend.describe(device)}, torch {torch.__version__} {ceilings(device)}")
     for op in o.ops:
         for shape, size in sizes[op].items():

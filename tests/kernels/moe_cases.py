@@ -53,9 +53,8 @@ def gradients(c: Case, mlp, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def errors(c: Case) -> list[float]:
-    """Return how far result and gradients are from float64, as a share of the largest value.
-
-    Memory that nobody has written to is full of NaN.
+    """Return how far result and gradients are from float64, as a share of the largest value, or of 1, the operands'
+    order: sums may cancel. Memory that nobody has written to is full of NaN.
     """
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -63,7 +62,7 @@ def errors(c: Case) -> list[float]:
     ours = gradients(c, moe_fused.layer, c.dtype)
     assert all(a.dtype == c.dtype for a in ours)
     pairs = zip(ours, expected, strict=True)
-    return [((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-9)).item() for a, b in pairs]
+    return [((a.double() - b).abs().max() / b.abs().max().clamp_min(1)).item() for a, b in pairs]
 
 
 def repeats(c: Case) -> bool:
