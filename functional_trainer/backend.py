@@ -91,6 +91,26 @@ def probe_compiler(device: torch.device) -> None:
         threading.Thread(target=lambda isas: [bool(isa) for isa in isas], args=(half,), daemon=True).start()
 
 
+class OneThreadGloo(dist.ProcessGroupGloo):
+    """A group of gloo that completes its exchanges on one thread, in order.
+
+    PyTorch's has two, and each writes the name of what it completed to one string, without a lock: two all-gathers
+    under way free its buffer twice, and some thousand steps later malloc aborts (`ProcessGroupGloo::runLoop` and
+    `lastCompletedWorkName`, PyTorch 2.13).
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._threads, options._timeout = 1, timeout
+        options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        super().__init__(store, rank, size, options)
+
+
+def complete_on_one_thread() -> None:
+    """Have every group of gloo that is made from now on be a `OneThreadGloo`."""
+    dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo  # type: ignore[misc]
+
+
 def join(device: torch.device, timeout: float = 1800, folder: str | Path = ".") -> tuple[int, int]:
     """Join the processes that torchrun or `accelerate launch` announces; return (rank, world), (0, 1) if none.
 
@@ -108,6 +128,7 @@ def join(device: torch.device, timeout: float = 1800, folder: str | Path = ".") 
         # After a restart torchrun's store still has the addresses of the processes that are gone.
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         kind = COMMUNICATION[device.type]
+        complete_on_one_thread()
         dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=patience)
     return dist.get_rank(), dist.get_world_size()
 

@@ -38,7 +38,7 @@ from torch.distributed.fsdp import fully_shard
 import models
 from experiments.benchmarks import sft_cpu
 from experiments.rules import RULES
-from functional_trainer import config, init_state, losses, make_train_step, optimizers, tree
+from functional_trainer import backend, config, init_state, losses, make_train_step, optimizers, tree
 from sharding_rules import Sharder
 from sharding_rules.mesh import Mesh, make
 
@@ -144,6 +144,7 @@ def race(o: Options, family: str) -> dict[str, dict[str, float]]:
 def rank(number: int, o: Options, folder: str) -> None:
     """Race both families as one of the ranks; the first writes what it found."""
     torch.set_num_threads(1)
+    backend.complete_on_one_thread()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=RANKS)
     found = {family: race(o, family) for family in ("moe", "dense")}
     if number == 0:

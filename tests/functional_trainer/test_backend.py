@@ -1,6 +1,8 @@
 """functional_trainer.backend: which device a process gets, what it is called, what it can do at best."""
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,3 +95,22 @@ def test_one_process_needs_no_group(monkeypatch, world):
     assert not torch.distributed.is_initialized()
     backend.barrier()
     backend.leave()
+
+
+RANK = """
+import torch.distributed as dist
+from functional_trainer import backend
+device = backend.setup("cpu")
+backend.join(device, 60)
+groups = dist.group.WORLD, backend.host_group()
+print(*(group._get_backend(device).options._threads for group in groups), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_a_group_of_gloo_completes_its_exchanges_on_one_thread(tmp_path):
+    """With PyTorch's two they race, and a run of some thousand steps ends in malloc."""
+    tmp_path.joinpath("rank.py").write_text(RANK)
+    command = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "rank.py"
+    said = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert said.stdout.splitlines() == ["1 1"] * 2, said  # of the two groups of either rank

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from functional_trainer import backend
+
 PRELOAD = ["torch", "torch.distributed.tensor", "models", "functional_trainer.step", "sharding_rules"]
 PATIENCE = timedelta(seconds=120)
 
@@ -33,6 +35,7 @@ def run(world: int, job: Callable[..., Any], *args: Any) -> Any:
 def _rank(rank: int, world: int, folder: str, job: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
+    backend.complete_on_one_thread()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=PATIENCE)
     result = job(*args)
     if rank == 0:
