@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ host = importlib.import_module("kernels.attention_documents")
 flex = importlib.import_module("torch.nn.attention.flex_attention")
 HERE = ("documents", "sdpa", "reference", "flex")
 TABLE = {b.name: b for b in kernels.BACKENDS["attention"]}
+DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 PAIRS = [(name, case) for name in HERE for case in ("plain", *kernels.CASES) if case in {"plain", *TABLE[name].cases}]
 
 
@@ -338,8 +340,16 @@ def test_the_hosts_own_op_is_the_default_of_every_case_but_a_cache():
         assert kernels.pick("attention", device, needs=("cache", "window")).name == "sdpa"
 
 
-def test_every_case_is_known():
-    assert all(b.cases <= set(kernels.CASES) for b in TABLE.values())
+def test_docs_have_the_table():
+    words = {"*": "any", "": "none", "cpu": "CPU", "cuda": "CUDA", "meta": "meta"}
+    said = lambda devices: words[", ".join(devices)]  # noqa: E731
+    lines = [["backend", "runs on", "default on", *(case.replace("_", " ") for case in kernels.CASES)], ["---"] * 10]
+    for b in TABLE.values():
+        assert b.cases <= set(kernels.CASES)
+        served = ["yes" if case in b.cases else "" for case in kernels.CASES]
+        lines.append([f"`{b.name}`", said(b.serves), said(b.default_on), *served])
+    table = "".join(f"| {' | '.join(line)} |\n".replace("|  ", "| ") for line in lines)
+    assert table in DOCS.read_text("utf-8"), table
 
 
 Q, KV = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 2, 8)
