@@ -20,7 +20,7 @@ BELOW = {  # our modules that each room may import
     "experiments": ROOMS,
 }
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "einops", "flash_attn", "flash_attn_interface"}
-OPTIONAL = {"flash_attn", "flash_attn_interface", "torch_npu", "torch_xla", "orbax", "wandb"}  # extras: imported where they are used
+OPTIONAL = {"flash_attn", "flash_attn_interface", "torch_npu", "torch_xla", "orbax", "wandb"}  # imported where used
 COMPARED = {"transformers", "liger_kernel", "trl", "datasets"}  # what benchmarks and notebooks compare with
 COMPARE = ("experiments/benchmarks/", "experiments/notebooks/")
 # Where the name on PyPI is another:
