@@ -5,10 +5,11 @@ twice more, for the gradient of either operand, so a weight costs 6 a token. Of 
 weights count top_k / E. An embedding is a lookup and costs nothing; the unembedding is a product, also when tied.
 
 Attention compares a query with every key of its document up to itself: n(n+1)/2 pairs in a document of n tokens, and
-with a window w, which counts the query itself, the sum of min(i, w) over i = 1..n. A pair costs 2 N H for the score and
-2 N H for the weighted value (N query heads of H), so forward and backward 3 * 4 N H = 12 N H a layer.
+with a window w, which counts the query itself, the sum of min(i, w) over i = 1..n; bidirectional attention also sees as
+many keys after itself. A pair costs 2 N H for the score and 2 N V for the weighted value (N query heads of H, values of
+V, mostly the same), so forward and backward 6 N (H + V) a layer. Blocks of a prefix count as if they were causal.
 
-Norms, softmax, activations, the optimizer, padding and recomputation count nothing: MFU rates useful work.
+Norms, softmax, sinks, caps, activations, the optimizer, padding and recomputation count nothing: MFU rates useful work.
 """
 
 import math
@@ -40,20 +41,23 @@ def matmul_params(specs: tree.Tree, top_k: int = 0) -> float:
 
 
 def train_flops(
-    specs: tree.Tree, doc_lengths: Tensor, top_k: int = 0, windows: Sequence[int | None] | None = None
-) -> float:
+    specs: tree.Tree, doc_lengths: Tensor, top_k: int = 0, windows: Sequence[int | None] | None = None,
+    causal: bool = True, score_dims: Sequence[int] | None = None,
+) -> float:  # fmt: skip
     """Count the FLOPs of forward and backward over documents of `doc_lengths` (int64, any shape; see `lengths`).
 
-    6 * matmul_params * tokens + 12 * sum over layers of N H * pairs; N and H come from the "NH->D" matrices, in order.
-    `windows` holds the sliding window of each of these layers (None: all keys).
+    6 * matmul_params * tokens + 6 * sum over layers of N (H + V) * pairs; N and V come from the "NH->D" matrices, in
+    order. `windows` holds the sliding window of each of these layers (None: all keys), `score_dims` the head dim H of
+    its queries and keys (None: V).
     """
-    widths = [p.shape[1] * p.shape[2] for p in _flat(specs).values() if p.io == "NH->D"]
-    windows = windows or [None] * len(widths)
-    if len(windows) != len(widths):
-        raise ValueError(f"{len(windows)} windows for {len(widths)} attention layers")
-    pairs = {window: _pairs(doc_lengths, window) for window in set(windows)}
-    attention = sum(width * pairs[window] for width, window in zip(widths, windows, strict=True))
-    return 6 * matmul_params(specs, top_k) * int(doc_lengths.sum()) + 12 * attention
+    values = [p.shape[1:3] for p in _flat(specs).values() if p.io == "NH->D"]
+    windows, dims = windows or [None] * len(values), score_dims or [width for _, width in values]
+    for what, given in (("windows", windows), ("score_dims", dims)):
+        if len(given) != len(values):
+            raise ValueError(f"{len(given)} {what} for {len(values)} attention layers")
+    pairs = {window: _pairs(doc_lengths, window, causal) for window in set(windows)}
+    attention = sum(n * (h + v) * pairs[w] for (n, v), h, w in zip(values, dims, windows, strict=True))
+    return 6 * matmul_params(specs, top_k) * int(doc_lengths.sum()) + 6 * attention
 
 
 def lengths(segment_ids_BS: Tensor) -> Tensor:
@@ -76,7 +80,8 @@ def _flat(specs: tree.Tree) -> dict[str, Param]:
     return found
 
 
-def _pairs(doc_lengths: Tensor, window: int | None) -> int:
-    """Count query-key pairs: min(i, window) keys for the i-th token of each document."""
+def _pairs(doc_lengths: Tensor, window: int | None, causal: bool) -> int:
+    """Count query-key pairs: min(i, window) keys for the i-th token of each document, as many to the right if seen."""
     near = doc_lengths if window is None else doc_lengths.clamp(max=window)
-    return int((near * (near + 1) // 2 + (doc_lengths - near) * near).sum())
+    back = near * (near + 1) // 2 + (doc_lengths - near) * near
+    return int((back if causal else 2 * back - doc_lengths).sum())

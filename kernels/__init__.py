@@ -1,8 +1,8 @@
 """Differentiable operations: a plain reference each, faster versions behind one table.
 
 `BACKENDS` is the only place that decides which version runs where: for every op the versions by name, the device types
-each serves (the first that serves the tensor's device is the default) and whether it was measured on one. Versions
-nobody measured are never a default, except where they are the only one that stays on the device.
+and, of attention, the cases each serves (the first that serves the call is the default) and whether it was measured.
+Versions nobody measured are never a default, except where they are the only one that stays on the device.
 """
 
 import hashlib
@@ -37,7 +37,8 @@ SOURCE = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).p
 EXPENSIVE = frozenset({
     "aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "functional_trainer::grouped_matmul",
     "functional_trainer::moe", "functional_trainer::attention_documents",
-    "flash_attn::_flash_attn_varlen_forward", "flex_attention",
+    "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward", "torch_attn::_varlen_attn",
+    "flex_attention",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
     "_c10d_functional::all_to_all_single", "aten::topk",
@@ -65,6 +66,20 @@ class Backend(NamedTuple):
     default_on: tuple[str, ...]  # device types on which it is chosen unless another is asked for
     serves: tuple[str, ...]  # device types on which it can run; ("*",) is any
     measured_on: tuple[str, ...]
+    cases: frozenset[str] = frozenset()  # what else than plain calls it serves
+
+
+CASES = {
+    "cache": "keys that are not the queries' own tokens, a KV cache",
+    "window": "a sliding window",
+    "sinks": "a learned score of each query head in the softmax's sum",
+    "softcap": "scores capped to cap tanh(score / cap)",
+    "value_dim": "values of another head dim than queries and keys (MLA)",
+    "bidirectional": "queries that see all of their segment",
+    "prefix": "blocks of a segment that see themselves whole",
+}
+"""What a call of attention may ask for beyond packed, causal, grouped-query attention, which every backend serves."""
+_VARLEN = frozenset({"window", "value_dim", "bidirectional"})
 
 
 def _layer(matmul: Callable) -> Callable:
@@ -77,12 +92,14 @@ _host = partial(_moe.layer, expand=_grouped_matmul.gather_matmul, reduce=_groupe
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (
-        Backend("documents", _attention.documents, ("cpu",), ("cpu",), ("cpu",)),
-        Backend("shapes", _attention.shapes, ("meta",), ("meta",), ()),
-        Backend("sdpa", _attention.sdpa, ("*",), ("*",), ("cpu",)),
-        Backend("flash_attn", _attention.flash_attn, (), ("cuda",), ()),
-        Backend("flex", _attention.flex, (), ("cuda",), ()),
-        Backend("reference", _attention.reference, (), ("*",), ("cpu",)),
+        Backend("documents", _attention.documents, ("cpu",), ("cpu",), ("cpu",), frozenset(CASES) - {"cache"}),
+        Backend("shapes", _attention.shapes, ("meta",), ("meta",), (), frozenset(CASES) - {"cache"}),
+        Backend("sdpa", _attention.sdpa, ("*",), ("*",), ("cpu",), frozenset(CASES) - {"softcap"}),
+        Backend("flash_attn_3", _attention.flash_attn_3, (), ("cuda",), (), _VARLEN | {"softcap"}),
+        Backend("flash_attn", _attention.flash_attn, (), ("cuda",), (), _VARLEN | {"softcap"}),
+        Backend("varlen", _attention.varlen, (), ("cuda",), (), _VARLEN),
+        Backend("flex", _attention.flex, (), ("cuda",), (), frozenset(CASES)),
+        Backend("reference", _attention.reference, ("*",), ("*",), ("cpu",), frozenset(CASES)),
     ),
     "grouped_matmul": (
         Backend("blas", _grouped_matmul.blas, ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
@@ -102,20 +119,26 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 }
 
 
-def pick(op: str, device: str, name: str | None = None) -> Backend:
-    """Return the backend called `name`, or the default of this device type."""
+def pick(op: str, device: str, name: str | None = None, needs: tuple[str, ...] = ()) -> Backend:
+    """Return the backend called `name`, or the default of this device type, that serves the cases `needs`."""
     on = lambda devices: device in devices or "*" in devices  # noqa: E731
-    for backend in BACKENDS[op]:
-        if backend.name == name and on(backend.serves) or name is None and on(backend.default_on):
+    here = [b for b in BACKENDS[op] if on(b.serves)]
+    for backend in here:
+        wanted = on(backend.default_on) if name is None else backend.name == name
+        if wanted and backend.cases.issuperset(needs):
             return backend
-    able = [b.name for b in BACKENDS[op] if on(b.serves)]
-    raise ValueError(f"kernels.{op} has no backend {name!r} for device {device!r}; it has {', '.join(able)}")
+    able = ", ".join(b.name for b in here if b.cases.issuperset(needs))
+    if name in [b.name for b in here]:
+        served = next(b.cases for b in here if b.name == name)
+        lacks = ", ".join(f"{case} ({CASES[case]})" for case in needs if case not in served)
+        raise ValueError(f"kernels.{op} backend {name!r} does not serve {lacks}; on {device!r} this call is for {able}")
+    raise ValueError(f"kernels.{op} has no backend {name!r} for device {device!r}; it has {able}")
 
 
 def attention(
     q_BSNH: torch.Tensor,
     k_BTKH: torch.Tensor,
-    v_BTKH: torch.Tensor,
+    v_BTKV: torch.Tensor,
     segment_ids_BS: torch.Tensor,
     positions_BS: torch.Tensor,
     key_segment_ids_BT: torch.Tensor | None = None,
@@ -123,23 +146,41 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    *,
+    causal: bool = True,
+    softcap: float | None = None,
+    sinks_N: torch.Tensor | None = None,
+    prefix_BS: torch.Tensor | None = None,
+    key_prefix_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend causally within segments; return (B, S, N, H) in q's dtype.
+    """Attend within segments; return (B, S, N, V) in q's dtype. What is seen is at the head of kernels/attention.py.
 
     Without key segments the keys are the queries' own tokens, packed as the loader packs them (each segment contiguous,
     positions rising by one). With them (a KV cache) any layout goes and a masked backend is used.
+
+    scale     of scores, H^-0.5 by default
+    window    keys that a query sees at most, its own among them; to either side if not causal
+    causal    False: a query sees all of its segment
+    softcap   cap of scores: cap tanh(score / cap)
+    sinks_N   floating point, one more score of each query head, with a value of zero
+    prefix_BS bool or integer; tokens of a segment with the same nonzero number see each other, whatever their order
+
+    Raises ValueError if shapes do not fit, if the rule has no meaning, or if `backend` does not serve the case.
     """
     scale = q_BSNH.shape[-1] ** -0.5 if scale is None else scale
     cached = key_segment_ids_BT is not None
-    chosen = pick("attention", q_BSNH.device.type, "sdpa" if cached and backend is None else backend)
-    if chosen.name in ("documents", "flash_attn", "shapes"):
-        if cached:
-            raise ValueError(f"attention backend {chosen.name!r} cannot serve a KV cache; use 'sdpa' or 'flex'")
-        return chosen.fn(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, window, scale)
-    keys = (key_segment_ids_BT, key_positions_BT) if cached else (segment_ids_BS, positions_BS)
-    if chosen.name == "flex":
-        return chosen.fn(q_BSNH, k_BTKH, v_BTKH, segment_ids_BS, positions_BS, *keys, window, scale)
-    return chosen.fn(q_BSNH, k_BTKH, v_BTKH, _attention.mask(segment_ids_BS, positions_BS, *keys, window), scale)
+    own, keys = (segment_ids_BS, positions_BS, prefix_BS), (key_segment_ids_BT, key_positions_BT, key_prefix_BT)
+    segments, positions, prefix = keys if cached else own
+    rows = _attention.Rows(*own[:2], segments, positions, window, causal, prefix_BS, prefix)  # type: ignore[arg-type]
+    _attention.check(q_BSNH, k_BTKH, v_BTKV, rows, keys, softcap, sinks_N)
+    asked = {
+        "cache": cached, "window": window is not None, "sinks": sinks_N is not None, "softcap": softcap is not None,
+        "value_dim": v_BTKV.shape[3] != q_BSNH.shape[3], "bidirectional": not causal, "prefix": prefix_BS is not None,
+    }  # fmt: skip
+    chosen = pick("attention", q_BSNH.device.type, backend, tuple(case for case, wanted in asked.items() if wanted))
+    options: dict = {} if softcap is None else {"softcap": softcap}
+    options |= {} if sinks_N is None else {"sinks_N": sinks_N}
+    return chosen.fn(q_BSNH, k_BTKH, v_BTKV, rows, scale, **options)
 
 
 def grouped_matmul(

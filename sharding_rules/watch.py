@@ -15,7 +15,6 @@ What a kernel of ATen takes and gives back within one call is not seen, nor what
 inside. Of collectives the larger side is counted, in bytes, and of products operands and results.
 """
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,10 +40,11 @@ def size(tensors: Any) -> int:
     return sum(x.nbytes for x in tree.leaves(tensors) if isinstance(x, torch.Tensor))
 
 
-def pairs(length: int, window: int | None) -> int:
+def pairs(length: int, window: int | None, causal: bool = True) -> int:
     """Count the keys that the queries of a document see."""
     near = min(length, window or length)
-    return near * (near + 1) // 2 + (length - near) * near
+    back = near * (near + 1) // 2 + (length - near) * near
+    return back if causal else 2 * back - length
 
 
 class _Mark(torch.autograd.Function):
@@ -175,10 +175,13 @@ def _grouped(document: int, x, w, counts, order, inverse, slots, gather, combine
     return 2 * x.shape[0] * (slots if gather else 1) * w.shape[1] * w.shape[2]
 
 
-def _attention(document: int, q, k, v, segments, window, scale) -> int:
-    """Count two products of each query with the keys that it sees."""
-    seen = q.shape[0] * q.shape[1] // document * pairs(document, window)
-    return 4 * math.prod(q.shape[2:]) * seen
+def _attention(document: int, q, k, v, window: int | None, causal: bool, scores: int, values: int) -> int:
+    """Count products of each query with the keys that it sees, of the head dims of scores and of values.
+
+    What the blocks of a prefix see ahead of them is not counted.
+    """
+    seen = q.shape[0] * q.shape[1] // document * pairs(document, window, causal)
+    return 2 * q.shape[2] * (scores * q.shape[3] + values * v.shape[3]) * seen
 
 
 FLOPS: dict[str, Callable[..., int]] = {
@@ -189,9 +192,11 @@ FLOPS: dict[str, Callable[..., int]] = {
     "addmm_": _addmm,
     "grouped_matmul": _grouped,
     "grouped_matmul_grad": lambda document, grad, *args: 2 * _grouped(document, *args),
-    "attention_documents": _attention,
-    "attention_documents_grad": lambda document, grad, q, k, v, segments, out, lse, window, scale: (
-        _attention(document, q, k, v, segments, window, scale) * 5 // 2  # scores again, and four products
+    "attention_documents": lambda document, q, k, v, segments, window, scale, causal=True, *rest: _attention(
+        document, q, k, v, window, causal, 1, 1
+    ),
+    "attention_documents_grad": lambda document, grad, q, k, v, segments, out, lse, window, scale, causal=True, *rest: (
+        _attention(document, q, k, v, window, causal, 3, 2)  # scores again, and four products
     ),
 }
 """FLOPs of ops that are products, by name."""

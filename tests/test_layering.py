@@ -19,8 +19,8 @@ BELOW = {  # our modules that each room may import
     "sharding_rules": ("sharding_rules", *(f"functional_trainer.{m}" for m in ("tree", "param", "flops", "types"))),
     "experiments": ROOMS,
 }
-KERNEL_LIBRARIES = {"torch", "triton", "numpy", "einops", "flash_attn"}
-OPTIONAL = {"flash_attn", "torch_npu", "torch_xla", "orbax", "wandb"}  # extras: imported where they are used
+KERNEL_LIBRARIES = {"torch", "triton", "numpy", "einops", "flash_attn", "flash_attn_interface"}
+OPTIONAL = {"flash_attn", "flash_attn_interface", "torch_npu", "torch_xla", "orbax", "wandb"}  # imported where used
 COMPARED = {"transformers", "liger_kernel", "trl", "datasets"}  # what benchmarks and notebooks compare with
 COMPARE = ("experiments/benchmarks/", "experiments/notebooks/")
 # Where the name on PyPI is another:

@@ -91,36 +91,57 @@ def randn(at: At, *shape: int) -> Any:
 # kernels -------------------------------------------------------------------------------------------------------------
 
 
-def attention(at: At, name: str, window: int | None, compiled: bool = False) -> list[Check]:
-    """Check one attention backend on packed rows that end in padding."""
+ATTENTION = ("reference", "sdpa", "documents", "flex", "flash_attn", "flash_attn_3", "varlen")
+KINDS = ("plain", "cache", "window", "sinks", "softcap", "value_dim", "bidirectional", "prefix")
+PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "varlen": "torch"}
+"""Modules of the attention backends that compute in 16 bit only."""
+
+
+def attention(at: At, name: str, case: str, compiled: bool = False) -> list[Check]:
+    """Check one attention backend in one case of `kernels.CASES`, or "plain", on packed rows that end in padding."""
     import torch
 
     import kernels
-    from kernels.attention import mask, reference
+    from kernels.attention import Rows, reference
 
     backend = next(b for b in kernels.BACKENDS["attention"] if b.name == name)
     here = at.device.type in backend.serves or "*" in backend.serves
-    if name == "flash_attn" and (importlib.util.find_spec(name) is None or at.dtype == "float32" or not here):
-        raise Skip("needs the flash-attn package, a GPU and 16 bit")
     if not here and name != "flex":
         raise Skip(f"serves {', '.join(backend.serves)}")
+    if case not in {"plain", *backend.cases}:
+        raise Skip(f"does not serve {case}")
+    if name in PACKAGES and (importlib.util.find_spec(PACKAGES[name]) is None or at.dtype == "float32"):
+        raise Skip(f"needs {PACKAGES[name]} and 16 bit")
     B, S, N, K, H = at.pick((2, 40, 6, 2, 16), (2, 1024, 32, 4, 128))
     batch = sft_cpu.packed_batch(B, S, 99, seed=1, shortest=at.pick(3, 100))
     segments, positions = (batch[k].to(at.device) for k in ("segment_ids", "positions"))
     segments[-1, -S // 4 :], positions[-1, -S // 4 :] = 0, 0
-    real = (segments != 0)[..., None, None]
-    seen, scale = mask(segments, positions, segments, positions, window), H**-0.5
+    period = at.pick(5, 90)
+    blocks = (positions % period < period // 2) * (1 + positions // period) if case == "prefix" else None
+    first = 3 * S // 8 if case == "cache" else 0  # of the queries; their keys are all tokens
+    rows = Rows(
+        segments[:, first:], positions[:, first:], segments, positions, 7 if case == "window" else None,
+        case != "bidirectional", blocks, blocks,
+    )  # fmt: skip
+    real, scale = (rows.segments_BS != 0)[..., None, None], H**-0.5
+    options: dict[str, Any] = {"softcap": 2.0} if case == "softcap" else {}
 
-    def ours(q, k, v):
+    def ours(q, k, v, *sinks):
+        given = options | ({"sinks_N": sinks[0]} if sinks else {})
         if name == "flex":  # the table refuses it on the CPU, where it has no backward
-            out = backend.fn(q, k, v, segments, positions, segments, positions, window, scale)
-        else:
-            out = kernels.attention(q, k, v, segments, positions, window=window, backend=name)
-        return out * real
+            return backend.fn(q, k, v, rows, scale, **given) * real
+        given |= {"causal": rows.causal, "prefix_BS": blocks, "window": rows.window, "scale": scale, "backend": name}
+        if case == "cache":
+            given |= {"key_segment_ids_BT": segments, "key_positions_BT": positions}
+        return kernels.attention(q, k, v, rows.segments_BS, rows.positions_BS, **given) * real
 
-    leaves = [randn(at, B, S, heads, H) for heads in (N, K, K)]
-    run = torch.compile(ours, backend=at.compiler) if compiled else ours
-    return compare(at, run, lambda q, k, v: reference(q, k, v, seen, scale) * real, leaves, grads=here)
+    wide = at.pick(24, 192) if case == "value_dim" else H
+    leaves = [randn(at, B, S - first, N, wide), randn(at, B, S, K, wide), randn(at, B, S, K, H)]
+    leaves += [randn(at, N)] if case == "sinks" else []
+    torch.compiler.reset()  # FlexAttention compiles in any case, and past a limit of times no more
+    run = torch.compile(ours, fullgraph=True, backend=at.compiler) if compiled else ours
+    exact = lambda q, k, v, *s: reference(q, k, v, rows, scale, **options, sinks_N=s[0] if s else None) * real  # noqa: E731
+    return compare(at, run, exact, leaves, grads=here)
 
 
 def grouped_matmul(at: At, name: str) -> list[Check]:
@@ -374,12 +395,8 @@ def step_forms(at: At, form: str) -> list[Check]:
 
 
 CASES: dict[str, Callable[[At], list[Check]]] = {
-    **{
-        f"attention {name}{' window' * bool(window)}": partial(attention, name=name, window=window)
-        for name in ("reference", "sdpa", "documents", "flex", "flash_attn")
-        for window in (None, 7)
-    },
-    "attention flex compiled": partial(attention, name="flex", window=None, compiled=True),
+    **{f"attention {name} {case}": partial(attention, name=name, case=case) for name in ATTENTION for case in KINDS},
+    **{f"attention flex {case}, compiled": partial(attention, name="flex", case=case, compiled=True) for case in KINDS},
     **{f"grouped_matmul {name}": partial(grouped_matmul, name=name) for name in ("reference", "blas", "torch")},
     **{
         f"experts {name}, {routing}": partial(experts, name=name, routing=routing)

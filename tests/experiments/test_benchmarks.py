@@ -97,7 +97,13 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
     }
     skipped = {c["case"] for c in out["checks"] if c["dtype"] == "float32" and c["status"] == "skip"}
     triton = {f"experts triton, {routing}" for routing in ("balanced", "skewed", "extreme")}
-    assert skipped == {"attention flash_attn", "attention flash_attn window"} | triton
+    elsewhere = {
+        f"attention {b.name} {kind}"
+        for b in kernels.BACKENDS["attention"]
+        for kind in gpu_checks.KINDS
+        if b.name in ("flash_attn", "flash_attn_3", "varlen") or kind not in {"plain", *b.cases} and b.name != "shapes"
+    }
+    assert skipped == elsewhere | triton
     assert [row["name"] for row in out["speed"]] == list(gpu_speed.contestants(True))
     assert all(row["tokens_s"] > 0 and row["mfu"] is None for row in out["speed"])
     assert [row["name"] for row in out["memory"]] == list(memory.SETTINGS)
@@ -108,9 +114,12 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
         assert row["moments"] == pytest.approx(bytes_each.get(row["name"], 8) * numbers, rel=1e-3), row["name"]
 
 
-def test_gpu_suite_fails_on_a_wrong_kernel(monkeypatch):
-    import kernels
+def test_gpu_suite_checks_every_backend_and_case_of_attention():
+    assert gpu_checks.KINDS == ("plain", *kernels.CASES)
+    assert {*gpu_checks.ATTENTION, "shapes"} == {b.name for b in kernels.BACKENDS["attention"]}
 
+
+def test_gpu_suite_fails_on_a_wrong_kernel(monkeypatch):
     right = kernels.swiglu
     monkeypatch.setattr(kernels, "swiglu", lambda x: right(x) * 1.001)
     checks = gpu_checks.CASES["elementwise"](gpu_checks.At(CPU, "float32", True))

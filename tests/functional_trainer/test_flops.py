@@ -46,12 +46,16 @@ SPECS = {
 }
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 30))
-def test_windows_and_documents_equal_a_loop_over_pairs(documents, window):
-    got = flops.train_flops(SPECS, torch.tensor(documents), windows=[None, window])
-    pairs = [sum(1 for n in documents for q in range(n) for k in range(q + 1) if q - k < w) for w in (10**9, window)]
-    params = 4 * 3 * 5 + 4 * 2 * 7 + 50 * 4
-    assert got == 6 * params * sum(documents) + 12 * (3 * 5 * pairs[0] + 2 * 7 * pairs[1])
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 30), st.booleans(), st.booleans())
+def test_windows_and_documents_equal_a_loop_over_pairs(documents, window, causal, mla):
+    dims = [8, 9] if mla else None
+    got = flops.train_flops(SPECS, torch.tensor(documents), windows=[None, window], causal=causal, score_dims=dims)
+    pairs = [
+        sum(1 for n in documents for q in range(n) for k in range(q + 1 if causal else n) if abs(q - k) < w)
+        for w in (10**9, window)
+    ]
+    params, (one, two) = 4 * 3 * 5 + 4 * 2 * 7 + 50 * 4, dims or (5, 7)
+    assert got == 6 * params * sum(documents) + 6 * (3 * (5 + one) * pairs[0] + 2 * (7 + two) * pairs[1])
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=4), st.integers(0, 5))
@@ -70,6 +74,8 @@ def test_documents_at_the_seam_of_two_rows_stay_apart():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="1 windows for 2 attention layers"):
         flops.train_flops(SPECS, torch.tensor([3]), windows=[None])
+    with pytest.raises(ValueError, match="3 score_dims for 2 attention layers"):
+        flops.train_flops(SPECS, torch.tensor([3]), score_dims=[8, 8, 8])
     with pytest.raises(ValueError, match="layers/0/up is one matrix per expert: top_k must be at least 1, got 0"):
         flops.matmul_params({"layers": [{"up": Param((3, 5, 4), "E:D->F")}]})
 

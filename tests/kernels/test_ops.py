@@ -26,9 +26,14 @@ def samples():
     routed = (experts, counts, order, inverse, 2)
     tokens, rows = leaf(3, 4), leaf(6, 4)
     return {
-        "attention_documents": [(q, k, leaf(2, 6, 2, 8, seed=2), SEGMENTS, w, 0.3) for w in (None, 2)],
+        "attention_documents": [
+            *((q, k, leaf(2, 6, 2, 8, seed=2), SEGMENTS, w, 0.3) for w in (None, 2)),
+            (q, k, leaf(2, 6, 2, 5, seed=2), SEGMENTS, 2, 0.3, False, 5.0, leaf(4), None),
+            (q, k, leaf(2, 6, 2, 8, seed=2), SEGMENTS, None, 0.3, True, None, None, SEGMENTS % 2),
+        ],
         "attention_documents_grad": [
-            (torch.ones_like(q), q.detach(), k.detach(), k.detach(), SEGMENTS, out, lse, None, 0.3)
+            (torch.ones_like(q), q.detach(), k.detach(), k.detach(), SEGMENTS, out, lse, None, 0.3, *rest)
+            for rest in ((), (True, 5.0, leaf(4).detach(), SEGMENTS % 2))
         ],
         "embedding": [(leaf(9, 4), SEGMENTS)],
         "embedding_grad": [(torch.ones(2, 6, 4), SEGMENTS, 9)],
@@ -123,6 +128,8 @@ def test_defaults_on_the_cpu_were_measured_there():
 
 
 def test_expensive_ops_are_named_as_they_are_called():
-    """A mistaken name would be recomputed in silence. flash-attn's is known only where that is installed."""
+    """A mistaken name would be recomputed in silence. flash-attn's are known only where that is installed."""
     known = {schema.name for schema in torch._C._jit_get_all_schemas()} | {"flex_attention"}
-    assert kernels.EXPENSIVE - known <= {"flash_attn::_flash_attn_varlen_forward"}
+    assert kernels.EXPENSIVE - known <= {
+        "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward"
+    }  # fmt: skip
