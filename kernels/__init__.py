@@ -25,8 +25,8 @@ from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabular
 from kernels.moe import all_gather
 
 __all__ = [
-    "BACKENDS", "EXPENSIVE", "Activation", "all_gather", "attention", "combine_vocabulary", "embedding", "experts", "grouped_matmul",
-    "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "vocabulary_part",
+    "BACKENDS", "EXPENSIVE", "Activation", "all_gather", "attention", "combine_vocabulary", "embedding", "experts",
+    "grouped_matmul", "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "vocabulary_part",
 ]  # fmt: skip
 
 

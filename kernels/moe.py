@@ -20,7 +20,6 @@ T tokens, K slots per token, R = T K rows, D model width, E experts, F expert wi
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.distributed._functional_collectives as collectives

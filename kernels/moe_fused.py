@@ -1,7 +1,7 @@
 """The expert layer and its sort as ops over Triton kernels: what compilers see of them, and the layer's gradient.
 
-The layer saves its input, the pre-activations and the routing. T tokens, K slots a token, R = T K rows, E experts, D model
-width, F expert width.
+The layer saves its input, the pre-activations and the routing. T tokens, K slots a token, R = T K rows, E experts,
+D model width, F expert width.
 """
 
 import importlib
