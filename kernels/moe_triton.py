@@ -236,6 +236,9 @@ def _down_grad(
         da *= weight
     else:
         tl.store(a + first.to(tl.int64) * F + at, hidden.to(a.dtype.element_ty), here)
+    if ACT != "swiglu":  # with fewer registers to spare: h is read again rather than kept
+        gate, slope = _gate(tl.load(h + h_at, here, 0).to(tl.float32), ACT, LIMIT, ALPHA)
+        up = tl.load(h + h_at + F, here, 0).to(tl.float32)
     dup = da * gate
     if ACT == "clamped_swiglu":
         dup = tl.where(tl.abs(up) > LIMIT, 0.0, dup)
