@@ -7,7 +7,7 @@ B batch, S sequence, N heads, H head dim, h = H / 2, F hidden width.
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-GATES = Literal["swiglu", "geglu", "clamped_swiglu"]
+KINDS = "swiglu", "geglu", "clamped_swiglu"
 
 
 class Activation(NamedTuple):
@@ -71,7 +71,7 @@ class Activation(NamedTuple):
     The last is GPT-OSS's (transformers' `GptOssExperts`); the others take no notice of `limit` and `alpha`.
     """
 
-    kind: GATES = "swiglu"
+    kind: str = "swiglu"
     limit: float = 7.0
     alpha: float = 1.702
 
@@ -87,5 +87,5 @@ class Activation(NamedTuple):
 
     def check(self) -> None:
         """Refuse a kind that does not exist."""
-        if self.kind not in get_args(GATES):
-            raise ValueError(f"activation {self.kind!r} is unknown; these are: {', '.join(get_args(GATES))}")
+        if self.kind not in KINDS:
+            raise ValueError(f"activation {self.kind!r} is unknown; these are: {', '.join(KINDS)}")

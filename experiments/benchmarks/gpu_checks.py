@@ -168,7 +168,7 @@ def experts(at: At, name: str, skew: str, kind: str = "swiglu") -> list[Check]:
         raise Skip(f"serves {', '.join(backend.serves)}")
     T, D, E, K, hidden = at.pick((30, 24, 5, 2, 16), (512, 2048, 128, 8, 768))
     ids, limit = routing(at, skew, T, E, K), 0.7 if at.dtype == "float32" else 50.0
-    activation = kernels.Activation(kind, limit)  # type: ignore[arg-type]
+    activation = kernels.Activation(kind, limit)
 
     def hidden_units(gate, up):
         if kind == "clamped_swiglu":

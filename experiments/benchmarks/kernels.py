@@ -206,23 +206,22 @@ def experts(o: Options, device: torch.device, shape: str, sizes: tuple[int, ...]
     more: dict[str, Any] = {}
     if biases:
         more = {"gate_up_bias_E2F": leaves[4], "down_bias_ED": leaves[5], "activation": GPT_OSS}
+
+    def ours(fn: Callable, ids: torch.Tensor, **extra: str) -> Callable[[], Any]:
+        return partial(both, partial(fn, *leaves[:2], ids, *leaves[2:4], E, **more, **extra), leaves, grad)
+
     for routing in o.routing:
         ids = chosen(routing, T, E, K, device)
-        ours = (
-            lambda fn, ids=ids, **extra: partial(  # noqa: E731
-                both, partial(fn, *leaves[:2], ids, *leaves[2:4], E, **more, **extra), leaves, grad
-            )
-        )
         counts = torch.bincount(ids.flatten(), minlength=E).tolist()
         needed = [size for n in counts if n for size in ((n, D, 2 * hidden), (n, hidden, D))]
         found: dict[str, Callable] = {"floor": products(*needed, dtype=dtype, device=device)}
         for b in ops.BACKENDS["experts"]:
             if b.name != "reference" and device.type in b.serves:
-                found[f"ours-{b.name}"] = ours(ops.experts, backend=b.name)
+                found[f"ours-{b.name}"] = ours(ops.experts, ids, backend=b.name)
         if "ours-triton" in found:
-            found["ours-triton+sort"] = ours(ops.experts, backend="triton", sort="triton")
+            found["ours-triton+sort"] = ours(ops.experts, ids, backend="triton", sort="triton")
         if o.compile == "on":
-            found["ours*"] = ours(whole)
+            found["ours*"] = ours(whole, ids)
         found |= dict(peers(o, sizes, leaves, ids, grad))
         yield Case("experts", shape, dtype, routing, 18.0 * T * K * D * hidden, found)
 
