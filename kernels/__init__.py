@@ -19,14 +19,14 @@ from kernels import attention as _attention
 from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels import moe_fused as _moe_fused
-from kernels.elementwise import promote, rms_norm, rope, swiglu
+from kernels.elementwise import Activation, promote, rms_norm, rope, swiglu
 from kernels.embedding import embedding
 from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabulary_part
 from kernels.moe import all_gather
 
 __all__ = [
-    "BACKENDS", "EXPENSIVE", "all_gather", "attention", "combine_vocabulary", "embedding", "experts", "grouped_matmul",
-    "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "vocabulary_part",
+    "BACKENDS", "EXPENSIVE", "Activation", "all_gather", "attention", "combine_vocabulary", "embedding", "experts",
+    "grouped_matmul", "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "vocabulary_part",
 ]  # fmt: skip
 
 
@@ -112,11 +112,17 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", _moe_fused.layer, (), ("cuda",), ()),
         Backend("reference", _layer(_grouped_matmul.reference), ("*",), ("*",), ("cpu",)),
     ),
+    "sort": (
+        Backend("torch", _moe.sort_by_expert, ("*",), ("*",), ("cpu",)),
+        Backend("triton", _moe_fused.sort_by_expert, (), ("cuda",), ()),
+    ),
     "exchange": (
         Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),
         Backend("static", _moe.static, (), ("*",), ("cpu",)),
     ),
 }
+
+_SWIGLU = Activation()
 
 
 def pick(op: str, device: str, name: str | None = None, needs: tuple[str, ...] = ()) -> Backend:
@@ -191,12 +197,27 @@ def grouped_matmul(
 
 
 def experts(
-    x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts: int, group=None, backend: str | None = None,
-    exchange: str | None = None,
+    x_TD: torch.Tensor, weights_TK: torch.Tensor, expert_TK: torch.Tensor, gate_up_E2FD: torch.Tensor,
+    down_EDF: torch.Tensor, n_experts: int, group=None, backend: str | None = None, exchange: str | None = None,
+    sort: str | None = None, gate_up_bias_E2F: torch.Tensor | None = None, down_bias_ED: torch.Tensor | None = None,
+    activation: Activation = _SWIGLU,
 ) -> torch.Tensor:  # fmt: skip
-    """Apply a dropless mixture of SwiGLU experts; see `kernels.moe.experts`.
+    """Apply a dropless mixture of gated MLPs: the sum of each token's K experts, weighted, (T, D).
 
-    `backend` is one of `experts`, `exchange` one of `exchange`, for experts that the ranks of `group` share.
+    A slot's value is weight (down act(gate_up x + gate_up_bias) + down_bias). `expert_TK` holds ids in [0, n_experts],
+    n_experts meaning padding. The tensors of experts are this rank's of `group`, or all. `backend` is one of `experts`,
+    `sort` one of `sort`, `exchange` one of `exchange`, for experts that the ranks of `group` share. Raises ValueError
+    for an unknown activation and for biases of other shapes than their weights'.
     """
-    mlp, travel = pick("experts", x_TD.device.type, backend).fn, pick("exchange", x_TD.device.type, exchange).fn
-    return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, mlp, travel, group)
+    activation.check()
+    biases = {"gate_up": (gate_up_bias_E2F, gate_up_E2FD.shape[:3]), "down": (down_bias_ED, down_EDF.shape[:2])}
+    for name, (bias, shape) in biases.items():
+        if bias is not None and bias.shape != shape:
+            raise ValueError(f"kernels.experts: the bias of {name} is {tuple(bias.shape)}, not {tuple(shape)}")
+    mlp, order, travel = (
+        pick(op, x_TD.device.type, name).fn
+        for op, name in (("experts", backend), ("sort", sort), ("exchange", exchange))
+    )
+    own = {"gate_up_E2FD": gate_up_E2FD, "down_EDF": down_EDF, "gate_up_bias_E2F": gate_up_bias_E2F}
+    mlp, local = partial(mlp, **own, activation=activation), gate_up_E2FD.shape[0]
+    return _moe.experts(x_TD, weights_TK, expert_TK, down_bias_ED, n_experts, local, mlp, order, travel, group)

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and SwiGLU: memory-bound, plain PyTorch, fused by Inductor.
+"""RMSNorm, rotary embedding and gated activations: memory-bound, plain PyTorch, fused by Inductor.
 
 One token of width D reads and writes 2D numbers whatever is computed in between, so a hand-written kernel could only
 save what Inductor already saves. All three compute in at least float32 and return their input's dtype.
@@ -7,6 +7,7 @@ B batch, S sequence, N heads, H head dim, h = H / 2, F hidden width.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,3 +56,36 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """Map (..., 2F) = [gate, up] to silu(gate) * up (..., F) (https://arxiv.org/abs/2002.05202)."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+KINDS = "swiglu", "geglu", "clamped_swiglu"
+
+
+class Activation(NamedTuple):
+    """How gate and up become a hidden unit.
+
+    swiglu           silu(gate) up                       (https://arxiv.org/abs/2002.05202)
+    geglu            gelu(gate) up, gelu by tanh         (the same)
+    clamped_swiglu   g sigmoid(alpha g) (u + 1)          g = min(gate, limit), u = up within [-limit, limit]
+
+    The last is GPT-OSS's (transformers' `GptOssExperts`); the others take no notice of `limit` and `alpha`.
+    """
+
+    kind: str = "swiglu"
+    limit: float = 7.0
+    alpha: float = 1.702
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Map (..., 2F) = [gate, up] to hidden units (..., F)."""
+        if self.kind == "swiglu":
+            return swiglu(gate_up)
+        gate, up = promote(gate_up).chunk(2, -1)
+        if self.kind == "geglu":
+            return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (gate * torch.sigmoid(self.alpha * gate) * (up + 1)).to(gate_up.dtype)
+
+    def check(self) -> None:
+        """Refuse a kind that does not exist."""
+        if self.kind not in KINDS:
+            raise ValueError(f"activation {self.kind!r} is unknown; these are: {', '.join(KINDS)}")

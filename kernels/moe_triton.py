@@ -1,8 +1,13 @@
-"""Triton kernels of a SwiGLU expert layer, forward and backward, and what launches them.
+"""Triton kernels of a gated expert layer, forward and backward, and what launches them.
 
-    h[r] = W1[e(r)] x[t(r)]          a[r] = s[r] silu(gate) up          y[r] = W2[e(r)] a[r]       out[t] = sum of t's y
-    a'[r] = W2[e(r)]^T dout[t(r)]    ds[r] = a'[r] . a[r] / s[r]        dh[r] = swiglu'(s[r] a'[r], h[r])
-    dW2[e] = sum of dout[t(r)] a[r]^T        dW1[e] = sum of dh[r] x[t(r)]^T        dx[t] = sum of t's W1[e(r)]^T dh[r]
+    h[r] = W1[e(r)] x[t(r)] + b1[e(r)]    a[r] = s[r] act(h[r])         y[r] = W2[e(r)] a[r]    out[t] = sum of t's y
+    a'[r] = W2[e(r)]^T dout[t(r)]         ds[r] = a'[r] . a[r] / s[r]   dh[r] = act'(s[r] a'[r], h[r])
+    dW2[e] = sum of dout[t(r)] a[r]^T     dW1[e] = sum of dh[r] x[t(r)]^T      db1[e] = sum of dh[r]
+    dx[t] = sum of t's W1[e(r)]^T dh[r]
+
+act is silu(gate) up, or another of `kernels.elementwise.Activation`; which one, and whether there is a b1, is known
+when a kernel is compiled: without either a kernel has no instruction more. The second product's bias is not of this
+layer (`kernels.moe.add_bias`: a small product per token).
 
 FLOPs: 2 R D 3F forward and twice that backward. Bytes, at least: the weights once each way and once more written, rows
 of h and a. A tile of weights serves the rows of its expert, so with fewer than some 200 FLOPs a byte (an H100's ridge
@@ -25,6 +30,7 @@ import triton
 import triton.language as tl
 
 from kernels import tuning
+from kernels.elementwise import Activation
 
 
 class Config(NamedTuple):
@@ -82,16 +88,47 @@ def _tokens(order, first, end, K: tl.constexpr, BM: tl.constexpr):
     return row, used, (tl.load(order + first + row, used, 0) // K).to(tl.int64)
 
 
+@triton.jit
+def _gate(gate, ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """Return what multiplies up, and its slope in gate; each kind is g sigmoid(p(g)) with its own p."""
+    # A comparison with NaN is false, so NaN stays.
+    g = tl.where(gate > LIMIT, LIMIT, gate) if ACT == "clamped_swiglu" else gate
+    if ACT == "clamped_swiglu":
+        sigmoid = tl.sigmoid(ALPHA * g)
+        act = g * sigmoid
+        return act, tl.where(gate > LIMIT, 0.0, sigmoid + ALPHA * act * (1 - sigmoid))
+    elif ACT == "geglu":  # tanh(p / 2) = 2 sigmoid(p) - 1
+        sigmoid = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))  # 2 sqrt(2 / pi)
+        act = g * sigmoid
+        return act, sigmoid + act * (1 - sigmoid) * (1.5957691216057308 * (1 + 0.134145 * g * g))
+    else:
+        sigmoid = tl.sigmoid(g)
+        act = g * sigmoid
+        return act, sigmoid + act * (1 - sigmoid)
+
+
+@triton.jit
+def _up_to(up, ACT: tl.constexpr, LIMIT: tl.constexpr):
+    """Return what gate's part multiplies."""
+    if ACT == "clamped_swiglu":
+        return tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1
+    else:
+        return up
+
+
 # forward --------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _up(
-    x, w, scale, order, ends, h, a,
+    x, w, bias, scale, order, ends, h, a,
     D, F, E: tl.constexpr, E2: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """h (R, 2F) and a (R, F) from tokens x (T, D), w (E, 2, F, D) and, if SCALED, each row's weight `scale` (R,)."""
+    """h (R, 2F) and a (R, F) from tokens x (T, D), w (E, 2, F, D), `bias` (E, 2, F) if BIASED and, if SCALED, each
+    row's weight `scale` (R,).
+    """
     expert, first, end = _tile(ends, E, E2, BM, tl.program_id(1))
     if expert == E:
         return
@@ -107,12 +144,15 @@ def _up(
         gate = tl.dot(x_tile, tl.load(gate_at + start, here, 0), gate, input_precision=PRECISION)
         up = tl.dot(x_tile, tl.load(gate_at + F * D + start, here, 0), up, input_precision=PRECISION)
     at, here = row[:, None] * F + f[None, :], used[:, None] & (f < F)[None, :]
+    if BIASED:
+        bias_at = bias + expert.to(tl.int64) * 2 * F + f
+        gate += tl.load(bias_at, f < F, 0).to(tl.float32)[None, :]
+        up += tl.load(bias_at + F, f < F, 0).to(tl.float32)[None, :]
     gate, up = gate.to(h.dtype.element_ty), up.to(h.dtype.element_ty)
     h_at = h + first.to(tl.int64) * 2 * F + at + row[:, None] * F
     tl.store(h_at, gate, here)
     tl.store(h_at + F, up, here)
-    gate = gate.to(tl.float32)
-    hidden = gate * tl.sigmoid(gate) * up.to(tl.float32)
+    hidden = _gate(gate.to(tl.float32), ACT, LIMIT, ALPHA)[0] * _up_to(up.to(tl.float32), ACT, LIMIT)
     if SCALED:
         hidden *= tl.load(scale + first + row, used, 0).to(tl.float32)[:, None]
     tl.store(a + first.to(tl.int64) * F + at, hidden.to(a.dtype.element_ty), here)
@@ -164,6 +204,7 @@ def _combine(y, inverse, ends, out, D, E: tl.constexpr, K: tl.constexpr, BN: tl.
 def _down_grad(
     dout, w, scale, order, ends, h, a, dh, ds,
     D, F, blocks, E: tl.constexpr, E2: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dh (R, 2F), a (R, F) again, and ds (R, blocks), to be summed, from dout (T, D), w (E, D, F) and h (R, 2F)."""
@@ -184,13 +225,10 @@ def _down_grad(
     h_at = at + row[:, None] * F
     h += first.to(tl.int64) * 2 * F
     # In this order of loads and stores nothing is spilled.
-    gate = tl.load(h + h_at, here, 0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    slope = sigmoid + silu * (1 - sigmoid)
+    gate, slope = _gate(tl.load(h + h_at, here, 0).to(tl.float32), ACT, LIMIT, ALPHA)
     up = tl.load(h + h_at + F, here, 0).to(tl.float32)
     dh += first.to(tl.int64) * 2 * F
-    hidden = silu * up
+    hidden = gate * _up_to(up, ACT, LIMIT)
     if SCALED:
         weight = tl.load(scale + first + row, used, 0).to(tl.float32)[:, None]
         tl.store(ds + first.to(tl.int64) * blocks + row * blocks + tl.program_id(0), tl.sum(da * hidden, 1), used)
@@ -198,8 +236,14 @@ def _down_grad(
         da *= weight
     else:
         tl.store(a + first.to(tl.int64) * F + at, hidden.to(a.dtype.element_ty), here)
-    tl.store(dh + h_at + F, (da * silu).to(dh.dtype.element_ty), here)
-    tl.store(dh + h_at, (da * up * slope).to(dh.dtype.element_ty), here)
+    if ACT != "swiglu":  # with fewer registers to spare: h is read again rather than kept
+        gate, slope = _gate(tl.load(h + h_at, here, 0).to(tl.float32), ACT, LIMIT, ALPHA)
+        up = tl.load(h + h_at + F, here, 0).to(tl.float32)
+    dup = da * gate
+    if ACT == "clamped_swiglu":
+        dup = tl.where(tl.abs(up) > LIMIT, 0.0, dup)
+    tl.store(dh + h_at + F, dup.to(dh.dtype.element_ty), here)
+    tl.store(dh + h_at, (da * _up_to(up, ACT, LIMIT) * slope).to(dh.dtype.element_ty), here)
 
 
 @triton.jit
@@ -228,6 +272,20 @@ def _weight_grad(
         total = tl.dot(g_tile, x_tile, total, input_precision=PRECISION)
     dw_at = dw + expert.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
     tl.store(dw_at, total.to(dw.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _row_sums(x, ends, out, N, BM: tl.constexpr, BN: tl.constexpr):
+    """out (E, N): for each expert the sum over its rows of x (R, N)."""
+    expert, n = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
+    start = tl.load(ends + expert - 1, expert > 0, 0).to(tl.int32)
+    end = tl.load(ends + expert).to(tl.int32)
+    total = tl.zeros((BM, BN), tl.float32)
+    for first in range(start, end, BM):
+        row = first + tl.arange(0, BM)
+        x_at = x + row.to(tl.int64)[:, None] * N + n[None, :]
+        total += tl.load(x_at, (row < end)[:, None] & (n < N)[None, :], 0).to(tl.float32)
+    tl.store(out + expert.to(tl.int64) * N + n, tl.sum(total, 0).to(out.dtype.element_ty), n < N)
 
 
 # launches -------------------------------------------------------------------------------------------------------------
@@ -297,27 +355,41 @@ def weight_grad(g: torch.Tensor, x: torch.Tensor, like: torch.Tensor, to: Rows, 
     return dw
 
 
-def forward(x, scale, to: Rows, gate_up, down) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the layer's result (T, D) and h (R, 2F); `scale` (R,) weighs rows, None if they are not weighed."""
+def row_sums(x: torch.Tensor, like: torch.Tensor, to: Rows) -> torch.Tensor:
+    """Return for each expert the sum over its rows of x (R, N), in the shape of `like`, (E, ...)."""
+    out, N = torch.empty_like(like), x.shape[1]
+    _row_sums[triton.cdiv(N, 128), to.ends.shape[0]](x, to.ends, out, N, BM=32, BN=128)
+    return out
+
+
+def forward(x, scale, to: Rows, gate_up, bias, down, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the layer's result (T, D) and h (R, 2F); `scale` (R,) weighs rows, None if they are not weighed; `bias`
+    (E, 2, F) is that of gate and up, or None.
+    """
     (R, D), F = (to.order.shape[0], x.shape[1]), gate_up.shape[2]
     h, a = x.new_empty(R, 2 * F), x.new_empty(R, F)
-    weights = x if scale is None else scale
-    which = {"K": to.slots, "SCALED": scale is not None}
-    _launch(_up, to.grid(F), x, gate_up, weights, to.order, to.ends, h, a, D, F, **which, **to.experts)
+    given = (x if t is None else t for t in (bias, scale))  # what is not there is not read
+    which = {"K": to.slots, "SCALED": scale is not None, "BIASED": bias is not None, **_act(activation)}
+    _launch(_up, to.grid(F), x, gate_up, *given, to.order, to.ends, h, a, D, F, **which, **to.experts)
     return combine(matmul(a, down, to, transposed=False), to), h
 
 
-def backward(dout, x, scale, h, to: Rows, gate_up, down) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of x, scale (zeros (R,) without one), gate_up and down."""
+def _act(activation: Activation) -> dict[str, Any]:
+    return {"ACT": activation.kind, "LIMIT": activation.limit, "ALPHA": activation.alpha}
+
+
+def backward(dout, x, scale, h, to: Rows, gate_up, bias, down, activation: Activation) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of x, scale (zeros (R,) without one), gate_up, bias (empty without one) and down."""
     (R, D), F = (to.order.shape[0], x.shape[1]), h.shape[1] // 2
     a, dh = x.new_empty(R, F), torch.empty_like(h)
     blocks = max(triton.cdiv(F, c.BN) for c in candidates("down_grad", x))
     ds = torch.zeros(R, blocks, dtype=torch.float32, device=x.device)
     weights = x if scale is None else scale
-    which = {"K": to.slots, "SCALED": scale is not None}
+    which = {"K": to.slots, "SCALED": scale is not None, **_act(activation)}
     args = (down, weights, to.order, to.ends, h, a, dh, ds, D, F, blocks)
     _launch(_down_grad, to.grid(F), dout, *args, **which, **to.experts)
     ddown = weight_grad(dout, a, down, to, "g")
     dgate_up = weight_grad(dh, x, gate_up, to, "x")
+    dbias = x.new_empty(0) if bias is None else row_sums(dh, bias, to)
     dx = combine(matmul(dh, gate_up.flatten(1, 2), to, transposed=True), to)
-    return dx, ds.sum(1).to(x.dtype), dgate_up, ddown
+    return dx, ds.sum(1).to(x.dtype), dgate_up, dbias, ddown

@@ -6,6 +6,7 @@ Of each: registers a thread, bytes spilled, shared memory, and the tensor-core i
 must fit into shared memory, and must use wgmma on sm_90 and tcgen05 on sm_100 in 16 bit. Exits with status 1 otherwise.
 """
 
+import importlib
 import re
 import subprocess
 import sys
@@ -22,12 +23,44 @@ from functional_trainer import config
 TARGETS = {"sm80": (80, 163 * 1024), "sm90": (90, 227 * 1024), "sm100": (100, 227 * 1024)}
 """Compute capability, and the most shared memory of a block in bytes (CUDA programming guide, capabilities)."""
 POINTERS = {
-    "_up": "x w scale order ends h a", "_rows": "x w ends y", "_down_grad": "dout w scale order ends h a dh ds",
-    "_weight_grad": "g x order ends dw", "_combine": "y inverse ends out",
+    "_up": "x w bias scale order ends h a", "_rows": "x w ends y", "_down_grad": "dout w scale order ends h a dh ds",
+    "_weight_grad": "g x order ends dw", "_combine": "y inverse ends out", "_row_sums": "x ends out",
+    "_count": "expert counts", "_place": "expert ends order inverse",
 }  # fmt: skip
-WHOLE = {"order": "*i64", "ends": "*i64", "inverse": "*i64", "ds": "*fp32"}
-CONSTS = {"E": 128, "E2": 128, "K": 8, "SCALED": True, "GATHER_G": True, "GATHER_X": False, "TRANSPOSED": True}
-MATMULS = ("up", "rows", "down_grad", "weight_grad")
+WHOLE = {"order": "*i64", "ends": "*i64", "inverse": "*i64", "ds": "*fp32", "expert": "*i64", "counts": "*i32"}
+CONSTS = {
+    "E": 128, "E2": 128, "K": 8, "SCALED": True, "GATHER_G": True, "GATHER_X": False, "TRANSPOSED": True,
+    "BIASED": False, "ACT": "swiglu", "LIMIT": 7.0, "ALPHA": 1.702,
+}  # fmt: skip
+CLAMPED, GEGLU = {"ACT": "clamped_swiglu", "BIASED": True}, {"ACT": "geglu"}
+
+
+class Kernel(NamedTuple):
+    """A kernel of a module of `kernels`, and what it is compiled with besides CONSTS.
+
+    Those that multiply matrices have no `tile` (rows, outputs) of their own: they are compiled with every config.
+    """
+
+    module: str
+    fn: str
+    consts: dict[str, Any]
+    tile: tuple[int, int] | None = None
+
+
+KERNELS = {
+    "up": Kernel("moe_triton", "up", {}), "up, clamped": Kernel("moe_triton", "up", CLAMPED),
+    "up, geglu": Kernel("moe_triton", "up", GEGLU), "rows": Kernel("moe_triton", "rows", {}),
+    "down_grad": Kernel("moe_triton", "down_grad", {}),
+    "down_grad, clamped": Kernel("moe_triton", "down_grad", CLAMPED),
+    "down_grad, geglu": Kernel("moe_triton", "down_grad", GEGLU),
+    "weight_grad": Kernel("moe_triton", "weight_grad", {}),
+    "combine": Kernel("moe_triton", "combine", {}, (1, 1024)),
+    "row_sums": Kernel("moe_triton", "row_sums", {}, (32, 128)),
+    "count": Kernel("sort_triton", "count", {"BLOCK": 128, "E2": 256}, (128, 256)),
+    "count, 512 experts": Kernel("sort_triton", "count", {"BLOCK": 128, "E": 512, "E2": 1024}, (128, 1024)),
+    "place": Kernel("sort_triton", "place", {"BLOCK": 128}, (128, 128)),
+}  # fmt: skip
+"""What is compiled. "clamped" is GPT-OSS's activation with biases."""
 BEGIN, END = "<!-- written by compiled_kernels.py from here -->\n\n", "\n<!-- to here -->\n"
 
 
@@ -37,8 +70,8 @@ class Options:
     """Targets."""
     dtypes: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("bf16", "fp16", "fp32")
     """Types of operands."""
-    only: Literal["up", "rows", "down_grad", "weight_grad", "combine", "all"] = "all"
-    """Kernel to compile."""
+    only: tuple[str, ...] = tuple(KERNELS)
+    """Kernels and variants to compile."""
     write: Path | None = None
     """Page whose table is written anew, between its marks."""
 
@@ -59,7 +92,7 @@ class Compiled(NamedTuple):
     def wrong(self) -> str:
         """Say what is not as it must be."""
         wanted = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05"}[self.generation]
-        if self.kernel != "combine" and self.dtype != "fp32" and self.instruction != wanted:
+        if not KERNELS[self.kernel].tile and self.dtype != "fp32" and self.instruction != wanted:
             return f"uses {self.instruction}, not {wanted}"
         if self.spilled:
             return f"spills {self.spilled} bytes"
@@ -99,18 +132,18 @@ def compiled(o: Options) -> Iterator[Compiled]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from kernels import moe_triton
+    from kernels.moe_triton import CONFIGS, FLOAT32, Config
 
     for generation in o.generations:
-        for dtype in o.dtypes:
-            for name in (*MATMULS, "combine"):
-                if o.only not in ("all", name):
-                    continue
-                configs = moe_triton.CONFIGS[generation].get(name, ()) if dtype != "fp32" else (moe_triton.FLOAT32,)
-                for c in configs if name != "combine" else [moe_triton.Config(1, 1024, 1, 4, 1)]:
+        for name in o.only:
+            k, configs = KERNELS[name], CONFIGS[generation]
+            module = importlib.import_module(f"kernels.{k.module}")
+            for dtype in o.dtypes if k.module == "moe_triton" else ("int64",):
+                tiles = configs.get(k.fn, ()) if dtype != "fp32" else (FLOAT32,)
+                for c in [Config(*k.tile, 1, 4, 1)] if k.tile else tiles:
                     sizes = {"BM": c.BM, "BN": c.BN, "BK": c.BK, "PRECISION": "ieee"}
                     made = triton.compile(
-                        source(getattr(moe_triton, f"_{name}"), dtype, sizes),
+                        source(getattr(module, f"_{k.fn}"), dtype, sizes | k.consts),
                         target=GPUTarget("cuda", TARGETS[generation][0], 32),
                         options={"num_warps": c.warps, "num_stages": c.stages},
                     )
@@ -135,6 +168,8 @@ def table(found: list[Compiled]) -> str:
 def main(o: Options) -> None:
     from rich.progress import track
 
+    if odd := [name for name in o.only if name not in KERNELS]:
+        raise ValueError(f"--only {odd[0]}: no kernel is called so; these are: {'; '.join(KERNELS)}")
     found = []
     for c in track(compiled(o), "compiling", total=None, transient=True):
         found.append(c)

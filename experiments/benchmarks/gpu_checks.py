@@ -161,10 +161,23 @@ def grouped_matmul(at: At, name: str) -> list[Check]:
     return compare(at, ours, lambda x, w: reference(x, w, counts), leaves)
 
 
-def experts(at: At, name: str, routing: str) -> list[Check]:
-    """Check an expert layer against a loop over all experts, padding tokens among the tokens.
+def routing(at: At, skew: str, T: int, E: int, K: int) -> Any:
+    """Draw K experts a token, the last tokens padding: balanced, skewed (half of the tokens to one of the first K
+    experts and others) or extreme, all to the first K.
+    """
+    import torch
 
-    Routing is balanced, skewed (half of the tokens to one of the first K experts) or all to the first K.
+    scores = torch.rand(T, E, device=at.device)
+    scores[: {"balanced": 0, "skewed": T // 2, "extreme": T}[skew], :K] += 1
+    ids = scores.topk(K).indices
+    ids[-3:] = E
+    return ids
+
+
+def experts(at: At, name: str, skew: str, kind: str = "swiglu") -> list[Check]:
+    """Check an expert layer against a loop over all experts; the clamped activation comes with biases, as GPT-OSS's.
+
+    The limit is one that nothing reaches in 16 bit: at a limit gradients jump, and a rounding decides.
     """
     import torch
     import torch.nn.functional as F
@@ -175,20 +188,47 @@ def experts(at: At, name: str, routing: str) -> list[Check]:
     if at.device.type not in backend.serves and "*" not in backend.serves:
         raise Skip(f"serves {', '.join(backend.serves)}")
     T, D, E, K, hidden = at.pick((30, 24, 5, 2, 16), (512, 2048, 128, 8, 768))
-    scores = torch.rand(T, E, device=at.device)
-    scores[: {"balanced": 0, "skewed": T // 2, "extreme": T}[routing], :K] += 1
-    ids = scores.topk(K).indices
-    ids[-3:] = E
+    ids, limit = routing(at, skew, T, E, K), 0.7 if at.dtype == "float32" else 50.0
+    activation = kernels.Activation(kind, limit)
 
-    def reference(x, w, gate_up, down):
+    def hidden_units(gate, up):
+        if kind == "clamped_swiglu":
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        return (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate="tanh")) * up
+
+    def reference(x, w, gate_up, down, *biases):
         y = torch.zeros_like(x)
         for e in range(E):
-            gate, up = (x @ part.T for part in gate_up[e])
-            y = y + ((ids == e) * w).sum(1)[:, None] * ((F.silu(gate) * up) @ down[e].T)
+            gate, up = (x @ part.T + (biases[0][e, i] if biases else 0) for i, part in enumerate(gate_up[e]))
+            out = hidden_units(gate, up) @ down[e].T + (biases[1][e] if biases else 0)
+            y = y + ((ids == e) * w).sum(1)[:, None] * out
         return y
 
-    leaves = [randn(at, *shape) * shape[-1] ** -0.5 for shape in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden))]
-    return compare(at, lambda x, w, g, d: kernels.experts(x, w, ids, g, d, E, backend=name), reference, leaves)
+    def ours(x, w, gate_up, down, first=None, last=None):
+        options = {"gate_up_bias_E2F": first, "down_bias_ED": last, "activation": activation, "backend": name}
+        return kernels.experts(x, w, ids, gate_up, down, E, **options)
+
+    shapes = (T, D), (T, K), (E, 2, hidden, D), (E, D, hidden), *((E, 2, hidden), (E, D))[: 2 * (kind[0] == "c")]
+    return compare(at, ours, reference, [randn(at, *shape) * shape[-1] ** -0.5 for shape in shapes])
+
+
+def sort(at: At, name: str, skew: str) -> list[Check]:
+    """Check that slots are sorted as PyTorch's stable sort does, on the host."""
+    import torch
+
+    import kernels
+
+    backend = next(b for b in kernels.BACKENDS["sort"] if b.name == name)
+    if at.device.type not in backend.serves and "*" not in backend.serves:
+        raise Skip(f"serves {', '.join(backend.serves)}")
+    T, E, K = at.pick((30, 5, 2), (32768, 512, 8))
+    ids = routing(at, skew, T, E, K)
+    order, inverse, counts = (t.cpu() for t in backend.fn(ids, E))
+    wanted = ids.flatten().cpu().sort(stable=True).indices
+    right = torch.equal(order, wanted) and torch.equal(inverse[order], torch.arange(T * K))
+    right = right and torch.equal(counts, torch.bincount(ids.flatten().cpu(), minlength=E + 1)[:E])
+    return [Check("order", 0.0 if right else 1.0, 0.0)]
 
 
 def linear_logprob(at: At, plain: bool) -> list[Check]:
@@ -399,9 +439,19 @@ CASES: dict[str, Callable[[At], list[Check]]] = {
     **{f"attention flex {case}, compiled": partial(attention, name="flex", case=case, compiled=True) for case in KINDS},
     **{f"grouped_matmul {name}": partial(grouped_matmul, name=name) for name in ("reference", "blas", "torch")},
     **{
-        f"experts {name}, {routing}": partial(experts, name=name, routing=routing)
+        f"experts {name}, {skew}": partial(experts, name=name, skew=skew)
         for name in ("blas", "torch", "triton")
-        for routing in ("balanced", "skewed", "extreme")
+        for skew in ("balanced", "skewed", "extreme")
+    },
+    **{
+        f"experts {name}, {kind}": partial(experts, name=name, skew="skewed", kind=kind)
+        for name in ("blas", "torch", "triton")
+        for kind in ("geglu", "clamped_swiglu")
+    },
+    **{
+        f"sort {name}, {skew}": partial(sort, name=name, skew=skew)
+        for name in ("torch", "triton")
+        for skew in ("balanced", "skewed", "extreme")
     },
     "linear_logprob": partial(linear_logprob, plain=True),
     "linear_logprob bias softcap temperature mask": partial(linear_logprob, plain=False),

@@ -11,10 +11,13 @@ timed: results and gradients, within the type's error. Times are medians.
               each document (float32 on the CPU)
     ours-X    `kernels` with backend X
     ...*      compiled by Inductor
-    hf-X      transformers' Qwen3MoeExperts with implementation X, left out if it would copy more than --memory-gib
+    hf-X      transformers' Qwen3MoeExperts with implementation X, left out if it would copy more than --memory-gib;
+              where the shape is GPT-OSS's, and so clamped and biased, its GptOssExperts, on weights turned before
     torch     F.linear_cross_entropy; scaled_dot_product_attention with a mask of documents
     logits    all logits at once, and F.cross_entropy
-    liger     liger-kernel's fused head, where it is installed (it needs a GPU)
+    liger     liger-kernel's fused experts and head, where it is installed (it needs a GPU)
+
+ours-triton+sort also sorts slots in Triton.
 
 Routing: balanced, mild (shares of experts fall from 2 to 0) and extreme (three of four slots go to the first experts).
 On a GPU, products of 8192 x 8192 and a copy of 1 GiB are timed in the same run: what TFLOP/s and GB/s there can be.
@@ -43,9 +46,9 @@ from experiments.benchmarks import sft_cpu
 from functional_trainer import backend, config
 
 HOST = {
-    "tiny": (2048, 256, 224, 16, 4), "30b-a3b, 16 experts, 512": (512, 2048, 768, 16, 8),
-    "30b-a3b, 16 experts, 2k": (2048, 2048, 768, 16, 8), "30b-a3b, 512": (512, 2048, 768, 128, 8),
-    "30b-a3b, 2k": (2048, 2048, 768, 128, 8),
+    "tiny": (2048, 256, 224, 16, 4), "gpt-oss, tiny": (2048, 256, 224, 16, 4),
+    "30b-a3b, 16 experts, 512": (512, 2048, 768, 16, 8), "30b-a3b, 16 experts, 2k": (2048, 2048, 768, 16, 8),
+    "30b-a3b, 512": (512, 2048, 768, 128, 8), "30b-a3b, 2k": (2048, 2048, 768, 128, 8),
 }  # fmt: skip
 """Sizes of an expert layer on the CPU: tokens, width, expert width, experts, slots of a token."""
 WIDTHS = {
@@ -57,6 +60,8 @@ HEADS = {"tiny": (2048, 256, 1024), "30b-a3b, 512": (512, 2048, 151936), "30b-a3
 """Sizes of a head: tokens, width, vocabulary."""
 ATTENTION = {"tiny": (8, 256, 8, 4, 32), "30b-a3b, 2 x 2k": (2, 2048, 32, 4, 128)}
 """Sizes of attention: rows, tokens of a row, query heads, key heads, head dim."""
+GPT_OSS = ops.Activation("clamped_swiglu")
+"""Of shapes that begin with "gpt-oss", which also have biases."""
 LIMIT = {"float32": 1e-4, "bfloat16": 4e-2}
 
 
@@ -132,29 +137,79 @@ def chosen(routing: str, T: int, E: int, K: int, device: torch.device) -> torch.
     return torch.multinomial(favour.expand(T, E), K)
 
 
-def apply(sizes: tuple[int, ...], implementation: str, x, weights, ids, gate_up, down) -> torch.Tensor:
-    """Apply transformers' expert module with our weights."""
-    from transformers import Qwen3MoeConfig
+def module(sizes: tuple[int, ...], gpt_oss: bool, implementation: str) -> torch.nn.Module:
+    """Build a peer's expert module without weights: transformers' with an implementation, or liger-kernel's."""
+    from transformers import GptOssConfig, Qwen3MoeConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     _, D, hidden, E, K = sizes
-    raw = Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=hidden, num_experts=E, num_experts_per_tok=K)
-    raw._experts_implementation = implementation
+    raw: Any = Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=hidden, num_experts=E, num_experts_per_tok=K)
+    if gpt_oss:
+        raw = GptOssConfig(hidden_size=D, intermediate_size=hidden, num_local_experts=E, num_experts_per_tok=K)
     with torch.device("meta"):
-        module = Qwen3MoeExperts(raw)
-    module.__dict__ |= {"gate_up_proj": gate_up.flatten(1, 2), "down_proj": down}
-    del module._parameters["gate_up_proj"], module._parameters["down_proj"]
-    return module(x, ids, weights)
+        if implementation == "liger":
+            from liger_kernel.transformers.swiglu import LigerExperts
+
+            return LigerExperts(raw)
+        raw._experts_implementation = implementation
+        return (GptOssExperts if gpt_oss else Qwen3MoeExperts)(raw)
+
+
+def apply(sizes: tuple[int, ...], gpt_oss: bool, implementation: str, ids, x, weights, *tensors) -> torch.Tensor:
+    """Apply a peer's expert module to tensors in its layout."""
+    made = module(sizes, gpt_oss, implementation)
+    names = ("gate_up_proj", "down_proj", *(f"{k}_proj_bias" for k in ("gate_up", "down")))[: len(tensors)]
+    for name, tensor in zip(names, tensors, strict=True):
+        del made._parameters[name]
+        made.__dict__[name] = tensor
+    return made(x, ids, weights)
+
+
+def turned(x, weights, gate_up, down, first, last) -> list[torch.Tensor]:
+    """Lay our tensors of experts out as GPT-OSS does: inputs before outputs, gate and up in turns."""
+    made = gate_up.permute(0, 3, 2, 1).flatten(2), down.mT.contiguous(), first.mT.flatten(1), last
+    return [x, weights, *(t.detach().clone().requires_grad_() for t in made)]
+
+
+def back(y, dx, dweights, dgate_up, ddown, dfirst, dlast) -> list[torch.Tensor]:
+    """Undo `turned` of gradients."""
+    dgate_up, dfirst = dgate_up.unflatten(2, (-1, 2)).permute(0, 3, 2, 1), dfirst.unflatten(1, (-1, 2)).mT
+    return [y, dx, dweights, dgate_up, ddown.mT, dfirst, dlast]
+
+
+def peers(o: Options, sizes: tuple[int, ...], leaves: list[torch.Tensor], ids, grad) -> Iterator[tuple[str, Callable]]:
+    """Yield what others make of an expert layer."""
+    T, D, hidden, E, K = sizes
+    gpt_oss, x = len(leaves) > 4, leaves[0]
+    theirs = turned(*leaves) if gpt_oss else [*leaves[:2], leaves[2].flatten(1, 2), leaves[3]]
+    undo = back if gpt_oss else lambda *found: found
+
+    def run(fn: Callable) -> Callable[[], Any]:
+        return lambda: undo(*both(lambda: fn(ids, *theirs), theirs if gpt_oss else leaves, grad))
+
+    for name in sft_cpu.EXPERTS:
+        if name != "batched_mm" or T * K * 3 * D * hidden * x.itemsize < o.memory_gib * 2**30:
+            yield f"hf-{name}", run(partial(apply, sizes, gpt_oss, name))
+    if o.compile == "on":
+        yield "hf-grouped_mm*", run(torch.compile(partial(apply, sizes, gpt_oss, "grouped_mm"), dynamic=False))
+    if importlib.util.find_spec("liger_kernel") and backend.has_own_memory(x.device) and not gpt_oss:
+        yield "liger", run(partial(apply, sizes, gpt_oss, "liger"))
 
 
 def experts(o: Options, device: torch.device, shape: str, sizes: tuple[int, ...], dtype: str) -> Iterator[Case]:
     """Yield the cases of an expert layer of (tokens, width, expert width, experts, slots)."""
     T, D, hidden, E, K = sizes
-    x, weights, gate_up, down = leaves = [
-        leaf(device, dtype, *s) for s in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden))
-    ]
-    grad = torch.randn(T, D, device=device).to(x.dtype)
-    whole, other = (torch.compile(fn, dynamic=False) for fn in (ops.experts, partial(apply, sizes, "grouped_mm")))
+    biases = ((E, 2, hidden), (E, D)) if shape.startswith("gpt-oss") else ()
+    leaves = [leaf(device, dtype, *s) for s in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden), *biases)]
+    grad, whole = torch.randn(T, D, device=device).to(leaves[0].dtype), torch.compile(ops.experts, dynamic=False)
+    more: dict[str, Any] = {}
+    if biases:
+        more = {"gate_up_bias_E2F": leaves[4], "down_bias_ED": leaves[5], "activation": GPT_OSS}
+
+    def ours(fn: Callable, ids: torch.Tensor, **extra: str) -> Callable[[], Any]:
+        return partial(both, partial(fn, *leaves[:2], ids, *leaves[2:4], E, **more, **extra), leaves, grad)
+
     for routing in o.routing:
         ids = chosen(routing, T, E, K, device)
         counts = torch.bincount(ids.flatten(), minlength=E).tolist()
@@ -162,17 +217,12 @@ def experts(o: Options, device: torch.device, shape: str, sizes: tuple[int, ...]
         found: dict[str, Callable] = {"floor": products(*needed, dtype=dtype, device=device)}
         for b in ops.BACKENDS["experts"]:
             if b.name != "reference" and device.type in b.serves:
-                run = partial(ops.experts, x, weights, ids, gate_up, down, E, backend=b.name)
-                found[f"ours-{b.name}"] = partial(both, run, leaves, grad)
-        for name in sft_cpu.EXPERTS:
-            if name != "batched_mm" or T * K * 3 * D * hidden * x.itemsize < o.memory_gib * 2**30:
-                found[f"hf-{name}"] = partial(
-                    both, partial(apply, sizes, name, x, weights, ids, gate_up, down), leaves, grad
-                )
+                found[f"ours-{b.name}"] = ours(ops.experts, ids, backend=b.name)
+        if "ours-triton" in found:
+            found["ours-triton+sort"] = ours(ops.experts, ids, backend="triton", sort="triton")
         if o.compile == "on":
-            run = partial(whole, x, weights, ids, gate_up, down, E)
-            found["ours*"] = partial(both, run, leaves, grad)
-            found["hf-grouped_mm*"] = partial(both, partial(other, x, weights, ids, gate_up, down), leaves, grad)
+            found["ours*"] = ours(whole, ids)
+        found |= dict(peers(o, sizes, leaves, ids, grad))
         yield Case("experts", shape, dtype, routing, 18.0 * T * K * D * hidden, found)
 
 

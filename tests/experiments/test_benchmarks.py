@@ -96,7 +96,7 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
         (n, d) for n in gpu_checks.CASES for d in gpu_checks.TOLERANCE
     }
     skipped = {c["case"] for c in out["checks"] if c["dtype"] == "float32" and c["status"] == "skip"}
-    triton = {f"experts triton, {routing}" for routing in ("balanced", "skewed", "extreme")}
+    triton = {name for name in gpu_checks.CASES if name.startswith(("experts triton", "sort triton"))}
     elsewhere = {
         f"attention {b.name} {kind}"
         for b in kernels.BACKENDS["attention"]
@@ -337,7 +337,8 @@ def test_help_of_the_recipe_imports_no_torch():
 # ops -----------------------------------------------------------------------------------------------------------------
 
 SMALL_OPS = {
-    "HOST": {"small": (40, 24, 16, 5, 2)}, "HEADS": {"small": (40, 24, 50)}, "ATTENTION": {"small": (2, 40, 4, 2, 8)},
+    "HOST": {"small": (40, 24, 16, 5, 2), "gpt-oss, small": (40, 24, 16, 5, 2)},
+    "HEADS": {"small": (40, 24, 50)}, "ATTENTION": {"small": (2, 40, 4, 2, 8)},
 }  # fmt: skip
 
 
@@ -354,11 +355,12 @@ def test_ops_are_timed_beside_peers_that_agree(small_ops, tmp_path):
     cases: dict[tuple, set[str]] = {}
     for row in rows:
         assert "failed" not in row and len(row["ms"]) == 2 and row["tflops"] > 0
-        cases.setdefault((row["op"], row["dtype"], row["note"]), set()).add(row["name"])
+        cases.setdefault((row["op"], row["shape"], row["dtype"], row["note"]), set()).add(row["name"])
     theirs = {f"hf-{name}" for name in sft_cpu.EXPERTS}
     for routing in ("balanced", "mild", "extreme"):
-        assert cases["experts", "float32", routing] == {"floor", "ours-blas", "ours-torch"} | theirs
-    assert cases["linear_logprob", "bfloat16", ""] == {"floor", "ours", "torch", "logits"}
+        for shape in SMALL_OPS["HOST"]:
+            assert cases["experts", shape, "float32", routing] == {"floor", "ours-blas", "ours-torch"} | theirs
+    assert cases["linear_logprob", "small", "bfloat16", ""] == {"floor", "ours", "torch", "logits"}
 
 
 def test_an_op_that_is_wrong_is_not_timed(small_ops, monkeypatch, capsys):

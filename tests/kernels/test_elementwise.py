@@ -60,6 +60,46 @@ def test_swiglu(shape, seed):
     )
 
 
+@given(SHAPES, st.sampled_from([0.3, 7.0]), st.sampled_from([1.0, 1.702]), st.integers(0, 99))
+@settings(max_examples=30)
+def test_clamped_swiglu(shape, limit, alpha, seed):
+    """By its cases: what is beyond the limit is the limit, and takes no gradient."""
+    gate, up = draw(2, *shape, seed=seed)
+    act = kernels.Activation("clamped_swiglu", limit, alpha)
+    out, *grads = with_grads(lambda g, u: act(torch.cat([g, u], -1)), gate, up)
+    g, u, along = gate.clip(max=limit), up.clip(-limit, limit), torch.cos(torch.arange(out.numel())).double()
+    sigmoid, along = 1 / (1 + torch.exp(-alpha * g)), along.view(shape)
+    slope = sigmoid * (1 + alpha * g * (1 - sigmoid)) * (gate <= limit)
+    wants = g * sigmoid * (u + 1), along * slope * (u + 1), along * g * sigmoid * (up.abs() <= limit)
+    assert_same((out, *grads), wants, 1e-7)
+
+
+@given(SHAPES, st.integers(0, 99))
+@settings(max_examples=30)
+def test_geglu(shape, seed):
+    """Its gelu by tanh is within 1e-3 of the one by erf, whose closed form is known; the same formula by hand is it."""
+    gate, up = draw(2, *shape, seed=seed)
+    ours = with_grads(lambda g, u: kernels.Activation("geglu")(torch.cat([g, u], -1)), gate, up)
+    root = math.sqrt(2 / math.pi)
+    by_hand = lambda g, u: g / 2 * (1 + torch.tanh(root * (g + 0.044715 * g**3))) * u  # noqa: E731
+    assert_same(ours, with_grads(by_hand, gate, up))
+    torch.testing.assert_close(ours[0], gate / 2 * (1 + torch.erf(gate / math.sqrt(2))) * up, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "clamped_swiglu"])
+def test_activations_in_16_bit_round_once(kind):
+    act, x = kernels.Activation(kind), draw(64, 40).to(torch.bfloat16)
+    wanted = act(x.double())
+    assert act(x).dtype == torch.bfloat16
+    rounding = 2**-8 * (3 if kind == "swiglu" else 1)  # PyTorch's silu rounds, and so does the product
+    assert ((act(x).double() - wanted).abs() <= rounding * wanted.abs() + 1e-6).all()
+
+
+def test_unknown_activations_are_named():
+    with pytest.raises(ValueError, match="activation 'relu' is unknown; these are: swiglu, geglu, clamped_swiglu"):
+        kernels.Activation("relu").check()
+
+
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99))
 @settings(max_examples=30)
 def test_rope_multiplies_by_a_complex_phase(S, N, half, seed):

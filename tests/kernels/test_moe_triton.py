@@ -1,7 +1,8 @@
-"""The Triton expert layer: interpreted against float64, and compiled for the chips that it is for."""
+"""The Triton expert layer and sort: interpreted against float64, and compiled for the chips that they are for."""
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.benchmarks import compiled_kernels
-from kernels import moe_triton
+from kernels import Activation, moe_triton
 from tests.kernels import moe_cases
 from tests.kernels.interpreted import Interpreter
 from tests.kernels.moe_cases import Case
 
 ROOT = Path(__file__).parents[2]
 LIMIT = {torch.float32: 2e-6, torch.float16: 4e-3}
+ACTIVATIONS = Activation(), Activation("geglu"), Activation("clamped_swiglu"), Activation("clamped_swiglu", 0.6, 1.1)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def there():
 @given(
     tokens=st.integers(1, 80), slots=st.integers(1, 4), experts=st.integers(1, 9), width=st.integers(1, 80),
     hidden=st.integers(1, 70), dtype=st.sampled_from([torch.float32, torch.float16]),
-    favour=st.sampled_from([0.0, 0.7, 1.0]), padding=st.booleans(), scaled=st.booleans(), seed=st.integers(0, 99),
+    favour=st.sampled_from([0.0, 0.7, 1.0]), padding=st.booleans(), scaled=st.booleans(), biased=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=25)
 def test_it_is_as_exact_as_its_dtype(there, **drawn):
@@ -38,13 +41,33 @@ def test_it_is_as_exact_as_its_dtype(there, **drawn):
 
 
 @pytest.mark.parametrize("dtype", LIMIT)
-def test_tiles_that_are_full_and_several(there, dtype):
-    case = Case(tokens=200, slots=2, experts=3, width=144, hidden=130, dtype=dtype)
+@pytest.mark.parametrize("activation", (ACTIVATIONS[0], ACTIVATIONS[-1]))
+def test_tiles_that_are_full_and_several(there, dtype, activation):
+    case = Case(tokens=200, slots=2, experts=3, width=144, hidden=130, dtype=dtype, activation=activation, biased=True)
     assert max(there.run(moe_cases.errors, case)) < LIMIT[dtype]
 
 
 def test_two_runs_give_the_same_bits(there):
-    assert there.run(moe_cases.repeats, Case(dtype=torch.float16, favour=0.3))
+    assert there.run(moe_cases.repeats, Case(dtype=torch.float16, favour=0.3, biased=True))
+
+
+def test_it_is_one_graph(there):
+    assert there.run(moe_cases.compiled, Case(biased=True, activation=ACTIVATIONS[-1]))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_clamping_hides_no_nan(there, activation):
+    assert there.run(moe_cases.nan_stays, Case(activation=activation))
+
+
+@given(
+    tokens=st.integers(1, 150), slots=st.integers(1, 16), experts=st.sampled_from([1, 2, 7, 31, 32, 63, 128, 512]),
+    favour=st.sampled_from([0.0, 0.8, 1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=40)
+def test_the_counting_sort_is_stable(there, **drawn):
+    """Many blocks and parts of one, experts without slots, all slots one expert's or padding."""
+    assert there.run(partial(moe_cases.sorts, **drawn))
 
 
 def test_compilers_are_told_the_truth(there):
@@ -56,8 +79,10 @@ def test_every_config_compiles_without_spills_onto_tensor_cores(generation):
     program = [sys.executable, ROOT / "experiments" / "benchmarks" / "compiled_kernels.py", "--generations", generation]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    count = sum(len(configs) for configs in moe_triton.CONFIGS[generation].values())
-    assert f"{2 * (count + 1) + 5} compiled: no spills" in done.stdout
+    tiles, of = moe_triton.CONFIGS[generation], compiled_kernels.KERNELS.values()
+    matmuls = sum(2 * len(tiles[k.fn]) + 1 for k in of if not k.tile)  # bf16 and fp16 with every config, fp32 with one
+    others = sum(3 if k.module == "moe_triton" else 1 for k in of if k.tile)
+    assert f"{matmuls + others} compiled: no spills" in done.stdout
 
 
 def test_what_must_not_be_is_told():
@@ -71,7 +96,7 @@ def test_what_must_not_be_is_told():
 def test_the_page_lists_every_config():
     text = (ROOT / "docs" / "kernels.md").read_text("utf-8")
     for generation, by_kernel in moe_triton.CONFIGS.items():
-        for name, configs in by_kernel.items():
-            for c in configs:
+        for name, kernel in compiled_kernels.KERNELS.items():
+            for c in by_kernel.get(kernel.fn, ()):
                 size = f"{c.BM} x {c.BN} x {c.BK}, {c.warps} warps, {c.stages} stages"
                 assert f"| {name} | {generation} | bf16 | {size} |" in text
