@@ -32,13 +32,10 @@ B rows, S queries, T keys, N query heads, K key heads, H head dim of queries and
 
 import inspect
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from kernels.attention_documents import _documents
 from kernels.elementwise import promote
@@ -246,14 +243,22 @@ def flash_attn_3(q_BSNH, k_BSKH, v_BSKV, rows: Rows, scale: float, softcap=None)
     return _flash(flash_attn_varlen_func, q_BSNH, k_BSKH, v_BSKV, rows, scale, softcap)
 
 
-_grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Versions of PyTorch without the option take fewer key heads without being asked."""
-_varlen_attn: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _grouped else varlen_attn
+def _says_grouped() -> bool:
+    """Say whether PyTorch's varlen call wants to be told of fewer key heads; versions without the option take them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+_says_grouped._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result, which imports it
 
 
 def varlen(q_BSNH, k_BSKH, v_BSKV, rows: Rows, scale: float) -> torch.Tensor:
     """Call PyTorch's varlen attention, whose kernels are flash-attn's, compiled into it; in 16 bit."""
+    from torch.nn.attention.varlen import varlen_attn  # here: it imports the compiler, for seconds
+
     ends, (B, S) = borders(rows.segments_BS), rows.segments_BS.shape
     q, k, v = _flat(q_BSNH, k_BSKH, v_BSKV)
-    out = _varlen_attn(q, k, v, ends, ends, S, S, scale=scale, window_size=sides(rows))
+    options: dict[str, Any] = {"enable_gqa": True} if _says_grouped() else {}
+    out: Any = varlen_attn(q, k, v, ends, ends, S, S, scale=scale, window_size=sides(rows), **options)
     return out.view(B, S, *out.shape[1:])[..., : v_BSKV.shape[3]]

@@ -464,7 +464,7 @@ def test_varlen_calls_are_given_what_they_ask_for(backend, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_2))
         patch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=flash_attn_3))
-        patch.setattr(attention, "_varlen_attn", varlen)
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
         scale = options["scale"] or call[0][0].shape[3] ** -0.5
         got = run(lambda q, k, v, _: TABLE[backend].fn(q, k, v, rows, scale, **capped), call)
     for a, b in zip(got, run(lambda *x: wanted(call, *x), call), strict=True):

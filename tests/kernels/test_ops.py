@@ -1,5 +1,8 @@
 """Every op of ours as PyTorch sees it: registration, the same bits in every run, and the table of backends."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -133,3 +136,12 @@ def test_expensive_ops_are_named_as_they_are_called():
     assert kernels.EXPENSIVE - known <= {
         "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward"
     }  # fmt: skip
+
+
+def test_importing_the_ops_does_not_import_the_compiler():
+    """It takes seconds, which every `--help` would pay."""
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys, kernels; print('torch._dynamo' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout.strip() == "False"
