@@ -14,19 +14,23 @@ from typing import NamedTuple
 
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 
 from kernels import attention as _attention
+from kernels import fp8 as _fp8
 from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels import moe_fused as _moe_fused
 from kernels.elementwise import promote, rms_norm, rope, swiglu
 from kernels.embedding import embedding
+from kernels.fp8 import RECIPES, Recipe
 from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabulary_part
 from kernels.moe import all_gather
 
 __all__ = [
-    "BACKENDS", "EXPENSIVE", "all_gather", "attention", "combine_vocabulary", "embedding", "experts", "grouped_matmul",
-    "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "vocabulary_part",
+    "BACKENDS", "EXPENSIVE", "RECIPES", "Recipe", "all_gather", "attention", "combine_vocabulary", "embedding", "experts",
+    "grouped_matmul", "kept_on_disk", "linear", "linear_logprob", "promote", "rms_norm", "rope", "swiglu",
+    "vocabulary_part",
 ]  # fmt: skip
 
 
@@ -73,6 +77,14 @@ def _layer(matmul: Callable) -> Callable:
     return partial(_moe.layer, expand=expand, reduce=reduce)
 
 
+def _fp8_layer(products: _fp8.Products) -> Callable:
+    """Compose an expert layer in 8 bits."""
+    expand, reduce = (partial(end, products=products) for end in (_fp8.gather_matmul, _fp8.matmul_combine))
+    return lambda recipe: partial(
+        _moe.layer, expand=partial(expand, recipe=recipe), reduce=partial(reduce, recipe=recipe)
+    )
+
+
 _host = partial(_moe.layer, expand=_grouped_matmul.gather_matmul, reduce=_grouped_matmul.matmul_combine)
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
@@ -94,6 +106,21 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("torch", _layer(_grouped_matmul.grouped_mm), ("cuda",), ("cuda", "cpu"), ()),
         Backend("triton", _moe_fused.layer, (), ("cuda",), ()),
         Backend("reference", _layer(_grouped_matmul.reference), ("*",), ("*",), ("cpu",)),
+    ),
+    "fp8_linear": (
+        Backend("reference", _fp8.matmul, ("*",), ("*",), ("cpu",)),
+        Backend("scaled_mm", _fp8.scaled_mm, (), ("cuda", "cpu"), ()),
+    ),
+    "fp8_experts": (
+        Backend("blas", _fp8_layer(_fp8.dequantised(_grouped_matmul.blas, _grouped_matmul.weight_grad)),
+                ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
+        Backend("torch", _fp8_layer(_fp8.dequantised(_grouped_matmul.grouped_mm, _grouped_matmul.grouped_weight_grad)),
+                ("cuda",), ("cuda", "cpu"), ()),
+        Backend("scaled_mm", _fp8_layer(_fp8.Products(_fp8.scaled_grouped_mm, _grouped_matmul.grouped_weight_grad)),
+                (), ("cuda",), ()),
+        Backend("reference", _fp8_layer(_fp8.dequantised(_grouped_matmul.reference,
+                                                         _grouped_matmul.reference_weight_grad)),
+                ("*",), ("*",), ("cpu",)),
     ),
     "exchange": (
         Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),
@@ -149,13 +176,30 @@ def grouped_matmul(
     return pick("grouped_matmul", x_RI.device.type, backend).fn(x_RI, w_EOI, counts_E)
 
 
+def linear(
+    x: torch.Tensor, *weights: torch.Tensor, bias: torch.Tensor | None = None, recipe: Recipe | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Multiply (..., I) with weights (O, I), all in one product; return their outputs one after the other.
+
+    With a recipe the product and both of its gradients are of operands in 8 bits, see `kernels.fp8`.
+    """
+    if recipe is None:
+        return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    y = _fp8.linear(x, weights, recipe, pick("fp8_linear", x.device.type, backend).fn)
+    return y if bias is None else y + bias
+
+
 def experts(
     x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts: int, group=None, backend: str | None = None,
-    exchange: str | None = None,
+    exchange: str | None = None, recipe: Recipe | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Apply a dropless mixture of SwiGLU experts; see `kernels.moe.experts`.
 
-    `backend` is one of `experts`, `exchange` one of `exchange`, for experts that the ranks of `group` share.
+    `backend` is one of `experts`, `exchange` one of `exchange`, for experts that the ranks of `group` share. With a
+    recipe products are of operands in 8 bits, see `kernels.fp8`, and `backend` is one of `fp8_experts`.
     """
-    mlp, travel = pick("experts", x_TD.device.type, backend).fn, pick("exchange", x_TD.device.type, exchange).fn
+    device = x_TD.device.type
+    mlp = pick("experts", device, backend).fn if recipe is None else pick("fp8_experts", device, backend).fn(recipe)
+    travel = pick("exchange", device, exchange).fn
     return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, mlp, travel, group)
