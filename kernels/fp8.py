@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import grouped_matmul
+from kernels.grouped_matmul import grouped_mm
 
 E4M3, MOST = torch.float8_e4m3fn, 448.0
 
@@ -45,9 +45,8 @@ class Quantised(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> torch.Tensor:
         """Return data times scale."""
-        wide = blocks(self.data.to(torch.promote_types(dtype, torch.float32)), self.rows, self.cols)
-        values = (wide * self.scale[..., :, None, :, None]).to(dtype).flatten(-2).flatten(-3, -2)
-        return values[..., : self.data.shape[-2], : self.data.shape[-1]]
+        wide = self.data.to(torch.promote_types(dtype, torch.float32))
+        return (wide * spread(self.scale, self.data.shape, self.rows, self.cols)).to(dtype)
 
     def take(self, index: torch.Tensor) -> "Quantised":
         """Return some rows, each of which has scales of its own."""
@@ -62,6 +61,14 @@ def blocks(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return x.unflatten(-1, (-(-C // cols), cols)).unflatten(-3, (-(-R // rows), rows))
 
 
+def spread(scale: torch.Tensor, shape: torch.Size, rows: int, cols: int) -> torch.Tensor:
+    """Return the scale of each of (..., R, C), a dim that is one block left to broadcasting."""
+    for dim, size in ((-2, rows), (-1, cols)):
+        if size > 1 and scale.shape[dim] > 1:
+            scale = scale.index_select(dim, torch.arange(shape[dim], device=scale.device) // size)
+    return scale
+
+
 def scale_of(most: torch.Tensor) -> torch.Tensor:
     """Return the scale, float32, with which values of at most `most` in size fit into e4m3."""
     bits = (most.to(torch.float32) / MOST).clamp_min(2.0**-126).view(torch.int32)
@@ -70,10 +77,8 @@ def scale_of(most: torch.Tensor) -> torch.Tensor:
 
 def quantise(x: torch.Tensor, rows: int, cols: int) -> Quantised:
     """Quantise (..., R, C), of any floating type, in blocks of rows x cols (0: all)."""
-    wide = blocks(x, rows, cols)
-    scale = scale_of(wide.abs().amax((-3, -1)))
-    data = (wide / scale[..., :, None, :, None]).to(E4M3).flatten(-2).flatten(-3, -2)
-    return Quantised(data[..., : x.shape[-2], : x.shape[-1]], scale, rows, cols)
+    scale = scale_of(blocks(x, rows, cols).abs().amax((-3, -1)))
+    return Quantised((x / spread(scale, x.shape, rows, cols)).to(E4M3), scale, rows, cols)
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ def scaled_grouped_mm(a: Quantised, w: Quantised, counts: torch.Tensor, dtype: t
     """Let `torch._scaled_grouped_mm` multiply operands with a scale a row, of sizes that are multiples of 16."""
     by_row = (a.rows, a.cols, w.rows, w.cols) == (1, 0, 1, 0)
     if not by_row or any([n % 16 for n in w.data.shape[1:]]):
-        return grouped_matmul.grouped_mm(a.to(dtype), w.to(dtype), counts)
+        return grouped_mm(a.to(dtype), w.to(dtype), counts)
     ends = counts.cumsum(0).to(torch.int32)
     scales = a.scale[:, 0].contiguous(), w.scale[..., 0].contiguous()
     y = torch._scaled_grouped_mm(a.data.contiguous(), w.data.contiguous().mT, *scales, offs=ends, out_dtype=dtype)

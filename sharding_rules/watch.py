@@ -189,6 +189,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "addmm_": _addmm,
     "grouped_matmul": _grouped,
     "grouped_matmul_grad": lambda document, grad, *args: 2 * _grouped(document, *args),
+    "grouped_weight_grad": lambda document, grad, x, counts: 2 * x.numel() * grad.shape[1],
     "attention_documents": _attention,
     "attention_documents_grad": lambda document, grad, q, k, v, segments, out, lse, window, scale: (
         _attention(document, q, k, v, segments, window, scale) * 5 // 2  # scores again, and four products
