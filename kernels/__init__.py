@@ -28,8 +28,8 @@ from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabular
 from kernels.moe import all_gather
 
 __all__ = [
-    "BACKENDS", "EXPENSIVE", "RECIPES", "Recipe", "all_gather", "attention", "combine_vocabulary", "embedding", "experts",
-    "grouped_matmul", "kept_on_disk", "linear", "linear_logprob", "promote", "rms_norm", "rope", "swiglu",
+    "BACKENDS", "EXPENSIVE", "RECIPES", "Recipe", "all_gather", "attention", "combine_vocabulary", "embedding",
+    "experts", "grouped_matmul", "kept_on_disk", "linear", "linear_logprob", "promote", "rms_norm", "rope", "swiglu",
     "vocabulary_part",
 ]  # fmt: skip
 
@@ -85,6 +85,10 @@ def _fp8_layer(products: _fp8.Products) -> Callable:
     )
 
 
+_fp8_host = _fp8.dequantised(_grouped_matmul.blas, _grouped_matmul.weight_grad)
+_fp8_torch = _fp8.dequantised(_grouped_matmul.grouped_mm, _grouped_matmul.grouped_weight_grad)
+_fp8_scaled = _fp8.Products(_fp8.scaled_grouped_mm, _grouped_matmul.grouped_weight_grad)
+_fp8_reference = _fp8.dequantised(_grouped_matmul.reference, _grouped_matmul.reference_weight_grad)
 _host = partial(_moe.layer, expand=_grouped_matmul.gather_matmul, reduce=_grouped_matmul.matmul_combine)
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
@@ -112,15 +116,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("scaled_mm", _fp8.scaled_mm, (), ("cuda", "cpu"), ()),
     ),
     "fp8_experts": (
-        Backend("blas", _fp8_layer(_fp8.dequantised(_grouped_matmul.blas, _grouped_matmul.weight_grad)),
-                ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
-        Backend("torch", _fp8_layer(_fp8.dequantised(_grouped_matmul.grouped_mm, _grouped_matmul.grouped_weight_grad)),
-                ("cuda",), ("cuda", "cpu"), ()),
-        Backend("scaled_mm", _fp8_layer(_fp8.Products(_fp8.scaled_grouped_mm, _grouped_matmul.grouped_weight_grad)),
-                (), ("cuda",), ()),
-        Backend("reference", _fp8_layer(_fp8.dequantised(_grouped_matmul.reference,
-                                                         _grouped_matmul.reference_weight_grad)),
-                ("*",), ("*",), ("cpu",)),
+        Backend("blas", _fp8_layer(_fp8_host), ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
+        Backend("torch", _fp8_layer(_fp8_torch), ("cuda",), ("cuda", "cpu"), ()),
+        Backend("scaled_mm", _fp8_layer(_fp8_scaled), (), ("cuda",), ()),
+        Backend("reference", _fp8_layer(_fp8_reference), ("*",), ("*",), ("cpu",)),
     ),
     "exchange": (
         Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),

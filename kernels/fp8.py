@@ -7,13 +7,13 @@ A value is data times scale, scale = 2^ceil(log2(max |a| / 448)) of the values t
     tile   128 neighbours along the sum share a scale, and 128 x 128 of a weight (https://arxiv.org/abs/2412.19437, 3.3)
     row    all of a row along the sum does, and a row of outputs of a weight (as `torch._scaled_mm` takes them)
 
-Scales are powers of two, as torchao's row-wise recipe rounds them and DeepSeek-V3.1's are stored. Scaling is then exact,
-e4m3's relative error is the same in every binade, and what was quantised is an element of bfloat16: quantising it
-again, in the same blocks, changes nothing. A value is off by at most the larger of 2^-4 of itself and 2^-10 of its scale,
-which is below 1/224 of the largest value of its tile. What is not finite makes its tile NaN.
+Scales are powers of two, as torchao's row-wise recipe rounds them and DeepSeek-V3.1's are stored. Scaling is then
+exact, e4m3's relative error is the same in every binade, and what was quantised is a number of bfloat16: quantising it
+again, in the same blocks, changes nothing. A value is off by at most the larger of 2^-4 of itself and 2^-10 of its
+scale, which is below 1/224 of the largest value that shares it. What is not finite makes those that share it NaN.
 
-x is kept for backward in 8 bits and quantised again along tokens for dw, as is g. A row's scale of w is along the sum of
-dx, so there g takes it in before it is quantised. Sizes need not be multiples of a tile: the last one is smaller.
+x is kept for backward in 8 bits, and quantised again along tokens for dw, as is g. Scales of w's rows do not factor out
+of dx, so there g takes them in before it is quantised. Sizes need not be multiples of a tile: the last one is smaller.
 
 T tokens, R rows sorted by expert, E experts, I inputs, O outputs.
 """
@@ -98,7 +98,7 @@ class Recipe:
         return quantise(w, self.block, self.tile)
 
     def input_grad(self, g: torch.Tensor, w: Quantised, scale: torch.Tensor) -> tuple[Quantised, Quantised]:
-        """Return the operands of dx, g (..., O) and w^T; `scale` is that of w's rows if a row has only one, (..., O)."""
+        """Return the operands of dx, g (..., O) and w^T; `scale` (..., O) is of w's rows, if each has one."""
         if self.block > 1:
             return self.operand(g), w.mT
         once = torch.ones_like(w.data[..., :1, :], dtype=torch.float32)
@@ -144,11 +144,11 @@ def matmul(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scaled_mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
-    """Let `torch._scaled_mm` multiply operands with a scale a row, of sizes that are multiples of 16; others dequantise.
+    """Let `torch._scaled_mm` multiply operands with a scale a row, contiguous along the sum.
 
-    It wants both operands contiguous along the sum.
+    It takes sizes that are multiples of 16 and gives bfloat16; all else is dequantised.
     """
-    by_row = (a.rows, a.cols, b.rows, b.cols) == (1, 0, 1, 0)
+    by_row = (a.rows, a.cols, b.rows, b.cols) == (1, 0, 1, 0) and dtype == torch.bfloat16
     if not by_row or any([n % 16 for n in (*a.data.shape, *b.data.shape)]):
         return matmul(a, b, dtype)
     scales = a.scale.contiguous(), b.scale.mT.contiguous()
@@ -207,8 +207,8 @@ def dequantised(multiply: Callable, weights: Callable) -> Products:
 
 
 def scaled_grouped_mm(a: Quantised, w: Quantised, counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Let `torch._scaled_grouped_mm` multiply operands with a scale a row, of sizes that are multiples of 16."""
-    by_row = (a.rows, a.cols, w.rows, w.cols) == (1, 0, 1, 0)
+    """Let `torch._scaled_grouped_mm` multiply operands with a scale a row; as `scaled_mm`."""
+    by_row = (a.rows, a.cols, w.rows, w.cols) == (1, 0, 1, 0) and dtype == torch.bfloat16
     if not by_row or any([n % 16 for n in w.data.shape[1:]]):
         return grouped_mm(a.to(dtype), w.to(dtype), counts)
     ends = counts.cumsum(0).to(torch.int32)

@@ -25,6 +25,7 @@ CASES = {
         parity.MOE | WIDE, options={"remat": "layer", "compile": "layer", "backend": "aot_eager"}
     ),
     "moe, routed": parity.Case(parity.MOE | WIDE | {"num_experts_per_tok": 2}),
+    "moe, one expert": parity.Case(parity.MOE | WIDE | {"num_experts_per_tok": 1}),
 }
 LENGTH = 128
 """Tokens of a row, so that no tile of tokens crosses from one row to the next."""
@@ -68,14 +69,18 @@ def train(name: str, recipe: str, mesh: str | None = None, exclude: str = "") ->
             seen |= {f"{i}/{k}": v.clone() for k, v in metrics.items()}
             if i == 0:
                 seen |= {f"grads/{path}": shard.full(m["grad"]).clone() for path, m in state.moments.items()}
-    return seen | {path: shard.full(p).clone() for path, p in parity.tree.flatten(state.params).items()} | {"sent": sent}
+    seen |= {path: shard.full(p).clone() for path, p in parity.tree.flatten(state.params).items()}
+    return seen | {"sent": sent}
 
 
-def two_ranks() -> dict[tuple[str, ...], dict[str, Any]]:
-    found = {}
-    for mesh, name, recipe in (
-        ("fsdp2", "dense", "tile"), ("fsdp2", "moe", "tile"), ("fsdp2", "moe, recomputed, layer compiled", "tile"),
-        ("fsdp2", "dense", "row"), ("fsdp2", "moe, routed", "tile"), ("ep2", "moe, routed", "tile"),
-    ):
-        found[mesh, name, recipe] = train(name, recipe, mesh)
-    return found
+RUNS = (
+    ("fsdp2", "dense", "tile"), ("fsdp2", "moe", "tile"), ("fsdp2", "moe, recomputed, layer compiled", "tile"),
+    ("ep2", "moe, one expert", "tile"), ("fsdp2", "moe, routed", "tile"), ("ep2", "moe, routed", "tile"),
+    ("fsdp2", "dense", "row"), ("ep2", "moe, one expert", "row"),
+)  # fmt: skip
+
+
+def two_ranks() -> dict[tuple[str, str, str], dict[str, Any]]:
+    found = {(mesh, name, recipe): train(name, recipe, mesh) for mesh, name, recipe in RUNS}
+    with mock.patch.object(Sharder, "_packed", lambda *args: []):
+        return found | {("fsdp2", "moe", "tile, gathered whole"): train("moe", "tile", "fsdp2")}
