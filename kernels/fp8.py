@@ -171,7 +171,7 @@ class _Linear(torch.autograd.Function):
         xq, wqs = recipe.operand(x), joined([recipe.weight(w) for w in weights], recipe.block)
         ctx.recipe, ctx.product, ctx.kinds = recipe, product, (xq[2:], wqs[0][2:])
         ctx.sizes = [w.shape[0] for w in weights]
-        ctx.save_for_backward(*xq[:2], *[t for q in wqs for t in q[:2]])
+        ctx.save_for_backward(*xq[:2], *[t for q in wqs for t in (q.data, q.scale)])
         return torch.cat([product(xq, q, x.dtype) for q in wqs], 1)
 
     @staticmethod

@@ -163,7 +163,7 @@ def grouped_mm(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) 
     return torch.where(used_R1, out, 0)
 
 
-# g (R, O)^T x (R, I) of each expert's rows, alone: in 8 bits the two gradients are of other operands (kernels/fp8.py) --
+# g (R, O)^T x (R, I) of each expert's rows, alone: in 8 bits the two gradients have operands of their own --
 
 
 @torch.library.custom_op("functional_trainer::grouped_weight_grad", mutates_args=())

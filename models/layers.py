@@ -26,7 +26,7 @@ LAYER = "params/layers/_"
 
 
 def one_recipe(shard, *names: str) -> kernels.Recipe | None:
-    """Return how the parameters called so, of a layer, are multiplied (None: in the compute dtype), which is together."""
+    """Return how a layer's parameters of these names, all in one product, are quantised (None: not)."""
     recipe, *others = [shard.fp8.get(f"{LAYER}/{name}") for name in names]
     if any(other != recipe for other in others):
         raise ValueError(f"{', '.join(names)} are one product: --fp8.exclude is for all of them or for none")

@@ -253,8 +253,8 @@ def unpack_bytes(
 ) -> list[torch.Tensor]:
     """Return the tensors that were gathered in 8 bits, from the results of `bind` and of `bucket`."""
     sizes, nbytes = [x.numel() for x in xs], [p.recipe.packed(p.shape) for p in packed]
-    parts = zip(bound.view(-1, sum(sizes)).split(sizes, 1), wait(whole).view(-1, sum(nbytes)).split(nbytes, 1), packed)
-    return _together([_Unpack.apply(*part) for part in parts], xs, dims)
+    likes, came = bound.view(-1, sum(sizes)).split(sizes, 1), wait(whole).view(-1, sum(nbytes)).split(nbytes, 1)
+    return _together([_Unpack.apply(*part) for part in zip(likes, came, packed, strict=True)], xs, dims)
 
 
 def _together(parts: Sequence[torch.Tensor], xs: list[torch.Tensor], dims: list[int]) -> list[torch.Tensor]:

@@ -19,7 +19,6 @@ import torch._C._distributed_c10d as c10d
 
 from functional_trainer import param, tree
 from functional_trainer.param import Part
-from functional_trainer.types import Fp8
 from sharding_rules.exchange import run
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Held, Rules
@@ -163,7 +162,7 @@ def onward(total: Costs, less: Costs, more: Costs, times: int) -> Costs:
 
 def plan(
     model: Any, build: Build, rules: Rules, sizes: dict[str, int], rows: int, length: int, document: int = 0,
-    dispatch: str | None = None, compiled: bool = True, fp8: Fp8 | None = None,
+    dispatch: str | None = None, compiled: bool = True,
 ) -> Costs:  # fmt: skip
     """Return what a step of `rows` rows of `length` tokens for each data rank costs one rank of a mesh.
 
@@ -176,7 +175,7 @@ def plan(
     def costs(layers: list[int]) -> Costs:
         some, watch = cut(model, sorted(layers)), Watch(document or length)
         grid: Any = Grid(sizes)
-        shard = Planner.of(rules, grid, some.specs, dispatch, fp8, watch=watch, compiled=compiled)
+        shard = Planner.of(rules, grid, some.specs, dispatch, watch=watch, compiled=compiled)
         return observed(shard, some, build, columns(rows, length), watch)
 
     few = [i for of in kinds(model) for i in dict.fromkeys((*of[:2], of[-1]))]

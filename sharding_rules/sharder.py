@@ -257,7 +257,7 @@ class Sharder:
         first, last = self.matrices[name][0], len(shape) - self.matrices[name][1]
         matrix = *shape[:first], math.prod(shape[first:last]), math.prod(shape[last:])
         which = {first: "outputs", last: "inputs"}.get(gather.dim)
-        fits = gather.dim < first or which is not None and recipe.travels(*matrix[-2:], which)
+        fits = gather.dim < first or which is not None and recipe.travels(matrix[-2], matrix[-1], which)
         return [Packed(matrix, recipe)] if fits else []
 
     def _gather(self, path: str) -> Moves:

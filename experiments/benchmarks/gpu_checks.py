@@ -179,12 +179,12 @@ def eight_bits(at: At, op: str, name: str, recipe: str) -> list[Check]:
 
     import kernels
 
-    backend, how = next(b for b in kernels.BACKENDS[op] if b.name == name), {"recipe": kernels.RECIPES[recipe]}
+    backend, how = next(b for b in kernels.BACKENDS[op] if b.name == name), kernels.RECIPES[recipe]
     if at.device.type not in backend.serves and "*" not in backend.serves:
         raise Skip(f"serves {', '.join(backend.serves)}")
     if op == "fp8_linear":
         T, inner, outer = at.pick((48, 80, 32), (1024, 2048, 1536))
-        ours, wanted = (partial(kernels.linear, **how, backend=b) for b in (name, "reference"))
+        ours, wanted = (partial(kernels.linear, recipe=how, backend=b) for b in (name, "reference"))
         return compare(at, ours, wanted, [randn(at, T, inner), randn(at, outer, inner)])
     T, D, E, K, hidden = at.pick((30, 32, 5, 2, 48), (512, 2048, 16, 4, 768))
     ids = torch.rand(T, E, device=at.device).topk(K).indices
@@ -192,7 +192,7 @@ def eight_bits(at: At, op: str, name: str, recipe: str) -> list[Check]:
     leaves = [randn(at, *shape) * shape[-1] ** -0.5 for shape in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden))]
 
     def call(x, w, gate_up, down, backend):
-        return kernels.experts(x, w, ids, gate_up, down, E, backend=backend, **how)
+        return kernels.experts(x, w, ids, gate_up, down, E, backend=backend, recipe=how)
 
     found = compare(at, partial(call, backend=name), partial(call, backend="reference"), leaves)
     return [c._replace(tolerance=max(c.tolerance, 0.06)) for c in found]
