@@ -159,8 +159,8 @@ def joined(quantised: list[Quantised], block: int) -> list[Quantised]:
     """Put weights under each other, if each but the last ends where a block does."""
     if any([q.data.shape[0] % block for q in quantised[:-1]]):
         return quantised
-    data, scale = (torch.cat([q[i] for q in quantised]) for i in (0, 1))
-    return [Quantised(data.contiguous(), scale, *quantised[0][2:])]
+    data, scale = torch.cat([q.data for q in quantised]), torch.cat([q.scale for q in quantised])
+    return [Quantised(data, scale, *quantised[0][2:])]
 
 
 class _Linear(torch.autograd.Function):

@@ -173,7 +173,8 @@ def experts(at: At, name: str, routing: str) -> list[Check]:
 def eight_bits(at: At, op: str, name: str, recipe: str) -> list[Check]:
     """Check products in 8 bits against their emulation in float64, which quantises the same operands.
 
-    Of experts the second product's operand is what the dtype made of the first, and may be rounded to its neighbour.
+    Of experts the second product's operand is what the dtype made of the first: where that is near a tie in e4m3 it may
+    be off by a step, an eighth of itself.
     """
     import torch
 
@@ -195,7 +196,7 @@ def eight_bits(at: At, op: str, name: str, recipe: str) -> list[Check]:
         return kernels.experts(x, w, ids, gate_up, down, E, backend=backend, recipe=how)
 
     found = compare(at, partial(call, backend=name), partial(call, backend="reference"), leaves)
-    return [c._replace(tolerance=max(c.tolerance, 0.06)) for c in found]
+    return [c._replace(tolerance={"float32": 0.02, "bfloat16": 0.13}[at.dtype]) for c in found]
 
 
 def linear_logprob(at: At, plain: bool) -> list[Check]:
