@@ -9,7 +9,7 @@ import torch
 
 import models
 from experiments import auto, data, rules
-from functional_trainer import backend, checkpoint, exact_match, tree, types
+from functional_trainer import backend, checkpoint, exact_match, precision, tree, types
 from functional_trainer.data import Loader, Record, Tokenizer
 from functional_trainer.loop import agree, claim
 from functional_trainer.state import TrainState, ema
@@ -96,7 +96,8 @@ def start(o: Any, answers: int) -> Run:
     grid = mesh.make(mesh.Mesh(**auto.sizes(o, model, device, rank, world)), device, world)
     axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}
     table = rules.chosen(o.rules, model, axes)
-    shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch) if grid else types.ONE_DEVICE
+    fp8 = precision.fp8(o.fp8, model.specs) if o.precision == "fp8" else {}
+    shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch, fp8) if grid else types.OneDevice(fp8)
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
     read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
@@ -241,6 +241,17 @@ class MeshOptions:
 
 
 @dataclass(frozen=True)
+class Fp8Options:
+    recipe: Literal["tile", "row"] = "tile"
+    """What shares a scale: 128 neighbours, and 128 x 128 of a weight; or a row. docs/kernels.md."""
+    exclude: str = "(un)?embed|.*norm|.*bias|.*/router"
+    """Regex of parameter paths that stay in --dtype; what is no matrix must be among them."""
+
+    def __post_init__(self):
+        regex("--fp8.exclude", self.exclude)
+
+
+@dataclass(frozen=True)
 class RunOptions:
     out: str = "runs/run"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""
@@ -284,6 +295,9 @@ class RunOptions:
     """Recompute layers in backward to save memory: all of each, or selective, which keeps products and attention."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute type; master weights and moments are float32, float64 if that is asked for."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """Operands of products with weights: in --dtype, or in 8 bits, where --fp8.exclude does not match."""
+    fp8: Fp8Options = field(default_factory=Fp8Options)
     device: str = "auto"
     """Device type, or one device as in cuda:1 (auto: the accelerator if there is one)."""
     seed: int = 0
@@ -292,6 +306,8 @@ class RunOptions:
     def __post_init__(self):
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"--wandb {self.wandb}: wandb is not installed; pip install wandb")
+        if self.precision != "fp8" and self.fp8 != Fp8Options():
+            raise ValueError("--fp8.recipe and --fp8.exclude say how products are in 8 bits; add --precision fp8")
         none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
         within("", self, **dict.fromkeys(none, (0, "")))
         within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped", "timeout"), (1, "")))

@@ -1,17 +1,22 @@
 """The few types that models, losses and the step share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+import kernels
 from functional_trainer import tree
 from functional_trainer.optimizers import alone
 from functional_trainer.param import Part
 
 Batch = dict[str, torch.Tensor]
 """Named per-token columns, each (B, S): tokens, targets, segment_ids (0 = padding), positions, weights, ..."""
+
+
+Fp8 = Mapping[str, kernels.Recipe]
+"""How products with parameters are quantised, by the names that maths has for them: "params/layers/_/attn/q"."""
 
 
 Gather = Literal["kept", "again", "inside"]
@@ -46,6 +51,11 @@ class OneDevice:
     """Which of how many sets of rows of a batch this process reads."""
     dispatch: str | None = None
     """How tokens travel to experts: a backend of `kernels.experts`' `exchange`, None for its default."""
+    fp8: Fp8 = {}
+    """Products that are in 8 bits; see `functional_trainer.precision`."""
+
+    def __init__(self, fp8: Fp8 | None = None):
+        self.fp8 = fp8 or {}
 
     def ahead(
         self, layers: list[tree.Tree], prefix: str, dtype: torch.dtype | None, gather: Gather

@@ -14,19 +14,23 @@ from typing import NamedTuple
 
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 
 from kernels import attention as _attention
+from kernels import fp8 as _fp8
 from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels import moe_fused as _moe_fused
 from kernels.elementwise import Activation, promote, rms_norm, rope, swiglu
 from kernels.embedding import embedding
+from kernels.fp8 import RECIPES, Recipe
 from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabulary_part
 from kernels.moe import all_gather
 
 __all__ = [
-    "BACKENDS", "EXPENSIVE", "Activation", "all_gather", "attention", "combine_vocabulary", "embedding", "experts",
-    "grouped_matmul", "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "vocabulary_part",
+    "BACKENDS", "EXPENSIVE", "RECIPES", "Activation", "Recipe", "all_gather", "attention", "combine_vocabulary",
+    "embedding", "experts", "grouped_matmul", "kept_on_disk", "linear", "linear_logprob", "promote", "rms_norm", "rope",
+    "swiglu", "vocabulary_part",
 ]  # fmt: skip
 
 
@@ -88,6 +92,18 @@ def _layer(matmul: Callable) -> Callable:
     return partial(_moe.layer, expand=expand, reduce=reduce)
 
 
+def _fp8_layer(products: _fp8.Products) -> Callable:
+    """Compose an expert layer in 8 bits."""
+    expand, reduce = (partial(end, products=products) for end in (_fp8.gather_matmul, _fp8.matmul_combine))
+    return lambda recipe: partial(
+        _moe.layer, expand=partial(expand, recipe=recipe), reduce=partial(reduce, recipe=recipe)
+    )
+
+
+_fp8_host = _fp8.dequantised(_grouped_matmul.blas, _grouped_matmul.weight_grad)
+_fp8_torch = _fp8.dequantised(_grouped_matmul.grouped_mm, _grouped_matmul.grouped_weight_grad)
+_fp8_scaled = _fp8.Products(_fp8.scaled_grouped_mm, _grouped_matmul.grouped_weight_grad)
+_fp8_reference = _fp8.dequantised(_grouped_matmul.reference, _grouped_matmul.reference_weight_grad)
 _host = partial(_moe.layer, expand=_grouped_matmul.gather_matmul, reduce=_grouped_matmul.matmul_combine)
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
@@ -115,6 +131,16 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "sort": (
         Backend("torch", _moe.sort_by_expert, ("*",), ("*",), ("cpu",)),
         Backend("triton", _moe_fused.sort_by_expert, (), ("cuda",), ()),
+    ),
+    "fp8_linear": (
+        Backend("reference", _fp8.matmul, ("*",), ("*",), ("cpu",)),
+        Backend("scaled_mm", _fp8.scaled_mm, (), ("cuda", "cpu"), ()),
+    ),
+    "fp8_experts": (
+        Backend("blas", _fp8_layer(_fp8_host), ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
+        Backend("torch", _fp8_layer(_fp8_torch), ("cuda",), ("cuda", "cpu"), ()),
+        Backend("scaled_mm", _fp8_layer(_fp8_scaled), (), ("cuda",), ()),
+        Backend("reference", _fp8_layer(_fp8_reference), ("*",), ("*",), ("cpu",)),
     ),
     "exchange": (
         Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),
@@ -196,28 +222,42 @@ def grouped_matmul(
     return pick("grouped_matmul", x_RI.device.type, backend).fn(x_RI, w_EOI, counts_E)
 
 
+def linear(
+    x: torch.Tensor, *weights: torch.Tensor, bias: torch.Tensor | None = None, recipe: Recipe | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Multiply (..., I) with weights (O, I), all in one product; return their outputs one after the other.
+
+    With a recipe the product and both of its gradients are of operands in 8 bits, see `kernels.fp8`.
+    """
+    if recipe is None:
+        return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    y = _fp8.linear(x, weights, recipe, pick("fp8_linear", x.device.type, backend).fn)
+    return y if bias is None else y + bias
+
+
 def experts(
     x_TD: torch.Tensor, weights_TK: torch.Tensor, expert_TK: torch.Tensor, gate_up_E2FD: torch.Tensor,
     down_EDF: torch.Tensor, n_experts: int, group=None, backend: str | None = None, exchange: str | None = None,
     sort: str | None = None, gate_up_bias_E2F: torch.Tensor | None = None, down_bias_ED: torch.Tensor | None = None,
-    activation: Activation = _SWIGLU,
+    activation: Activation = _SWIGLU, recipe: Recipe | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Apply a dropless mixture of gated MLPs: the sum of each token's K experts, weighted, (T, D).
 
     A slot's value is weight (down act(gate_up x + gate_up_bias) + down_bias). `expert_TK` holds ids in [0, n_experts],
     n_experts meaning padding. The tensors of experts are this rank's of `group`, or all. `backend` is one of `experts`,
-    `sort` one of `sort`, `exchange` one of `exchange`, for experts that the ranks of `group` share. Raises ValueError
-    for an unknown activation and for biases of other shapes than their weights'.
+    `sort` one of `sort`, `exchange` one of `exchange`, for experts that the ranks of `group` share. With a recipe
+    products are of operands in 8 bits, see `kernels.fp8`, and `backend` is one of `fp8_experts`. Raises ValueError for
+    an unknown activation and for biases of other shapes than their weights'.
     """
     activation.check()
     biases = {"gate_up": (gate_up_bias_E2F, gate_up_E2FD.shape[:3]), "down": (down_bias_ED, down_EDF.shape[:2])}
     for name, (bias, shape) in biases.items():
         if bias is not None and bias.shape != shape:
             raise ValueError(f"kernels.experts: the bias of {name} is {tuple(bias.shape)}, not {tuple(shape)}")
-    mlp, order, travel = (
-        pick(op, x_TD.device.type, name).fn
-        for op, name in (("experts", backend), ("sort", sort), ("exchange", exchange))
-    )
+    device = x_TD.device.type
+    mlp = pick("experts", device, backend).fn if recipe is None else pick("fp8_experts", device, backend).fn(recipe)
+    order, travel = (pick(op, device, name).fn for op, name in (("sort", sort), ("exchange", exchange)))
     own = {"gate_up_E2FD": gate_up_E2FD, "down_EDF": down_EDF, "gate_up_bias_E2F": gate_up_bias_E2F}
     mlp, local = partial(mlp, **own, activation=activation), gate_up_E2FD.shape[0]
     return _moe.experts(x_TD, weights_TK, expert_TK, down_bias_ED, n_experts, local, mlp, order, travel, group)

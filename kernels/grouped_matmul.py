@@ -161,3 +161,36 @@ def grouped_mm(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) 
     used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < offsets[-1]
     out = F.grouped_mm(torch.where(used_R1, x_RI, 0), w_EOI.mT, offs=offsets)
     return torch.where(used_R1, out, 0)
+
+
+# g (R, O)^T x (R, I) of each expert's rows, alone: in 8 bits the two gradients have operands of their own --
+
+
+@torch.library.custom_op("functional_trainer::grouped_weight_grad", mutates_args=())
+def weight_grad(grad: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Call the vendor's matmul once per expert; return (E, O, I)."""
+    dw = x.new_zeros(counts.shape[0], grad.shape[1], x.shape[1])
+    for e, start, end, m in spans(counts, x.itemsize):
+        more = (0, 0, 0, m - (end - start))
+        torch.mm(F.pad(grad[start:end], more).T, F.pad(x[start:end], more), out=dw[e])
+    return dw
+
+
+@weight_grad.register_fake
+def _(grad, x, counts):
+    return x.new_empty(counts.shape[0], grad.shape[1], x.shape[1])
+
+
+def grouped_weight_grad(grad: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Call `F.grouped_mm` of rows of which those of no expert are cleared."""
+    ends = counts.cumsum(0).to(torch.int32)
+    used_R1 = torch.arange(x.shape[0], device=x.device)[:, None] < ends[-1]
+    return F.grouped_mm(torch.where(used_R1, grad, 0).mT, torch.where(used_R1, x, 0), offs=ends)
+
+
+def reference_weight_grad(grad: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Multiply with every expert's rows marked; any device."""
+    expert = torch.searchsorted(counts.cumsum(0), torch.arange(x.shape[0], device=x.device), right=True)
+    mine_RE = expert[:, None] == torch.arange(len(counts), device=x.device)
+    used_R1 = expert[:, None] < len(counts)
+    return torch.einsum("ro,ri,re->eoi", torch.where(used_R1, grad, 0), torch.where(used_R1, x, 0), mine_RE.to(x.dtype))

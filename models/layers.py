@@ -25,6 +25,14 @@ from functional_trainer.tree import Tree
 LAYER = "params/layers/_"
 
 
+def one_recipe(shard, *names: str) -> kernels.Recipe | None:
+    """Return how a layer's parameters of these names, all in one product, are quantised (None: not)."""
+    recipe, *others = [shard.fp8.get(f"{LAYER}/{name}") for name in names]
+    if any(other != recipe for other in others):
+        raise ValueError(f"{', '.join(names)} are one product: --fp8.exclude is for all of them or for none")
+    return recipe
+
+
 # positions -----------------------------------------------------------------------------------------------------------
 
 
@@ -101,10 +109,10 @@ def attention_specs(dim: int, heads: int, kv_heads: int, head_dim: int, bias: bo
     return specs
 
 
-def _qkv(x_BSD, cos_BSh, sin_BSh, q, k, v, q_norm, k_norm, *biases, eps: float):
+def _qkv(x_BSD, cos_BSh, sin_BSh, q, k, v, q_norm, k_norm, *biases, eps: float, recipe):
     """Project to normalised, rotated queries and keys, and values, all in one product."""
-    weight, bias = torch.cat([q, k, v]).flatten(0, 1), torch.cat(biases).flatten() if biases else None
-    heads = F.linear(x_BSD, weight, bias).unflatten(-1, (-1, q.shape[1]))
+    weights, bias = [w.flatten(0, 1) for w in (q, k, v)], torch.cat(biases).flatten() if biases else None
+    heads = kernels.linear(x_BSD, *weights, bias=bias, recipe=recipe).unflatten(-1, (-1, q.shape[1]))
     q_BSNH, k_BSKH, v_BSKH = heads.split([q.shape[0], k.shape[0], v.shape[0]], 2)
     q_BSNH = kernels.rope(kernels.rms_norm(q_BSNH, q_norm, eps), cos_BSh, sin_BSh)
     k_BSKH = kernels.rope(kernels.rms_norm(k_BSKH, k_norm, eps), cos_BSh, sin_BSh)
@@ -115,7 +123,8 @@ def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard,
     """Apply attention within segments. With a cache the new keys are written into it in place and all are attended."""
     keys = ("q", "k", "v", "q_norm", "k_norm") + (("q_bias", "k_bias", "v_bias") if "q_bias" in p else ())
     ins = ("act/residual > act/block_in", "act/rope", "act/rope", *(f"{LAYER}/attn/{k}" for k in keys))
-    qkv = shard.local(partial(_qkv, eps=eps), ins, ("act/heads", "act/kv_heads", "act/kv_heads"))
+    recipe = one_recipe(shard, "attn/q", "attn/k", "attn/v")
+    qkv = shard.local(partial(_qkv, eps=eps, recipe=recipe), ins, ("act/heads", "act/kv_heads", "act/kv_heads"))
     q, k, v = qkv(x_BSD, rows["cos"], rows["sin"], *(p[k] for k in keys))
     segments, positions = rows["segment_ids"], rows["positions"]
     if cache is not None:
@@ -128,7 +137,7 @@ def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard,
         attend = shard.local(partial(kernels.attention, window=window), ins, ("act/attn > act/heads",))
         out_BSNH = attend(q, k, v, segments, positions)
     project = shard.local(
-        lambda o_BSNH, w_DNH: F.linear(o_BSNH.flatten(2), w_DNH.flatten(1)),
+        lambda o_BSNH, w_DNH: kernels.linear(o_BSNH.flatten(2), w_DNH.flatten(1), recipe=one_recipe(shard, "attn/o")),
         ("act/heads", f"{LAYER}/attn/o"),
         ("sum:act/block_in > act/residual",),
     )
@@ -151,8 +160,9 @@ def mlp_specs(dim: int, hidden: int, std: float) -> Tree:
 
 def mlp(p: Tree, x_BSD, shard) -> torch.Tensor:
     """Apply a SwiGLU MLP."""
+    up, down = (partial(kernels.linear, recipe=one_recipe(shard, f"mlp/{k}")) for k in ("gate_up", "down"))
     run = shard.local(
-        lambda x, gate_up, down: F.linear(kernels.swiglu(F.linear(x, gate_up.flatten(0, 1))), down),
+        lambda x_BSD, gate_up, w_DF: down(kernels.swiglu(up(x_BSD, gate_up.flatten(0, 1))), w_DF),
         ("act/residual > act/block_in", f"{LAYER}/mlp/gate_up", f"{LAYER}/mlp/down"),
         ("sum:act/block_in > act/residual",),
     )
@@ -203,7 +213,7 @@ def _elsewhere(total_BSE: torch.Tensor, segment_ids_BS: torch.Tensor, group, way
     return over_BSE - own_BSE
 
 
-def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool, group, ways: int):
+def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool, group, ways: int, recipe):
     """Choose experts, or take the `given` ids (B, S, K); return weights and ids, (B, S, K), the id E at padding,
     and three sums over tokens:
 
@@ -213,7 +223,7 @@ def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool
     """
     E = router_ED.shape[0]
     real_BS1 = (segment_ids_BS != 0)[..., None]
-    prob_BSE = kernels.promote(F.linear(x_BSD, router_ED)).softmax(-1)
+    prob_BSE = kernels.promote(kernels.linear(x_BSD, router_ED, recipe=recipe)).softmax(-1)
     id_BSK = given[0] if given else prob_BSE.topk(top_k, -1).indices
     top_BSK = prob_BSE.gather(-1, id_BSK)
     if normalize:
@@ -234,7 +244,7 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     tokens, moved, router = "act/tokens", "act/residual > act/tokens", f"{LAYER}/moe/router"
     across = {"group": shard.group(tokens, 1), "ways": shard.part(tokens, 1)[1]}
     route = shard.local(
-        partial(_route, top_k=top_k, normalize=normalize, **across),
+        partial(_route, top_k=top_k, normalize=normalize, **across, recipe=one_recipe(shard, "moe/router")),
         (moved, "act/token_rows", router, *("batch/columns > act/tokens" for _ in given)),
         (tokens, tokens, "sum", "sum", "sum"),
     )
@@ -244,9 +254,11 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     if parts["gate_up"] != parts["down"]:
         raise ValueError(f"the rules of moe/gate_up and moe/down split the experts differently, in {parts}")
 
+    how = {"exchange": shard.dispatch, "recipe": one_recipe(shard, "moe/gate_up", "moe/down")}
+
     def experts(x_BSD, weights_BSK, id_BSK, gate_up, down):
         flat = (x_BSD.flatten(0, 1), weights_BSK.flatten(0, 1), id_BSK.flatten(0, 1))
-        return kernels.experts(*flat, gate_up, down, n_experts, group, exchange=shard.dispatch).view(x_BSD.shape)
+        return kernels.experts(*flat, gate_up, down, n_experts, group, **how).view(x_BSD.shape)
 
     ins = (moved, tokens, tokens, f"{LAYER}/moe/gate_up", f"{LAYER}/moe/down")
     run = shard.local(experts, ins, ("sum:act/tokens > act/residual",))

@@ -157,6 +157,13 @@ class Late:
             self._advance()
 
 
+class Packed(NamedTuple):
+    """How a parameter travels in 8 bits: shape of a rank's part as matrices, (..., O, I), and what packs it."""
+
+    shape: tuple[int, ...]
+    recipe: Any
+
+
 class _Bucket(torch.autograd.Function):
     """Say that `whole` (ways n,) is what was gathered of tensors of n elements, whose gradient is scattered and added.
 
@@ -164,10 +171,13 @@ class _Bucket(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, whole, gather, total, late, of, *xs):
+    def forward(ctx, whole, gather, total, late, of, dtype, *xs):
         ctx.gather, ctx.total, ctx.late, ctx.of = gather, total, late, of
         ctx.shapes, ctx.dtype = [x.shape for x in xs], xs[0].dtype
-        return whole.detach()
+        if whole.dtype != torch.uint8:
+            return whole.detach()
+        count = gather.ways * sum([x.numel() for x in xs])  # without storage: only the gradient has values
+        return torch.zeros((), dtype=dtype or xs[0].dtype, device=whole.device).expand(count)
 
     @staticmethod
     def backward(ctx, grad):
@@ -180,7 +190,7 @@ class _Bucket(torch.autograd.Function):
             if ctx.total is not None:
                 part = wait(ops.all_reduce(part, "sum", ctx.total.group))
         sizes = [shape.numel() for shape in ctx.shapes]
-        return *(None,) * 5, *(x.view(shape) for x, shape in zip(part.split(sizes), ctx.shapes, strict=True))
+        return *(None,) * 6, *(x.view(shape) for x, shape in zip(part.split(sizes), ctx.shapes, strict=True))
 
 
 class _Wait(torch.autograd.Function):
@@ -195,27 +205,59 @@ class _Wait(torch.autograd.Function):
         return grad
 
 
+class _Unpack(torch.autograd.Function):
+    """Return the values of packed bytes (ways, n); their gradient is that of `like` (ways, numbers)."""
+
+    @staticmethod
+    def forward(ctx, like, whole, packed):
+        return packed.recipe.unpack(whole, packed.shape, like.dtype).view(like.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
 @torch.no_grad()
-def bucket(xs: list[torch.Tensor], gather: Step | None, dtype: torch.dtype | None) -> torch.Tensor:
-    """Begin to gather tensors of one dtype, cast, in one exchange."""
-    part = torch.cat([x.reshape(-1).to(dtype or x.dtype) for x in xs])
+def bucket(
+    xs: list[torch.Tensor], gather: Step | None, dtype: torch.dtype | None, packed: list[Packed] | None = None
+) -> torch.Tensor:
+    """Begin to gather tensors of one dtype, cast, or packed into bytes, in one exchange."""
+    if packed:
+        cast = [x.to(dtype or x.dtype).view(p.shape) for x, p in zip(xs, packed, strict=True)]
+        part = torch.cat([p.recipe.pack(x) for x, p in zip(cast, packed, strict=True)])
+    else:
+        part = torch.cat([x.reshape(-1).to(dtype or x.dtype) for x in xs])
     return part if gather is None else ops.all_gather_into_tensor(part, gather.ways, gather.group)
 
 
 def bind(
-    whole: torch.Tensor, xs: list[torch.Tensor], gather: Step | None, total: Step | None, late: Late | None, of: Any
-) -> torch.Tensor:
+    whole: torch.Tensor, xs: list[torch.Tensor], gather: Step | None, total: Step | None, late: Late | None, of: Any,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Bind what `bucket` returned to its tensors: gradients do what those of `move` with (scatter, total) do.
 
-    With `late` they are not there before it is settled. `of` is the same for what belongs to one layer.
+    With `late` they are not there before it is settled. `of` is the same for what belongs to one layer. What bytes are
+    bound by has the values' number and `dtype`, but no values.
     """
-    return _Bucket.apply(whole, gather, total, late, of, *xs)
+    return _Bucket.apply(whole, gather, total, late, of, dtype, *xs)
 
 
 def unpack(whole: torch.Tensor, xs: list[torch.Tensor], dims: list[int]) -> list[torch.Tensor]:
     """Return the tensors that were gathered, each along its dim, from the result of `bind`."""
     sizes = [x.numel() for x in xs]
-    parts = _Wait.apply(whole).view(-1, sum(sizes)).split(sizes, 1)
+    return _together(_Wait.apply(whole).view(-1, sum(sizes)).split(sizes, 1), xs, dims)
+
+
+def unpack_bytes(
+    bound: torch.Tensor, whole: torch.Tensor, xs: list[torch.Tensor], dims: list[int], packed: list[Packed]
+) -> list[torch.Tensor]:
+    """Return the tensors that were gathered in 8 bits, from the results of `bind` and of `bucket`."""
+    sizes, nbytes = [x.numel() for x in xs], [p.recipe.packed(p.shape) for p in packed]
+    likes, came = bound.view(-1, sum(sizes)).split(sizes, 1), wait(whole).view(-1, sum(nbytes)).split(nbytes, 1)
+    return _together([_Unpack.apply(*part) for part in zip(likes, came, packed, strict=True)], xs, dims)
+
+
+def _together(parts: Sequence[torch.Tensor], xs: list[torch.Tensor], dims: list[int]) -> list[torch.Tensor]:
     return [
         part.reshape(-1, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
         for part, x, dim in zip(parts, xs, dims, strict=True)

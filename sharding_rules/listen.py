@@ -49,6 +49,7 @@ class Listener(OneDevice):
     """The identity sharder, remembering what it is asked."""
 
     def __init__(self):
+        super().__init__()
         self._shapes: dict[str, dict[tuple[int, ...], None]] = {}
         self._regions: dict[tuple, Region] = {}
         self._parts: set[tuple[str, int]] = set()

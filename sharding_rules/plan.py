@@ -174,8 +174,8 @@ def plan(
 
     def costs(layers: list[int]) -> Costs:
         some, watch = cut(model, sorted(layers)), Watch(document or length)
-        fitted = Sharder.of(rules, Grid(sizes), some.specs)  # type: ignore[arg-type]
-        shard = Planner(fitted.rules, fitted.mesh, dispatch, watch, compiled)
+        grid: Any = Grid(sizes)
+        shard = Planner.of(rules, grid, some.specs, dispatch, watch=watch, compiled=compiled)
         return observed(shard, some, build, columns(rows, length), watch)
 
     few = [i for of in kinds(model) for i in dict.fromkeys((*of[:2], of[-1]))]

@@ -6,6 +6,7 @@ of operands say how they are placed. Maths runs in `local` regions, and all that
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,15 +21,15 @@ from torch.utils import _pytree as pytree
 
 from functional_trainer import tree
 from functional_trainer.param import Part
-from functional_trainer.types import ONE_DEVICE, Gather
-from sharding_rules.exchange import Late, Step, bind, bucket, check, move, run, unpack, wait
+from functional_trainer.types import ONE_DEVICE, Fp8, Gather
+from sharding_rules.exchange import Late, Packed, Step, bind, bucket, check, move, run, unpack, unpack_bytes, wait
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Held, Rules, Short, chunk, dims, held, padded, repeat, route
 
 Placements = tuple[Placement, ...]
 Moves = tuple[tuple[Step, ...], tuple[Step, ...]]
 """Steps of a tensor, and of its gradient."""
-Bucket = tuple[tuple[Step | None, Step | None], list[str], list[int]]
+Bucket = tuple[tuple[Step | None, Step | None], list[str], list[int], list[Packed]]
 BUCKETED = [(["gather"], ["scatter"]), (["gather"], ["scatter", "sum"]), ([], ["sum"])]
 """Kinds of the steps, and of the gradient's, of parameters that travel together."""
 
@@ -50,6 +51,8 @@ class Fetched:
 
     parts: tree.Tree
     whole: list[torch.Tensor]
+    packed: list[torch.Tensor]
+    """The bytes of those that came in 8 bits; in `whole` is then what has their gradients."""
 
 
 pytree.register_dataclass(Fetched)
@@ -91,6 +94,9 @@ class Sharder:
     rules: Rules
     mesh: DeviceMesh
     dispatch: str | None = None
+    fp8: Fp8 = field(default_factory=dict)
+    matrices: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Of parameters as maths names them: leading dims that are one matrix each, and last dims that are inputs."""
     late: Late = field(default_factory=Late, init=False)
 
     def __post_init__(self):
@@ -100,11 +106,16 @@ class Sharder:
         _ = self.groups  # made now, by all ranks in one order
 
     @classmethod
-    def of(cls, rules: Rules, mesh: DeviceMesh, specs: tree.Tree, dispatch: str | None = None) -> "Sharder":
+    def of(
+        cls, rules: Rules, mesh: DeviceMesh, specs: tree.Tree, dispatch: str | None = None, fp8: Fp8 | None = None,
+        **more: Any,
+    ) -> "Sharder":  # fmt: skip
         """Return the sharder of a model with these parameters (a tree of `Param`); ValueError as of `Rules.fit`."""
         sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-        shapes = {f"params/{path}": p.shape for path, p in tree.flatten(specs).items()}
-        return cls(rules.fit(shapes, sizes), mesh, dispatch)
+        flat = {f"params/{path}": p for path, p in tree.flatten(specs).items()}
+        matrices = {re.sub(r"/\d+/", "/_/", path): (p.batch.count("E"), len(p.out_in[1])) for path, p in flat.items()}
+        fitted = rules.fit({path: p.shape for path, p in flat.items()}, sizes)
+        return cls(fitted, mesh, dispatch, fp8 or {}, matrices, **more)
 
     @property
     def rank(self) -> int:
@@ -174,7 +185,7 @@ class Sharder:
             now = coming.pop()
             coming += [fetch(i + 1)] if i + 1 < len(layers) else []
             hooks = again.hooks(i, now.whole) if gather == "again" else nullcontext()
-            given = self._bound(now, prefix, late), hooks
+            given = self._bound(now, prefix, dtype, late), hooks
             del now  # the layer's alone, to be let go of when it has run
             yield given
             del given
@@ -183,24 +194,32 @@ class Sharder:
         """Begin to gather, cast: all parameters that the same ranks share in one exchange."""
         flat = {path: self.storage(w) for path, w in tree.flatten(params).items()}
         buckets = self._buckets(flat, prefix)
-        whole = [bucket([flat[path] for path in paths], gather, dtype) for (gather, _), paths, _ in buckets]
-        return Fetched(tree.unflatten(flat, params), whole)
+        whole = [
+            bucket([flat[path] for path in paths], gather, dtype, packed) for (gather, _), paths, _, packed in buckets
+        ]
+        return Fetched(tree.unflatten(flat, params), whole, [])
 
-    def _bound(self, fetched: Fetched, prefix: str, late: Late | None = None) -> Fetched:
+    def _bound(self, fetched: Fetched, prefix: str, dtype: torch.dtype | None, late: Late | None = None) -> Fetched:
         """Return what was fetched, with gradients."""
         flat, of = tree.flatten(fetched.parts), None if late is None else object()
-        buckets = zip(fetched.whole, self._buckets(flat, prefix), strict=True)
-        bound = [bind(whole, [flat[path] for path in paths], *steps, late, of) for whole, (steps, paths, _) in buckets]
-        return Fetched(fetched.parts, bound)
+        bound = [
+            bind(whole, [flat[path] for path in paths], *steps, late, of, dtype)
+            for whole, (steps, paths, *_) in zip(fetched.whole, self._buckets(flat, prefix), strict=True)
+        ]
+        return Fetched(fetched.parts, bound, [whole for whole in fetched.whole if whole.dtype == torch.uint8])
 
     def settle(self) -> None:
         self.late.settle()
 
     def weights(self, params: "tree.Tree | Fetched", prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
-        params = params if isinstance(params, Fetched) else self._bound(self._fetch(params, prefix, dtype), prefix)
-        flat = tree.flatten(params.parts)
-        for whole, (_, paths, along) in zip(params.whole, self._buckets(flat, prefix), strict=True):
-            flat |= dict(zip(paths, unpack(whole, [flat[path] for path in paths], along), strict=True))
+        if not isinstance(params, Fetched):
+            params = self._bound(self._fetch(params, prefix, dtype), prefix, dtype)
+        flat, buckets = tree.flatten(params.parts), self._buckets(tree.flatten(params.parts), prefix)
+        came = list(params.packed)
+        for whole, (_, paths, along, packed) in zip(params.whole, buckets, strict=True):
+            xs = [flat[path] for path in paths]
+            made = unpack_bytes(whole, came.pop(0), xs, along, packed) if packed else unpack(whole, xs, along)
+            flat |= dict(zip(paths, made, strict=True))
         alone = self._alone(tree.flatten(params.parts), prefix)
         flat |= {path: move(flat[path], *moves, dtype) for path, moves in alone.items()}
         return tree.unflatten(flat, params.parts)
@@ -219,11 +238,27 @@ class Sharder:
             if _kinds(moves) in BUCKETED:
                 steps, back = moves
                 gather, total = (*steps, None)[0], back[-1] if back[-1].kind == "sum" else None
+                packed = self._packed(f"{prefix}/{path}", flat[path].shape, gather)
                 alike = gather and gather.group, total and total.group, flat[path].dtype, flat[path].requires_grad
-                _, paths, along = buckets.setdefault(alike, ((gather, total), [], []))
+                _, paths, along, how = buckets.setdefault((*alike, not packed), ((gather, total), [], [], []))
                 paths.append(path)
                 along.append(gather.dim if gather else 0)
+                how += packed
         return list(buckets.values())
+
+    def _packed(self, name: str, shape: Sequence[int], gather: Step | None) -> list[Packed]:
+        """Return how a parameter of which a rank has this part travels in 8 bits, nothing if it does not.
+
+        It does if the borders of parts are borders of what shares a scale.
+        """
+        recipe = self.fp8.get(name)
+        if recipe is None or gather is None:
+            return []
+        first, last = self.matrices[name][0], len(shape) - self.matrices[name][1]
+        matrix = *shape[:first], math.prod(shape[first:last]), math.prod(shape[last:])
+        which = {first: "outputs", last: "inputs"}.get(gather.dim)
+        fits = gather.dim < first or which is not None and recipe.travels(matrix[-2], matrix[-1], which)
+        return [Packed(matrix, recipe)] if fits else []
 
     def _gather(self, path: str) -> Moves:
         """Return the steps from storage to use; a gradient comes as each rank's share and leaves summed and cut."""

@@ -192,6 +192,7 @@ FLOPS: dict[str, Callable[..., int]] = {
     "addmm_": _addmm,
     "grouped_matmul": _grouped,
     "grouped_matmul_grad": lambda document, grad, *args: 2 * _grouped(document, *args),
+    "grouped_weight_grad": lambda document, grad, x, counts: 2 * x.numel() * grad.shape[1],
     "attention_documents": lambda document, q, k, v, segments, window, scale, causal=True, *rest: _attention(
         document, q, k, v, window, causal, 1, 1
     ),

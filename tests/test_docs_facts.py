@@ -53,7 +53,7 @@ def test_the_page_of_options_says_what_help_says(monkeypatch, capsys):
         config.cli(Options, doc="", argv=["--help"])
     helped = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
     rows = [row for row in cells("configuration.md") if row[0].startswith("`--")]
-    named = {*re.findall(r"(?<= )--[a-z][a-z.-]*[a-z](?=,? )", helped)}
+    named = {*re.findall(r"(?<= )--[a-z][a-z0-9.-]*[a-z](?=,? )", helped)}
     assert (
         {flag for flag in named if not flag.startswith("--no-")} - {"--help", "--config"}
         == {row[0].strip("`") for row in rows}

@@ -231,6 +231,35 @@ def sort(at: At, name: str, skew: str) -> list[Check]:
     return [Check("order", 0.0 if right else 1.0, 0.0)]
 
 
+def eight_bits(at: At, op: str, name: str, recipe: str) -> list[Check]:
+    """Check products in 8 bits against their emulation in float64, which quantises the same operands.
+
+    Of experts the second product's operand is what the dtype made of the first: where that is near a tie in e4m3 it may
+    be off by a step, an eighth of itself.
+    """
+    import torch
+
+    import kernels
+
+    backend, how = next(b for b in kernels.BACKENDS[op] if b.name == name), kernels.RECIPES[recipe]
+    if at.device.type not in backend.serves and "*" not in backend.serves:
+        raise Skip(f"serves {', '.join(backend.serves)}")
+    if op == "fp8_linear":
+        T, inner, outer = at.pick((48, 80, 32), (1024, 2048, 1536))
+        ours, wanted = (partial(kernels.linear, recipe=how, backend=b) for b in (name, "reference"))
+        return compare(at, ours, wanted, [randn(at, T, inner), randn(at, outer, inner)])
+    T, D, E, K, hidden = at.pick((30, 32, 5, 2, 48), (512, 2048, 16, 4, 768))
+    ids = torch.rand(T, E, device=at.device).topk(K).indices
+    ids[-3:] = E
+    leaves = [randn(at, *shape) * shape[-1] ** -0.5 for shape in ((T, D), (T, K), (E, 2, hidden, D), (E, D, hidden))]
+
+    def call(x, w, gate_up, down, backend):
+        return kernels.experts(x, w, ids, gate_up, down, E, backend=backend, recipe=how)
+
+    found = compare(at, partial(call, backend=name), partial(call, backend="reference"), leaves)
+    return [c._replace(tolerance={"float32": 0.02, "bfloat16": 0.13}[at.dtype]) for c in found]
+
+
 def linear_logprob(at: At, plain: bool) -> list[Check]:
     """Check log-probability and entropy, plain or with bias, soft cap, temperature and a mask."""
     import torch
@@ -452,6 +481,12 @@ CASES: dict[str, Callable[[At], list[Check]]] = {
         f"sort {name}, {skew}": partial(sort, name=name, skew=skew)
         for name in ("torch", "triton")
         for skew in ("balanced", "skewed", "extreme")
+    },
+    **{
+        f"{op} {name}, {recipe}": partial(eight_bits, op=op, name=name, recipe=recipe)
+        for op, names in (("fp8_linear", ("reference", "scaled_mm")), ("fp8_experts", ("blas", "torch", "scaled_mm")))
+        for name in names
+        for recipe in ("tile", "row")
     },
     "linear_logprob": partial(linear_logprob, plain=True),
     "linear_logprob bias softcap temperature mask": partial(linear_logprob, plain=False),

@@ -49,6 +49,7 @@ def samples():
             (grad, x.detach(), experts.detach(), counts, None, None, 1, False, False),
             (grad[:6], tokens.detach(), *(t if isinstance(t, int) else t.detach() for t in routed), True, False),
         ],
+        "grouped_weight_grad": [(grad, x.detach(), counts), (grad.bfloat16(), x.detach().bfloat16(), counts)],
         "linear_logprob": [
             (h, w, targets, None, None, 0, 0.0, 1.0, True),
             (h, w, targets, leaf(9, seed=3), targets > 4, 3, 2.0, 0.7, True),

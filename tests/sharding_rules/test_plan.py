@@ -154,8 +154,8 @@ def test_depth_is_extrapolated_exactly(case):
     """What three layers of a kind and a fourth tell of seven is what seven cost, at every segment's peak."""
     config, options = CASES[case]
     model, grid = models.from_config(config | {"num_hidden_layers": 7}), Grid({"fsdp": 2, "ep": 2})
-    fitted, watch = Sharder.of(RULES[config["model_type"]], grid, model.specs), Watch(LENGTH)
-    shard = Planner(fitted.rules, grid, options.get("dispatch"), watch)
+    rules, watch = RULES[config["model_type"]], Watch(LENGTH)
+    shard = Planner.of(rules, grid, model.specs, options.get("dispatch"), watch=watch)
     whole = observed(shard, model, builder("meta", options), columns(ROWS, LENGTH), watch)
     few = planned((config | {"num_hidden_layers": 7}, options), "fsdp2 x ep2", ROWS, LENGTH)
     assert few == {key: n for key, n in whole.items() if key[:2] != ("memory", "others")}
