@@ -42,13 +42,13 @@ def samples():
             (grad[:6], tokens.detach(), *(t if isinstance(t, int) else t.detach() for t in routed), True, False),
         ],
         "linear_logprob": [
-            (h, w, targets, None, None, 0, 0.0, 1.0, True),
-            (h, w, targets, leaf(9, seed=3), targets > 4, 3, 2.0, 0.7, True),
-            (*(leaf(n, 5, dtype=torch.bfloat16) for n in (7, 9)), targets, None, None, 0, 0.0, 1.0, False),
+            (h, w, targets, None, None, 0, 0.0, 1.0, True, True),
+            (h, w, targets, leaf(9, seed=3), targets > 4, 3, 2.0, 0.7, True, False),
+            (*(leaf(n, 5, dtype=torch.bfloat16) for n in (7, 9)), targets, None, None, 0, 0.0, 1.0, False, True),
         ],
         "linear_logprob_grad": [
-            (dlogp, dlogp, dlogp, h.detach(), w.detach(), targets, None, m, 0, 0.0, 1.0, True)
-            for m in (None, targets > 4)
+            (dlogp, dlogp, dlogp, (h @ w.T).detach(), h.detach(), w.detach(), targets, None, m, 0, 0.0, 1.0, True, keep)
+            for m, keep in ((None, False), (targets > 4, True))
         ],
     }  # fmt: skip
 
