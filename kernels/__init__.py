@@ -19,6 +19,7 @@ from kernels import attention as _attention
 from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels import moe_fused as _moe_fused
+from kernels import symmetric as _symmetric
 from kernels.elementwise import promote, rms_norm, rope, swiglu
 from kernels.embedding import embedding
 from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabulary_part
@@ -26,7 +27,8 @@ from kernels.moe import all_gather
 
 __all__ = [
     "BACKENDS", "EXPENSIVE", "all_gather", "attention", "combine_vocabulary", "embedding", "experts", "grouped_matmul",
-    "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "vocabulary_part",
+    "kept_on_disk", "linear_logprob", "promote", "rms_norm", "rope", "swiglu", "symmetric_product",
+    "vocabulary_part",
 ]  # fmt: skip
 
 
@@ -99,6 +101,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),
         Backend("static", _moe.static, (), ("*",), ("cpu",)),
     ),
+    "symmetric_product": (
+        Backend("torch", _symmetric.product, ("*",), ("*",), ("cpu",)),
+        Backend("triton", _symmetric.halves, (), ("cuda",), ()),
+    ),
 }
 
 
@@ -159,3 +165,10 @@ def experts(
     """
     mlp, travel = pick("experts", x_TD.device.type, backend).fn, pick("exchange", x_TD.device.type, exchange).fn
     return _moe.experts(x_TD, weights_TK, expert_TK, gate_up_E2FD, down_EDF, n_experts, mlp, travel, group)
+
+
+def symmetric_product(
+    x: torch.Tensor, add: torch.Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, backend: str | None = None
+) -> torch.Tensor:
+    """Return alpha X X^T + beta A of matrices X (..., M, C) and symmetric A (..., M, M), in x's dtype."""
+    return pick("symmetric_product", x.device.type, backend).fn(x, add, alpha, beta)

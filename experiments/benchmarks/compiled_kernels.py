@@ -23,11 +23,19 @@ TARGETS = {"sm80": (80, 163 * 1024), "sm90": (90, 227 * 1024), "sm100": (100, 22
 """Compute capability, and the most shared memory of a block in bytes (CUDA programming guide, capabilities)."""
 POINTERS = {
     "_up": "x w scale order ends h a", "_rows": "x w ends y", "_down_grad": "dout w scale order ends h a dh ds",
-    "_weight_grad": "g x order ends dw", "_combine": "y inverse ends out",
+    "_weight_grad": "g x order ends dw", "_combine": "y inverse ends out", "_symmetric": "x add y",
 }  # fmt: skip
 WHOLE = {"order": "*i64", "ends": "*i64", "inverse": "*i64", "ds": "*fp32"}
-CONSTS = {"E": 128, "E2": 128, "K": 8, "SCALED": True, "GATHER_G": True, "GATHER_X": False, "TRANSPOSED": True}
-MATMULS = ("up", "rows", "down_grad", "weight_grad")
+CONSTS: dict[str, Any] = {
+    "E": 128,
+    "E2": 128,
+    "K": 8,
+    "SCALED": True,
+    "GATHER_G": True,
+    "GATHER_X": False,
+    "TRANSPOSED": True,
+}
+CONSTS |= {"ALPHA": 2.0315, "BETA": -4.775, "ADDED": True}
 BEGIN, END = "<!-- written by compiled_kernels.py from here -->\n\n", "\n<!-- to here -->\n"
 
 
@@ -37,7 +45,7 @@ class Options:
     """Targets."""
     dtypes: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("bf16", "fp16", "fp32")
     """Types of operands."""
-    only: Literal["up", "rows", "down_grad", "weight_grad", "combine", "all"] = "all"
+    only: Literal["up", "rows", "down_grad", "weight_grad", "combine", "symmetric", "all"] = "all"
     """Kernel to compile."""
     write: Path | None = None
     """Page whose table is written anew, between its marks."""
@@ -94,23 +102,32 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1]) + int(local[1])  # type: ignore[index]
 
 
+def configs(generation: str, dtype: str) -> dict[str, tuple[Any, Any]]:
+    """Return each kernel, by name, with its configs."""
+    from kernels import moe_triton, symmetric_triton
+
+    by_name = moe_triton.CONFIGS[generation]
+    found: dict[str, Any] = {
+        name: by_name[name] if dtype != "fp32" else (moe_triton.FLOAT32,) for name in by_name
+    } | {"combine": (moe_triton.Config(1, 1024, 1, 4, 1),)}  # fmt: skip
+    some = symmetric_triton.CONFIGS[generation] if dtype != "fp32" else (symmetric_triton.FLOAT32,)
+    return {name: (getattr(moe_triton, f"_{name}"), of) for name, of in found.items()} | {
+        "symmetric": (symmetric_triton._symmetric, some)
+    }
+
+
 def compiled(o: Options) -> Iterator[Compiled]:
     """Compile everything that is asked for."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from kernels import moe_triton
-
     for generation in o.generations:
         for dtype in o.dtypes:
-            for name in (*MATMULS, "combine"):
-                if o.only not in ("all", name):
-                    continue
-                configs = moe_triton.CONFIGS[generation].get(name, ()) if dtype != "fp32" else (moe_triton.FLOAT32,)
-                for c in configs if name != "combine" else [moe_triton.Config(1, 1024, 1, 4, 1)]:
+            for name, (kernel, some) in configs(generation, dtype).items():
+                for c in some if o.only in ("all", name) else ():
                     sizes = {"BM": c.BM, "BN": c.BN, "BK": c.BK, "PRECISION": "ieee"}
                     made = triton.compile(
-                        source(getattr(moe_triton, f"_{name}"), dtype, sizes),
+                        source(kernel, dtype, sizes),
                         target=GPUTarget("cuda", TARGETS[generation][0], 32),
                         options={"num_warps": c.warps, "num_stages": c.stages},
                     )
