@@ -118,12 +118,15 @@ def offloading(layer: Callable) -> Callable:
 def wrap_layer(model: Any, *, compile: bool, remat: str, backend: str = "inductor", offload: bool = False) -> Any:
     """Return the model with its block recomputed in backward (all of it, or the cheap rest), compiled, or both."""
     layer = model.layer
-    if remat in ("layer", "selective"):
+    if remat != "none":
         how: dict[str, Any] = {"context_fn": _selective} if remat == "selective" else {}
-        inner = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False, **how)
+        again = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False, **how)
+        inner = layer if budget(remat) is not None else again
 
         def layer(p, x, rows, **options):
             return inner(p, x, rows, **options)
+
+        layer.__code__ = layer.__code__.replace(co_name=f"layer_{remat}")  # what Dynamo keeps graphs by
 
     if compile:
         layer = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)

@@ -73,6 +73,18 @@ def compiled(fn: Callable, when: bool, backend: str, exchanges: bool) -> Callabl
     return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options) if when else fn
 
 
+def refuse(loss: Loss, optimizer: Optimizer, shard, micro_batches: int, compile: Compile, remat: str, offload: tuple):
+    """Raise a ValueError for what does not go together."""
+    if micro_batches > 1 and not loss.accumulates:
+        raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
+    if optimizer.whole and shard.world > 1:
+        raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
+    if budget(remat) is not None and compile == "off":
+        raise ValueError(f"--remat {remat} is a compiler's work: with --compile off use layer or selective")
+    if offload and (compile == "step" or shard.world > 1):
+        raise ValueError(f"--offload {' '.join(offload)} is for one device, with --compile layer or off")
+
+
 def make_train_step(
     model: Any, loss: Loss, optimizer: Optimizer, *, shard=ONE_DEVICE, micro_batches: int = 1, clip: float = 1.0,
     compile: Compile = "off", remat: str = "none", reduce: Reduce = "compute", backend: str = "inductor",
@@ -85,14 +97,7 @@ def make_train_step(
     Devices add gradients in the compute dtype, or, if `reduce` is "master", where each layer casts, in the masters'.
     `remat` is one of `functional_trainer.remat`; `offload` says what lives in host memory, of a state made for it.
     """
-    if micro_batches > 1 and not loss.accumulates:
-        raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
-    if optimizer.whole and shard.world > 1:
-        raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
-    if budget(remat) is not None and compile == "off":
-        raise ValueError(f"--remat {remat} is a compiler's work: with --compile off use layer or selective")
-    if offload and (compile == "step" or shard.world > 1):
-        raise ValueError(f"--offload {' '.join(offload)} is for one device, with --compile layer or off")
+    refuse(loss, optimizer, shard, micro_batches, compile, remat, offload)
     one_graph, cast = compile == "step" and micro_batches == 1 and remat == "none", reduce == "compute" and model.dtype
     model = wrap_layer(
         model, compile=compile == "layer", remat=remat, backend=backend, offload="activations" in offload

@@ -25,7 +25,6 @@ def fresh_dynamo():
 
 def run(offload=(), steps=2, **options):
     """Train a model of one MoE and one dense layer; return all of the state, and the losses."""
-    torch._dynamo.reset()  # a budget is no part of what Dynamo compares
     model = small.model(num_hidden_layers=3)
     optimizer = optimizers.adamw(optimizers.schedule("cosine", 1e-2, 10, warmup=2))
     state = init_state(model.init(0), optimizer, offload="optimizer" in offload)
@@ -39,7 +38,6 @@ def run(offload=(), steps=2, **options):
 
 def saved(how: str) -> int:
     """Return the bytes that compiled layers hand to autograd, without the weights' and the batch's."""
-    torch._dynamo.reset()
     model = small.model(num_hidden_layers=2, mlp_only_layers=[])
     batch = small.batch([[13], [8, 5]])
     leaves = tree.map(lambda p: p.requires_grad_(), model.init(0))
