@@ -281,8 +281,7 @@ class RunOptions:
     compile: Literal["auto", "step", "layer", "off"] = "auto"
     """Compile the whole step, one layer, or nothing (auto: layer, see docs/benchmarks.md)."""
     remat: str = "none"
-    """Recompute layers in backward to save memory: none, layer (all), selective (keeps products and attention), or
-    budget:X, which keeps what fits in a share X of the bytes that none would keep (compiled only)."""
+    """Layers are computed again in backward: none, selective (not products, attention), layer, budget:X of the bytes."""
     offload: tuple[Literal["activations", "optimizer"], ...] = ()
     """Keep in host memory what layers leave for backward, or moments; for one device, not with --compile step."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
