@@ -281,7 +281,7 @@ class RunOptions:
     compile: Literal["auto", "step", "layer", "off"] = "auto"
     """Compile the whole step, one layer, or nothing (auto: layer, see docs/benchmarks.md)."""
     remat: str = "none"
-    """Layers are computed again in backward: none, selective (not products, attention), layer, budget:X of the bytes."""
+    """Compute layers again in backward: none, selective (not products, attention), layer, budget:X (share kept)."""
     offload: tuple[Literal["activations", "optimizer"], ...] = ()
     """Keep in host memory what layers leave for backward, or moments; for one device, not with --compile step."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
