@@ -58,7 +58,7 @@ def main(o: Options) -> None:
     optimizer = optimizers.from_options(o.optim, run.steps, model.specs)
     form, parts = "layer" if o.compile == "auto" else o.compile, o.micro_batches(run.shard.data[1])
     how: dict[str, Any] = {"micro_batches": parts, "clip": o.optim.max_grad_norm, "compile": form, "remat": o.remat}
-    how |= {"reduce": o.mesh.reduce}
+    how |= {"reduce": o.mesh.reduce, "offload": o.offload}
     step = make_train_step(model, loss, optimizer, shard=run.shard, **how)
     graphs = {"step": ": one graph" if parts == 1 and o.remat == "none" else ": two graphs, gradient and update"}
     devices, counts = f"{run.world} x {backend.describe(run.device)}", run.loader.pieces.stats
@@ -72,8 +72,9 @@ def main(o: Options) -> None:
     def sample(params) -> list[dict[str, str]]:
         return [answer._asdict() for answer in run.answer(model, params, run.questions[: run.samples])]
 
+    began = init_state(params, optimizer, offload="optimizer" in o.offload)
     state, finished = train(
-        step, init_state(params, optimizer), run.loader, model=model, loss=loss, options=o, total_steps=run.steps,
+        step, began, run.loader, model=model, loss=loss, options=o, total_steps=run.steps,
         resume=run.resume, held_out=run.held_out, sample=sample if run.samples else None, shard=run.shard,
         device=run.device,
     )  # fmt: skip

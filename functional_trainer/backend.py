@@ -1,11 +1,13 @@
 """Devices: the only file that names them. Everything else asks here, or asks a tensor where it lives."""
 
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
 import resource
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,47 @@ def peak_flops(device: torch.device, dtype: torch.dtype, count: int = 1) -> floa
     name = describe(device)
     peak = next((table.get(dtype) for key, table in PEAKS.items() if key in name), None)
     return None if peak is None else peak * count
+
+
+@functools.cache
+def _side(device: torch.device) -> Any:
+    """Return the stream of a GPU on which copies from and to the host run beside the work."""
+    return torch.cuda.Stream(device)
+
+
+def send_away(x: torch.Tensor, host: torch.Tensor | None = None) -> torch.Tensor:
+    """Begin to copy a tensor to host memory (pinned, on a stream of its own) and return the copy; on the CPU copy it.
+
+    The copy may be read by `bring_back`, or after `synchronize`. `host` is where to copy to, if there is such memory.
+    """
+    own = x.device.type == "cuda"
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=own) if host is None else host
+    if not own:
+        return host.copy_(x.detach())
+    side = _side(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side):
+        host.copy_(x.detach(), non_blocking=True)
+    x.record_stream(side)
+    return host
+
+
+def bring_back(x: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Begin to copy a tensor from host memory to a device, and return what waits for it; on the CPU copy it."""
+    if device.type != "cuda":
+        made = x.clone()
+        return lambda: made
+    side, now = _side(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(side):
+        moved = x.to(device, non_blocking=True)
+        came = side.record_event()
+    moved.record_stream(now)
+
+    def wait() -> torch.Tensor:
+        now.wait_event(came)
+        return moved
+
+    return wait
 
 
 def synchronize(device: torch.device) -> None:

@@ -23,8 +23,8 @@ from functional_trainer.types import ONE_DEVICE, Batch
 from functional_trainer.watchdog import watched
 
 MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "saving", "eval_every", "device", "max_skipped"}
-MAY_DIFFER |= {"answers", "samples", "mesh", "micro_batch", "compile", "remat", "profile", "wandb", "timeout", "rules"}
-MAY_DIFFER |= {"data.workers", "data.cache"}
+MAY_DIFFER |= {"answers", "samples", "mesh", "micro_batch", "compile", "remat", "offload", "profile", "wandb"}
+MAY_DIFFER |= {"timeout", "rules", "data.workers", "data.cache"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 

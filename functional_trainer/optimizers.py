@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+import kernels
 from functional_trainer import tree
 from functional_trainer.moments import AS_PARAMETERS, Leaf, Storage, stored_as, stored_in_8_bits
 from functional_trainer.options import OptimGroup, OptimOptions
@@ -181,19 +182,21 @@ def sgd(
 
 
 def orthogonalize(
-    x: torch.Tensor, steps: int = 5, coefficients=(3.4445, -4.775, 2.0315), dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+    x: torch.Tensor, steps: int = 5, coefficients=(3.4445, -4.775, 2.0315), dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Bring the singular values of matrices (..., O, I) near one by Newton-Schulz steps, computed in `dtype`.
 
-    Each step maps a singular value s to a s + b s^3 + c s^5 (https://kellerjordan.github.io/posts/muon).
+    Each step maps a singular value s to a s + b s^3 + c s^5 (https://kellerjordan.github.io/posts/muon). `backend` is
+    one of `kernels.symmetric_product`.
     """
     a, b, c = coefficients
     wide = x.shape[-2] <= x.shape[-1]
     y = (x if wide else x.mT).to(dtype)
     y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
+        gram = kernels.symmetric_product(y, backend=backend)
+        y = a * y + kernels.symmetric_product(gram, gram, c, b, backend) @ y
     return (y if wide else y.mT).to(x.dtype)
 
 
@@ -207,12 +210,14 @@ def muon(
     no_decay: tuple[str, ...] = NO_DECAY,
     dtype: torch.dtype = torch.bfloat16,
     storage: Storage = AS_PARAMETERS,
+    backend: str | None = None,
 ) -> Optimizer:
     """Build Muon: momentum orthogonalized, for every matrix and every expert's matrix by itself.
 
     What is a matrix is read off the `io` of `specs`; another leaf is an error, so combine it by `by_path`. A step of an
     (O, I) matrix is scaled by sqrt(max(1, O / I)) (`original`), or by 0.2 sqrt(max(O, I)), which gives it AdamW's usual
-    root mean square (https://arxiv.org/abs/2502.16982), so that AdamW's learning rate serves.
+    root mean square (https://arxiv.org/abs/2502.16982), so that AdamW's learning rate serves. `backend` is that of
+    `orthogonalize`. A leaf's matrices are iterated together, leaves one by one (docs/optimizers.md: what that costs).
     """
     io, decays = tree.flatten(specs), _decays(weight_decay, no_decay)
 
@@ -225,7 +230,7 @@ def muon(
         matrix = _matrices(x, group)
         O, I = matrix.shape[-2:]  # noqa: E741
         size = math.sqrt(max(1, O / I)) if scale == "original" else 0.2 * math.sqrt(max(O, I))
-        return (orthogonalize(matrix, dtype=dtype) * size).view(x.shape)
+        return (orthogonalize(matrix, dtype=dtype, backend=backend) * size).view(x.shape)
 
     def direction(g, mu, group, around):
         mu = mu + (1 - momentum) * (g - mu)

@@ -291,8 +291,10 @@ class RunOptions:
     """Sharding table of your own: FILE.py, FILE.py:NAME or FILE.yaml (default: the family's); docs/sharding.md."""
     compile: Literal["auto", "step", "layer", "off"] = "auto"
     """Compile the whole step, one layer, or nothing (auto: layer, see docs/benchmarks.md)."""
-    remat: Literal["none", "selective", "layer"] = "none"
-    """Recompute layers in backward to save memory: all of each, or selective, which keeps products and attention."""
+    remat: str = "none"
+    """Compute layers again in backward: none, selective (not products, attention), layer, budget:X (share kept)."""
+    offload: tuple[Literal["activations", "optimizer"], ...] = ()
+    """Keep in host memory what layers leave for backward, or moments; for one device, not with --compile step."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute type; master weights and moments are float32, float64 if that is asked for."""
     precision: Literal["dtype", "fp8"] = "dtype"
@@ -308,6 +310,8 @@ class RunOptions:
             raise ValueError(f"--wandb {self.wandb}: wandb is not installed; pip install wandb")
         if self.precision != "fp8" and self.fp8 != Fp8Options():
             raise ValueError("--fp8.recipe and --fp8.exclude say how products are in 8 bits; add --precision fp8")
+        if not re.fullmatch(r"none|selective|layer|budget:(0|1|0?\.\d+|[01]\.0*)", self.remat):
+            raise ValueError(f"--remat {self.remat}: it is none, selective, layer, or budget:X with X from 0 to 1")
         none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
         within("", self, **dict.fromkeys(none, (0, "")))
         within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped", "timeout"), (1, "")))

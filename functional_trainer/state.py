@@ -1,13 +1,15 @@
 """The train state, and what one gradient does to it. Everything here works in place on donated storage."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils import _pytree as pytree
 
 from functional_trainer import tree
+from functional_trainer.backend import bring_back, send_away, synchronize
 from functional_trainer.losses import Loss
 from functional_trainer.optimizers import Optimizer
 
@@ -32,14 +34,19 @@ class TrainState:
 pytree.register_dataclass(TrainState)
 
 
-def init_state(params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | None = None) -> TrainState:
-    """Make the state before the first step; `params` are taken over, not copied."""
+def init_state(
+    params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | None = None, offload: bool = False
+) -> TrainState:
+    """Make the state before the first step; `params` are taken over, not copied. Moments are in host memory if
+    `offload`."""
     device = tree.leaves(params)[0].device
     zero = torch.zeros((), dtype=torch.int64, device=device)
     groups = {path: optimizer.group(path) for path in tree.flatten(params)}
     if all(group is None for group in groups.values()):
         raise ValueError("every parameter is frozen: nothing would be trained")
     moments = {k: optimizer.init(p, groups[k]) for k, p in tree.flatten(params).items() if groups[k] is not None}
+    if offload:
+        moments = {path: {k: send_away(v) for k, v in leaf.items()} for path, leaf in moments.items()}
     return TrainState(zero, zero.clone(), params, moments, buffers or {}, zero.clone())
 
 
@@ -98,8 +105,28 @@ def block(path: str) -> str:
     return match[0] if (match := re.match(r"(.*?/)?\d+(?=/)", path)) else ""
 
 
+def at_hand(moments: dict, blocks: Iterable[list[tuple]]) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Yield the moments of each block's leaves."""
+    yield from ([moments[path] for path, *_ in leaves] for leaves in blocks)
+
+
+def fetched(moments: dict, blocks: Iterable[list[tuple]], device) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Yield the moments of each block's leaves on the device, the next block's under way, and send them back after."""
+    homes = list(at_hand(moments, blocks))
+    begin = lambda block: [{k: bring_back(v, device) for k, v in leaf.items()} for leaf in block]  # noqa: E731
+    coming = begin(homes[0])
+    for i, block in enumerate(homes):
+        now = [{k: wait() for k, wait in leaf.items()} for leaf in coming]
+        coming = begin(homes[i + 1]) if i + 1 < len(homes) else []
+        yield now
+        for home, leaf in zip(block, now, strict=True):
+            for k, v in leaf.items():
+                send_away(v, home[k])
+    synchronize(device)  # what reads the state may read the host's memory
+
+
 def apply_gradient(
-    optimizer: Optimizer, squares: Callable, update: Callable, loss: Loss, clip: float, shard,
+    optimizer: Optimizer, squares: Callable, update: Callable, loss: Loss, clip: float, shard, offload: bool,
     state: TrainState, grads: list[torch.Tensor], means: Metrics, reported: Metrics,
 ) -> Metrics:  # fmt: skip
     """Clip, update every trained leaf and the buffers in place; return the metrics.
@@ -120,12 +147,14 @@ def apply_gradient(
     scale = torch.where(finite, scale, 0)  # a NaN scalar would make Dynamo compile every leaf's update again
     groups = {path: optimizer.group(path) for path in state.moments}
     scalars = {group: optimizer.scalars(state.step, state.updates, group) for group in dict.fromkeys(groups.values())}
+    near = (partial(fetched, device=norm.device) if offload else at_hand)(state.moments, blocks.values())
     for leaves in blocks.values():
         parts = []
-        for path, p, g in leaves:
-            moments = {k: shard.storage(v) for k, v in state.moments[path].items()}
+        for (path, p, g), held in zip(leaves, next(near), strict=True):
+            moments = {k: shard.storage(v) for k, v in held.items()}
             parts.append((shard.storage(p), g, moments, scalars[groups[path]], groups[path], shard.around(p)))
         update(parts, scale, finite)
+    next(near, None)
     buffers = loss.update(state.buffers, reported)
     tree.map(lambda old, new: old.copy_(torch.where(finite, new, old)), state.buffers, buffers)
     state.skipped.copy_(torch.where(finite, 0, state.skipped + 1))

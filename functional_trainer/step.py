@@ -10,52 +10,24 @@ two, gradient and update. "layer" compiles one block and its update, so its cost
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels
 from functional_trainer import tree
 from functional_trainer.losses import Loss
 from functional_trainer.optimizers import Optimizer
+from functional_trainer.remat import budget, budgeted, wrap_layer
 from functional_trainer.state import Metrics, TrainState, apply_gradient, sums_of_squares, trained, update_block
 from functional_trainer.types import ONE_DEVICE, Batch
 
 Compile = Literal["step", "layer", "off"]
-Remat = Literal["none", "selective", "layer"]
 Reduce = Literal["compute", "master"]
+Offload = Literal["activations", "optimizer"]
 IN_ORDER = {"reorder_for_peak_memory": False}
 """Options of Inductor that leave a layer's gather where the model begins it, a layer ahead."""
-
-
-def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op.name() in kernels.EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _selective():
-    """Keep the results of `kernels.EXPENSIVE`, recompute the others."""
-    return create_selective_checkpoint_contexts(_policy)
-
-
-_selective.cache_hash = kernels.SOURCE  # type: ignore[attr-defined]  # without it AOTAutograd caches nothing on disk
-
-
-def wrap_layer(model: Any, *, compile: bool, remat: Remat, backend: str = "inductor") -> Any:
-    """Return the model with its block recomputed in backward (all of it, or the cheap rest), compiled, or both."""
-    layer = model.layer
-    if remat != "none":
-        how: dict[str, Any] = {"context_fn": _selective} if remat == "selective" else {}
-        inner = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False, **how)
-
-        def layer(p, x, rows, **options):
-            return inner(p, x, rows, **options)
-
-    if compile:
-        layer = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
-    return replace(model, layer=layer, gather="kept" if remat == "none" else "again" if compile else "inside")
 
 
 def evaluate(model: Any, loss: Loss, params: tree.Tree, batch: Batch, buffers: tree.Tree, shard=ONE_DEVICE):
@@ -101,27 +73,42 @@ def compiled(fn: Callable, when: bool, backend: str, exchanges: bool) -> Callabl
     return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options) if when else fn
 
 
+def refuse(loss: Loss, optimizer: Optimizer, shard, micro_batches: int, compile: Compile, remat: str, offload: tuple):
+    """Raise a ValueError for what does not go together."""
+    if micro_batches > 1 and not loss.accumulates:
+        raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
+    if optimizer.whole and shard.world > 1:
+        raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
+    if budget(remat) is not None and compile == "off":
+        raise ValueError(f"--remat {remat} is a compiler's work: with --compile off use layer or selective")
+    if offload and (compile == "step" or shard.world > 1):
+        raise ValueError(f"--offload {' '.join(offload)} is for one device, with --compile layer or off")
+
+
 def make_train_step(
     model: Any, loss: Loss, optimizer: Optimizer, *, shard=ONE_DEVICE, micro_batches: int = 1, clip: float = 1.0,
-    compile: Compile = "off", remat: Remat = "none", reduce: Reduce = "compute", backend: str = "inductor",
+    compile: Compile = "off", remat: str = "none", reduce: Reduce = "compute", backend: str = "inductor",
+    offload: tuple[Offload, ...] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Build `step(state, batch) -> (state, metrics)`. The state is donated: the result lives in its storage.
 
     Columns of `batch` are (B, S), split along B into `micro_batches`. Metrics: 0-d loss, each term, lr, grad_norm,
     skipped; grad_norms, as `state.kinds`; the loss's reported sums. `clip` is the largest gradient norm, 0 for none.
     Devices add gradients in the compute dtype, or, if `reduce` is "master", where each layer casts, in the masters'.
+    `remat` is one of `functional_trainer.remat`; `offload` says what lives in host memory, of a state made for it.
     """
-    if micro_batches > 1 and not loss.accumulates:
-        raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
-    if optimizer.whole and shard.world > 1:
-        raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
+    refuse(loss, optimizer, shard, micro_batches, compile, remat, offload)
     one_graph, cast = compile == "step" and micro_batches == 1 and remat == "none", reduce == "compute" and model.dtype
-    model = wrap_layer(model, compile=compile == "layer", remat=remat, backend=backend)
+    model = wrap_layer(
+        model, compile=compile == "layer", remat=remat, backend=backend, offload="activations" in offload
+    )
     jit = partial(compiled, backend=backend, exchanges=shard.world > 1)
     squares, update = (jit(f, compile == "layer") for f in (sums_of_squares, partial(update_block, optimizer.update)))
     two_graphs = compile == "step" and not one_graph
     value_of = jit(partial(objective, model, loss, shard), two_graphs)
-    finish = jit(partial(apply_gradient, optimizer, squares, update, loss, clip, shard), two_graphs)
+    finish = jit(
+        partial(apply_gradient, optimizer, squares, update, loss, clip, shard, "optimizer" in offload), two_graphs
+    )
 
     def gradients(state: TrainState, batch: Batch):
         weights = total_weights(loss, batch, shard)
@@ -144,7 +131,7 @@ def make_train_step(
     flags |= {"trace_autograd_ops": True} if one_graph else {}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with torch._dynamo.config.patch(flags), kernels.kept_on_disk():
+        with torch._dynamo.config.patch(flags), kernels.kept_on_disk(), budgeted(remat):
             return state, run(state, batch)
 
     return train_step

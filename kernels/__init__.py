@@ -21,6 +21,7 @@ from kernels import fp8 as _fp8
 from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels import moe_fused as _moe_fused
+from kernels import symmetric as _symmetric
 from kernels.elementwise import Activation, promote, rms_norm, rope, swiglu
 from kernels.embedding import embedding
 from kernels.fp8 import RECIPES, Recipe
@@ -30,7 +31,7 @@ from kernels.moe import all_gather
 __all__ = [
     "BACKENDS", "EXPENSIVE", "RECIPES", "Activation", "Recipe", "all_gather", "attention", "combine_vocabulary",
     "embedding", "experts", "grouped_matmul", "kept_on_disk", "linear", "linear_logprob", "promote", "rms_norm", "rope",
-    "swiglu", "vocabulary_part",
+    "swiglu", "symmetric_product", "vocabulary_part",
 ]  # fmt: skip
 
 
@@ -145,6 +146,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "exchange": (
         Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),
         Backend("static", _moe.static, (), ("*",), ("cpu",)),
+    ),
+    "symmetric_product": (
+        Backend("torch", _symmetric.product, ("*",), ("*",), ("cpu",)),
+        Backend("triton", _symmetric.halves, (), ("cuda",), ()),
     ),
 }
 
@@ -261,3 +266,10 @@ def experts(
     own = {"gate_up_E2FD": gate_up_E2FD, "down_EDF": down_EDF, "gate_up_bias_E2F": gate_up_bias_E2F}
     mlp, local = partial(mlp, **own, activation=activation), gate_up_E2FD.shape[0]
     return _moe.experts(x_TD, weights_TK, expert_TK, down_bias_ED, n_experts, local, mlp, order, travel, group)
+
+
+def symmetric_product(
+    x: torch.Tensor, add: torch.Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, backend: str | None = None
+) -> torch.Tensor:
+    """Return alpha X X^T + beta A of matrices X (..., M, C) and symmetric A (..., M, M), in x's dtype."""
+    return pick("symmetric_product", x.device.type, backend).fn(x, add, alpha, beta)

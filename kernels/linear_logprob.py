@@ -1,4 +1,4 @@
-"""Linear layer, log-softmax, gather and entropy in one op that never holds the logits.
+"""Linear layer, log-softmax, gather and entropy in one op that does not hold all the logits, unless they are few.
 
 With z = softcap(h W^T + b) / temperature, p = softmax(z), chunk by chunk over tokens:
 
@@ -13,6 +13,10 @@ FLOPs: 2TDV forward, 6TDV backward (the logits of a chunk are computed again). B
 one chunk of tokens. Matmuls run in the inputs' dtype, everything after them in at least float32; the
 gradient of W is summed over chunks in at least float32.
 
+Logits that take at most KEPT bytes in all are kept for backward, whose FLOPs are then 4TDV. Gradients are
+not computed in forward, as fused losses do it (liger-kernel, PyTorch's chunked linear_cross_entropy): dW sums over the
+tokens what each one's incoming gradient weighs, and that is known in backward only.
+
 A mask says which tokens are asked for. On the host the others are left out of every product; on a device, where
 their number would have to be read back, they are computed and cleared.
 """
@@ -23,6 +27,8 @@ from kernels.elementwise import promote
 
 CHUNK_HOST, CHUNK_DEVICE = 256, 2048
 """Tokens whose logits are held at a time: on the host as many as stay in its caches, on a device enough to fill it."""
+KEPT_HOST, KEPT_DEVICE = 2**24, 0
+"""Most bytes of logits, all of a call's, that are kept for backward: what a host's last cache may hold."""
 
 
 def reference(hidden_TD, w_VD, targets_T, bias_V=None, softcap=0.0, temperature=1.0):
@@ -33,8 +39,12 @@ def reference(hidden_TD, w_VD, targets_T, bias_V=None, softcap=0.0, temperature=
     return logp_TV.gather(-1, targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
 
 
-def _logits(h, w, b, softcap, temperature):
-    z = promote(h @ w.T if b is None else torch.addmm(b, h, w.T))
+def _product(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.mm(h, w.T, out=out) if b is None else torch.addmm(b, h, w.T, out=out)
+
+
+def _logits(product: torch.Tensor, softcap: float, temperature: float) -> torch.Tensor:
+    z = promote(product)
     if softcap:
         z = torch.tanh(z / softcap) * softcap
     return z / temperature if temperature != 1.0 else z
@@ -78,25 +88,34 @@ def _forward(
     softcap: float,
     temperature: float,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return lse, the target's logit (0 if another part has it) and mean (zeros unless asked for), each (T,)."""
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return lse, the target's logit (0 if another part has it) and mean (zeros unless asked for), each (T,).
+
+    Then the products h W^T + b, if they are to be kept: of the rows that are asked for, in a buffer (T, V) for all.
+    """
+    kept = hidden.new_empty(hidden.shape[0] if keep else 0, w.shape[0])
     rows, (hidden, targets) = _asked(mask, hidden, targets)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     lse, target, mean = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
     for s in _chunks(hidden):
-        z = _logits(hidden[s], w, bias, softcap, temperature)
+        z = _logits(_product(hidden[s], w, bias, kept[: hidden.shape[0]][s] if keep else None), softcap, temperature)
         local, inside = _inside(targets[s], first, w.shape[0])
         target[s] = torch.where(inside, z.gather(-1, local)[:, 0], 0)
-        lse[s] = z.logsumexp(-1)
+        p = z.softmax(-1)
+        lse[s] = z.amax(-1) - p.amax(-1).log()  # the largest p is 1 / sum exp(z - max z): exact, and one pass of exp
         if entropy:
-            mean[s] = (z.softmax(-1) * z).sum(-1)
-    return _put_back(lse, rows, mask), _put_back(target, rows, mask), _put_back(mean, rows, mask)
+            mean[s] = p.mul_(z).sum(-1)
+        del z, p  # before the next chunk's are made
+    return _put_back(lse, rows, mask), _put_back(target, rows, mask), _put_back(mean, rows, mask), kept
 
 
 @_forward.register_fake
-def _(hidden, w, targets, bias, mask, first, softcap, temperature, entropy):
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+def _(hidden, w, targets, bias, mask, first, softcap, temperature, entropy, keep):
+    lse, target, mean = (
+        hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)) for _ in range(3)
+    )
+    return lse, target, mean, hidden.new_empty(hidden.shape[0] if keep else 0, w.shape[0])
 
 
 @torch.library.custom_op("functional_trainer::linear_logprob_grad", mutates_args=())
@@ -104,6 +123,7 @@ def _grad(
     dlse: torch.Tensor,
     dtarget: torch.Tensor,
     dmean: torch.Tensor,
+    kept: torch.Tensor,
     hidden: torch.Tensor,
     w: torch.Tensor,
     targets: torch.Tensor,
@@ -113,6 +133,7 @@ def _grad(
     softcap: float,
     temperature: float,
     entropy: bool,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if mask is not None and not mask.is_cpu:
         dlse, dtarget, dmean = (torch.where(mask, d, 0) for d in (dlse, dtarget, dmean))
@@ -121,7 +142,7 @@ def _grad(
     dbias = torch.zeros_like(w[:, 0], dtype=dlse.dtype)
     for s in _chunks(hidden):
         h = hidden[s]
-        z = _logits(h, w, bias, softcap, temperature)
+        z = _logits(kept[: hidden.shape[0]][s] if keep else _product(h, w, bias), softcap, temperature)
         p = z.softmax(-1)
         local, inside = _inside(targets[s], first, w.shape[0])
         if entropy:
@@ -138,23 +159,26 @@ def _grad(
         dz = dz.to(h.dtype)
         torch.mm(dz, w, out=dhidden[s])
         dw.addmm_(dz.T, h) if dw.dtype == h.dtype else dw.add_(dz.T @ h)
+        del z, p, dz
     return _put_back(dhidden, rows, mask), dw.to(w.dtype), dbias.to(w.dtype)
 
 
 @_grad.register_fake
-def _(dlse, dtarget, dmean, hidden, w, targets, bias, mask, first, softcap, temperature, entropy):
+def _(dlse, dtarget, dmean, kept, hidden, w, targets, bias, mask, first, softcap, temperature, entropy, keep):
     return torch.empty_like(hidden), torch.empty_like(w), w.new_empty(w.shape[0])
 
 
 def _setup(ctx, inputs, output):
     hidden, w, targets, bias, mask, *ctx.options = inputs
-    ctx.save_for_backward(hidden, w, targets, bias, mask)
+    ctx.save_for_backward(output[3], hidden, w, targets, bias, mask)
+    ctx.set_materialize_grads(False)  # of what is kept
 
 
 def _backward(ctx, *grads):
-    hidden, w, targets, bias, mask = ctx.saved_tensors
-    dhidden, dw, dbias = _grad(*(g.contiguous() for g in grads), hidden, w, targets, bias, mask, *ctx.options)
-    return dhidden, dw, None, (None if bias is None else dbias), None, None, None, None, None
+    kept, hidden, w, targets, bias, mask = ctx.saved_tensors
+    own = [g.contiguous() for g in grads[:3]]
+    dhidden, dw, dbias = _grad(*own, kept, hidden, w, targets, bias, mask, *ctx.options)
+    return dhidden, dw, None, (None if bias is None else dbias), *(None,) * 6
 
 
 _forward.register_autograd(_backward, setup_context=_setup)
@@ -174,7 +198,9 @@ def vocabulary_part(
     """Return (..., 3): lse, the target's logit and mean over the rows of the vocabulary from `first` on that W has."""
     flat, flat_mask = hidden.reshape(-1, hidden.shape[-1]), None if mask is None else mask.reshape(-1)
     options = first, float(softcap or 0.0), float(temperature), entropy
-    three = _forward(flat, w_VD, targets.reshape(-1), bias_V, flat_mask, *options)
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or w_VD.requires_grad)
+    keep = learns and flat.shape[0] * w_VD.shape[0] * flat.itemsize <= (KEPT_HOST if flat.is_cpu else KEPT_DEVICE)
+    *three, _ = _forward(flat, w_VD, targets.reshape(-1), bias_V, flat_mask, *options, keep)
     return torch.stack(three, -1).view(*targets.shape, 3)
 
 

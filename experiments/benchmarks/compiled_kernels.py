@@ -25,7 +25,7 @@ TARGETS = {"sm80": (80, 163 * 1024), "sm90": (90, 227 * 1024), "sm100": (100, 22
 POINTERS = {
     "_up": "x w bias scale order ends h a", "_rows": "x w ends y", "_down_grad": "dout w scale order ends h a dh ds",
     "_weight_grad": "g x order ends dw", "_combine": "y inverse ends out", "_row_sums": "x ends out",
-    "_count": "expert counts", "_place": "expert ends order inverse",
+    "_count": "expert counts", "_place": "expert ends order inverse", "_symmetric": "x add y",
 }  # fmt: skip
 WHOLE = {"order": "*i64", "ends": "*i64", "inverse": "*i64", "ds": "*fp32", "expert": "*i64", "counts": "*i32"}
 CONSTS = {
@@ -59,6 +59,7 @@ KERNELS = {
     "count": Kernel("sort_triton", "count", {"BLOCK": 128, "E2": 256}, (128, 256)),
     "count, 512 experts": Kernel("sort_triton", "count", {"BLOCK": 128, "E": 512, "E2": 1024}, (128, 1024)),
     "place": Kernel("sort_triton", "place", {"BLOCK": 128}, (128, 128)),
+    "symmetric": Kernel("symmetric_triton", "symmetric", {"ALPHA": 2.0315, "BETA": -4.775, "ADDED": True}),
 }  # fmt: skip
 """What is compiled. "clamped" is GPT-OSS's activation with biases."""
 BEGIN, END = "<!-- written by compiled_kernels.py from here -->\n\n", "\n<!-- to here -->\n"
@@ -132,14 +133,14 @@ def compiled(o: Options) -> Iterator[Compiled]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from kernels.moe_triton import CONFIGS, FLOAT32, Config
+    from kernels.moe_triton import Config
 
     for generation in o.generations:
         for name in o.only:
-            k, configs = KERNELS[name], CONFIGS[generation]
+            k = KERNELS[name]
             module = importlib.import_module(f"kernels.{k.module}")
-            for dtype in o.dtypes if k.module == "moe_triton" else ("int64",):
-                tiles = configs.get(k.fn, ()) if dtype != "fp32" else (FLOAT32,)
+            for dtype in ("int64",) if k.module == "sort_triton" else o.dtypes:
+                tiles = () if k.tile else module.CONFIGS[generation][k.fn] if dtype != "fp32" else (module.FLOAT32,)
                 for c in [Config(*k.tile, 1, 4, 1)] if k.tile else tiles:
                     sizes = {"BM": c.BM, "BN": c.BN, "BK": c.BK, "PRECISION": "ieee"}
                     made = triton.compile(

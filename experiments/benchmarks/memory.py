@@ -14,6 +14,8 @@ counted op by op on the host (live_bytes.py), the allocator's on a GPU. Settings
     new leaves       the step leaves its state alone and returns new tensors, as a step without donation would
     moments X        AdamW's moments in X
     ema              an average of the weights beside them
+    offload X        activations or moments in host memory; on a CPU that is the same memory, and copies cost time
+    remat budget:X   a share X of what the compiler would keep; with --compile layer only
     small            remat layer, 4 micro-batches and moments 8bit together
 
 Parameters and moments are what the state holds between steps. The rest is what comes on top at the peak: activations,
@@ -66,6 +68,10 @@ SETTINGS = {
     "moments bfloat16": Setting(optim={"moments": "bfloat16"}),
     "moments 8bit": Setting(optim={"moments": "8bit"}),
     "ema": Setting(optim={"ema": 0.999}),
+    "offload activations": Setting(step={"offload": ("activations",)}),
+    "offload optimizer": Setting(step={"offload": ("optimizer",)}),
+    "remat budget:0.5": Setting(step={"remat": "budget:0.5"}),
+    "remat budget:0.2": Setting(step={"remat": "budget:0.2"}),
     "small": Setting(step={"remat": "layer", "micro_batches": 4}, optim={"moments": "8bit"}),
 }
 
@@ -121,7 +127,8 @@ def build(o: Options, setting: Setting, device: Any) -> tuple[Callable[[], float
     loss = losses.sft("none")
     loss = dataclasses.replace(loss, terms=full_logits) if setting.full_logits else loss
     optimizer = optimizers.from_options(OptimOptions(**setting.optim), 100, model.specs)
-    state, made = init_state(model.init(0, device=device), optimizer), []
+    away = "optimizer" in setting.step.get("offload", ())
+    state, made = init_state(model.init(0, device=device), optimizer, offload=away), []
     if setting.new_leaves:
         update = optimizer.update
 
@@ -212,6 +219,7 @@ def main(o: Options) -> None:
     if min(o.rounds, o.steps, o.layers, o.rows) < 1 or o.rows % 4 or o.seq_len < 2:
         raise ValueError("--rounds, --steps and --layers are at least 1, --seq-len at least 2, --rows a multiple of 4")
     names = [name for name in SETTINGS if any(fnmatch(name, pattern) for pattern in o.only or ("*",))]
+    names = [name for name in names if "budget" not in name or o.compile == "layer"]
     if not names:
         raise ValueError(f"--only {' '.join(o.only)}: none; there are {', '.join(SETTINGS)}")
     device, console = backend.setup(o.device), Console(width=150)

@@ -42,13 +42,14 @@ def assert_equal(ours, theirs, tolerance):
         torch.testing.assert_close(a.to(b.dtype), b, rtol=tolerance, atol=tolerance, msg=lambda m, i=i: f"{i}: {m}")
 
 
-@given(cases(), st.integers(1, 10))
+@given(cases(), st.integers(1, 10), st.sampled_from([0, 2**24]))
 @settings(max_examples=80)
-def test_equals_log_softmax_in_float64_whatever_the_chunks(case, chunk):
+def test_equals_log_softmax_in_float64_whatever_the_chunks_and_what_is_kept(case, chunk, kept):
     leaves, targets, grads, options = case
     wanted = run(module.reference, leaves, targets, grads, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK_HOST", chunk)
+        patch.setattr(module, "KEPT_HOST", kept)
         ours = run(kernels.linear_logprob, leaves, targets, grads, **options)
     assert_equal(ours, wanted, 1e-9)
 
@@ -94,16 +95,19 @@ def test_without_entropy_the_rest_is_the_same(case):
     assert_equal((logp, *grads), (wanted[0], *wanted[2:]), 1e-9)
 
 
-@given(cases(), st.integers(0, 2**31), st.sampled_from([0.0, 0.3, 1.0]))
+@given(cases(), st.integers(0, 2**31), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0, 2**24]))
 @settings(max_examples=40)
-def test_masked_tokens_give_and_take_nothing(case, seed, share):
+def test_masked_tokens_give_and_take_nothing(case, seed, share, most):
     """The others' results are those of a batch without them; what is masked may be anything."""
     leaves, targets, grads, options = case
     mask = torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < share
     kept = [leaves[0][mask], *leaves[1:]], targets[mask], [g[mask] for g in grads]
     logp, entropy, dhidden, *wanted = run(module.reference, *kept, **options)
     dirty = [torch.where(mask[:, None], leaves[0], torch.nan), *leaves[1:]]
-    ours = run(kernels.linear_logprob, dirty, targets, [g.where(mask, torch.nan) for g in grads], mask=mask, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "KEPT_HOST", most)
+        grads = [g.where(mask, torch.nan) for g in grads]
+        ours = run(kernels.linear_logprob, dirty, targets, grads, mask=mask, **options)
     for out, want in zip(ours[:3], (logp, entropy, dhidden), strict=True):
         torch.testing.assert_close(out[mask], want, rtol=1e-9, atol=1e-9)
         assert not out[~mask].any()
@@ -138,7 +142,7 @@ def test_leading_dims_and_large_logits():
 
 
 class Largest(TorchDispatchMode):
-    """Record the most elements of any tensor made, inside our ops too."""
+    """Record the most elements of any tensor made, and the number of products, inside our ops too."""
 
     inside = {
         torch.ops.functional_trainer.linear_logprob.default: module._forward._init_fn,
@@ -147,7 +151,7 @@ class Largest(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.elements, self.ops = 0, 0
+        self.elements, self.ops, self.products = 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.inside:
@@ -155,6 +159,7 @@ class Largest(TorchDispatchMode):
                 return self.inside[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         self.ops += 1
+        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
         self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
         return out
 
@@ -166,9 +171,24 @@ def test_never_holds_the_logits(entropy, monkeypatch):
     leaves = [torch.randn(T, D, generator=gen), torch.randn(V, D, generator=gen), torch.randn(V, generator=gen)]
     targets, grads = torch.randint(V, (T,), generator=gen), (torch.ones(T), torch.ones(T))
     monkeypatch.setattr(module, "CHUNK_HOST", 8)
+    monkeypatch.setattr(module, "KEPT_HOST", T * V * 4 - 1)
     with Largest() as ours:
         run(kernels.linear_logprob, leaves, targets, grads, softcap=3.0, temperature=0.5, entropy=entropy)
     with Largest() as plain:
         run(module.reference, leaves, targets, grads, softcap=3.0, temperature=0.5)
     assert plain.elements == T * V
     assert ours.elements == 8 * V and ours.ops > 16 * (T // 8)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_logits_that_are_few_are_kept_and_not_multiplied_again(keeps, monkeypatch):
+    T, V, D = 64, 96, 5
+    gen = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(T, D, generator=gen), torch.randn(V, D, generator=gen), torch.randn(V, generator=gen)]
+    targets, grads = torch.randint(0, V, (T,), generator=gen), (torch.randn(T, generator=gen), torch.ones(T))
+    again = run(kernels.linear_logprob, leaves, targets, grads, softcap=3.0)
+    monkeypatch.setattr(module, "KEPT_HOST", T * V * 4 - (not keeps))
+    with Largest() as seen:
+        ours = run(kernels.linear_logprob, leaves, targets, grads, softcap=3.0)
+    assert seen.products == (3 if keeps else 4)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.benchmarks import compiled_kernels
-from kernels import Activation, moe_triton
+from kernels import Activation, moe_triton, symmetric_triton
 from tests.kernels import moe_cases
 from tests.kernels.interpreted import Interpreter
 from tests.kernels.moe_cases import Case
 
 ROOT = Path(__file__).parents[2]
 LIMIT = {torch.float32: 2e-6, torch.float16: 4e-3}
+TILES = {target: moe_triton.CONFIGS[target] | symmetric_triton.CONFIGS[target] for target in moe_triton.CONFIGS}
 ACTIVATIONS = Activation(), Activation("geglu"), Activation("clamped_swiglu"), Activation("clamped_swiglu", 0.6, 1.1)
 
 
@@ -79,9 +80,9 @@ def test_every_config_compiles_without_spills_onto_tensor_cores(generation):
     program = [sys.executable, ROOT / "experiments" / "benchmarks" / "compiled_kernels.py", "--generations", generation]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    tiles, of = moe_triton.CONFIGS[generation], compiled_kernels.KERNELS.values()
+    tiles, of = TILES[generation], compiled_kernels.KERNELS.values()
     matmuls = sum(2 * len(tiles[k.fn]) + 1 for k in of if not k.tile)  # bf16 and fp16 with every config, fp32 with one
-    others = sum(3 if k.module == "moe_triton" else 1 for k in of if k.tile)
+    others = sum(1 if k.module == "sort_triton" else 3 for k in of if k.tile)
     assert f"{matmuls + others} compiled: no spills" in done.stdout
 
 
@@ -95,7 +96,7 @@ def test_what_must_not_be_is_told():
 
 def test_the_page_lists_every_config():
     text = (ROOT / "docs" / "kernels.md").read_text("utf-8")
-    for generation, by_kernel in moe_triton.CONFIGS.items():
+    for generation, by_kernel in TILES.items():
         for name, kernel in compiled_kernels.KERNELS.items():
             for c in by_kernel.get(kernel.fn, ()):
                 size = f"{c.BM} x {c.BN} x {c.BK}, {c.warps} warps, {c.stages} stages"

@@ -51,22 +51,23 @@ def samples():
         ],
         "grouped_weight_grad": [(grad, x.detach(), counts), (grad.bfloat16(), x.detach().bfloat16(), counts)],
         "linear_logprob": [
-            (h, w, targets, None, None, 0, 0.0, 1.0, True),
-            (h, w, targets, leaf(9, seed=3), targets > 4, 3, 2.0, 0.7, True),
-            (*(leaf(n, 5, dtype=torch.bfloat16) for n in (7, 9)), targets, None, None, 0, 0.0, 1.0, False),
+            (h, w, targets, None, None, 0, 0.0, 1.0, True, True),
+            (h, w, targets, leaf(9, seed=3), targets > 4, 3, 2.0, 0.7, True, False),
+            (*(leaf(n, 5, dtype=torch.bfloat16) for n in (7, 9)), targets, None, None, 0, 0.0, 1.0, False, True),
         ],
         "linear_logprob_grad": [
-            (dlogp, dlogp, dlogp, h.detach(), w.detach(), targets, None, m, 0, 0.0, 1.0, True)
-            for m in (None, targets > 4)
+            (dlogp, dlogp, dlogp, (h @ w.T).detach(), h.detach(), w.detach(), targets, None, m, 0, 0.0, 1.0, True, keep)
+            for m, keep in ((None, False), (targets > 4, True))
         ],
     }  # fmt: skip
 
 
 def test_every_op_has_samples():
-    """But for those of Triton, which are checked where it interprets (test_moe_triton.py)."""
+    """But for those of Triton, which are checked where it interprets (test_moe_triton.py, test_symmetric.py)."""
     names = torch._C._dispatch_get_all_op_names()
     ours = {n.split("::")[1] for n in names if n.startswith("functional_trainer::")}
-    assert sorted(ours - {"moe", "moe_grad", "sort_by_expert"}) == sorted(samples())
+    interpreted = {"moe", "moe_grad", "sort_by_expert", "symmetric_product"}
+    assert sorted(ours - interpreted) == sorted(samples())
 
 
 @pytest.mark.parametrize("name", sorted(samples()))

@@ -129,9 +129,10 @@ def results() -> dict[tuple[str, str], Costs]:
 
 @pytest.fixture
 def host_chunks(monkeypatch):
-    """Plan for as many logits at a time as the host holds."""
+    """Plan for as many logits at a time, and kept, as the host holds."""
     head = importlib.import_module("kernels.linear_logprob")  # the package has a function of this name
     monkeypatch.setattr(head, "CHUNK_DEVICE", head.CHUNK_HOST)
+    monkeypatch.setattr(head, "KEPT_DEVICE", head.KEPT_HOST)
 
 
 @pytest.mark.parametrize("case", CASES)
