@@ -214,7 +214,7 @@ def run_memory(o: Options, about: dict[str, str], worker: Worker, console: Conso
         status, answer = worker.ask("hold", name, o.steps)
         return answer if status == "ok" else {"error": answer}
 
-    rows = memory.collect(wanted(o, memory.SETTINGS), o.rounds, ask, 5e-3)
+    rows = memory.collect(wanted(o, memory.settings("off")), o.rounds, ask, 5e-3)
     memory.show(rows, f"bfloat16 compute, uncompiled; {about['device']}, torch {about['torch']}", console)
     return rows
 

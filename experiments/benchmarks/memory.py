@@ -76,6 +76,11 @@ SETTINGS = {
 }
 
 
+def settings(compile: str) -> list[str]:
+    """Return the names of what can be measured: a budget is a compiler's work."""
+    return [name for name in SETTINGS if compile != "off" or "budget" not in name]
+
+
 @dataclass(frozen=True)
 class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -218,10 +223,10 @@ def main(o: Options) -> None:
 
     if min(o.rounds, o.steps, o.layers, o.rows) < 1 or o.rows % 4 or o.seq_len < 2:
         raise ValueError("--rounds, --steps and --layers are at least 1, --seq-len at least 2, --rows a multiple of 4")
-    names = [name for name in SETTINGS if any(fnmatch(name, pattern) for pattern in o.only or ("*",))]
-    names = [name for name in names if "budget" not in name or o.compile == "layer"]
+    able = settings(o.compile)
+    names = [name for name in able if any(fnmatch(name, pattern) for pattern in o.only or ("*",))]
     if not names:
-        raise ValueError(f"--only {' '.join(o.only)}: none; there are {', '.join(SETTINGS)}")
+        raise ValueError(f"--only {' '.join(o.only)}: none with --compile {o.compile}; there are {', '.join(able)}")
     device, console = backend.setup(o.device), Console(width=150)
     rows = collect(names, o.rounds, partial(measure, o, device), 1e-4 if o.dtype == "float32" else 5e-3)
     show(

@@ -1,5 +1,6 @@
 """Every op of ours as PyTorch sees it: registration, the same bits in every run, and the table of backends."""
 
+import importlib
 import subprocess
 import sys
 
@@ -125,7 +126,9 @@ def test_every_device_has_a_default_that_serves_it(op):
         chosen = kernels.pick(op, device)
         assert device in chosen.serves or "*" in chosen.serves
         assert kernels.pick(op, device, chosen.name) == chosen
-    assert op in ("exchange", "sort") or kernels.pick(op, "xla", "reference").name == "reference"  # plain PyTorch all
+    assert (
+        op in ("exchange", "sort", "symmetric_product") or kernels.pick(op, "xla", "reference").name == "reference"
+    )  # plain PyTorch all
 
 
 def test_defaults_on_the_cpu_were_measured_there():
@@ -134,6 +137,7 @@ def test_defaults_on_the_cpu_were_measured_there():
 
 def test_expensive_ops_are_named_as_they_are_called():
     """A mistaken name would be recomputed in silence. flash-attn's are known only where that is installed."""
+    importlib.import_module("torch.nn.attention.varlen")  # registers its own
     known = {schema.name for schema in torch._C._jit_get_all_schemas()} | {"flex_attention"}
     assert kernels.EXPENSIVE - known <= {
         "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward"

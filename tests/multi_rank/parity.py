@@ -16,6 +16,8 @@ from sharding_rules.mesh import Mesh, make
 
 ROWS, LENGTH, STEPS = 8, 12, 3
 CPU = torch.device("cpu")
+
+
 def ways(mesh: str) -> dict[str, int]:
     """Return the sizes of the axes of a mesh by its name."""
     return {axis[:-1]: int(axis[-1]) for axis in mesh.split(" x ")}
@@ -80,9 +82,7 @@ CASES = {
         DENSE | {"tie_word_embeddings": False}, options={"micro_batches": 2}, uneven=True
     ),
     "moe untied, 2 micro-batches": Case(MOE, options={"micro_batches": 2}),
-    "moe tied, biases, mixed layers, uneven, recomputed": Case(
-        MOE | FULL, options={"remat": "layer"}, uneven=True
-    ),
+    "moe tied, biases, mixed layers, uneven, recomputed": Case(MOE | FULL, options={"remat": "layer"}, uneven=True),
     "moe, uneven, recomputed selectively, 2 micro-batches": Case(
         MOE, options={"remat": "selective", "micro_batches": 2}, uneven=True
     ),
