@@ -5,8 +5,8 @@
     python experiments/benchmarks/gpu_suite.py --device cpu               # every case at small sizes: it still runs
 
 Checks are `gpu_checks.py`; they run in a process of their own, after a fault of the device in a new one. Speed is
-`gpu_speed.py`; its contestants are processes that hold no device memory while another runs, and a round builds, warms
-up and times each of them. Memory is the table of `memory.py`, in one process.
+`train_gpu.py`; its contestants are processes that hold no device memory while another runs, and a round builds, warms
+up and times each of them. Kernels are raced by `kernels.py`. Memory is the table of `memory.py`, in one process.
 
 Exit status 1 if a check failed or a contestant broke.
 """
@@ -15,7 +15,9 @@ import contextlib
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clo
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import gpu_checks, gpu_speed, memory
+from experiments.benchmarks import gpu_checks, memory, train_gpu
 from functional_trainer import config
 
 CASE_SECONDS = 400
@@ -36,8 +38,10 @@ CASE_SECONDS = 400
 class Options:
     device: str = "auto"
     """Device to check: a GPU at real sizes, the CPU at small ones."""
-    what: Literal["all", "check", "speed", "memory"] = "all"
+    what: Literal["all", "check", "kernels", "speed", "memory"] = "all"
     """What to do."""
+    model: train_gpu.Name = "30b-a3b"
+    """Preset whose widths are timed."""
     only: tuple[str, ...] = ()
     """Cases, contestants and settings by name, with wildcards ("attention *"); none means all."""
     layers: int = 0
@@ -81,12 +85,12 @@ def serve(pipe: Any, device_name: str) -> None:
         torch.manual_seed(0)
         return gpu_checks.CASES[name](gpu_checks.At(device, dtype, small))
 
-    def fit(rows: int) -> int:
-        return 2 if small else gpu_speed.layers_that_fit(device, rows * 4096)
+    def fit(model: str, rows: int) -> int:
+        return 2 if small else train_gpu.layers_that_fit(model, device, rows * 4096)
 
-    def measure(name: str, layers: int, rows: int, steps: int) -> dict[str, float]:
+    def measure(model: str, name: str, layers: int, rows: int, steps: int) -> dict[str, float]:
         if "timer" not in kept:
-            kept["timer"] = gpu_speed.Timer(gpu_checks.At(device, "bfloat16", small), name, layers, rows)
+            kept["timer"] = train_gpu.Timer(gpu_checks.At(device, "bfloat16", small), model, name, layers, rows)
         return kept["timer"].round(steps)
 
     def useful(seconds: float) -> tuple[float, float | None]:
@@ -169,9 +173,9 @@ def run_checks(o: Options, worker: Worker, console: Console) -> list[dict[str, A
 
 def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[str, Any]]:
     """Time the contestants in turn, print the table, and return its rows."""
-    names, small = wanted(o, gpu_speed.contestants(bool(about["small"]))), bool(about["small"])
+    names, small = wanted(o, train_gpu.contestants(bool(about["small"]))), bool(about["small"])
     first = Worker(o.device)
-    layers, rows = o.layers or first.ask("fit", o.rows)[1], 1 if small else o.rows
+    layers, rows = o.layers or first.ask("fit", o.model, o.rows)[1], 1 if small else o.rows
     first.stop()
     workers = {name: Worker(o.device) for name in names}
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -180,7 +184,7 @@ def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[
         for name in names:
             if "error" in table[name]:
                 continue
-            status, answer = workers[name].ask("measure", name, layers, rows, o.steps)
+            status, answer = workers[name].ask("measure", o.model, name, layers, rows, o.steps)
             console.print(f"round {round + 1}: {name} {answer}", markup=False, soft_wrap=True)
             if status == "ok":
                 taken[name].append(answer)
@@ -196,9 +200,21 @@ def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[
             table[name] |= {"tokens_s": rate, "mfu": mfu}
             table[name] |= {"first_s": taken[name][0]["first_s"], "peak_gib": max(t["peak_gib"] for t in taken[name])}
         workers[name].stop()
-    title = f"{layers} layers, {rows} rows, bfloat16 compute; {about['device']}, torch {about['torch']}"
+    model = "tiny" if small else o.model
+    title = f"{model}, {layers} layers, {rows} rows, bfloat16 compute; {about['device']}, torch {about['torch']}"
     show(table.values(), title, console)
     return list(table.values())
+
+
+def run_kernels(o: Options, small: bool) -> dict[str, Any]:
+    """Race kernels beside their peers in a process that prints its tables, and return their rows or an error."""
+    program = [sys.executable, str(Path(__file__).parent / "kernels.py"), "--device", o.device]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernels.json"
+        sizes = ["--shapes", "tiny", "--routing", "mild", "--rounds", "1"] if small else []
+        status = subprocess.run([*program, *sizes, "--json", str(out)]).returncode
+        rows = json.loads(out.read_text("utf-8"))["rows"] if out.exists() else []
+    return {"rows": rows} | ({"error": f"kernels.py ended with status {status}"} if status else {})
 
 
 def memory_options(small: bool, steps: int) -> memory.Options:
@@ -246,15 +262,16 @@ def main(o: Options) -> None:
     console.print(f"{about['device']}, torch {about['torch']}{', small sizes' * bool(about['small'])}")
     checks = run_checks(o, worker, console) if o.what in ("all", "check") else []
     worker.stop()
+    raced = run_kernels(o, bool(about["small"])) if o.what in ("all", "kernels") else {}
     speed = run_speed(o, about, console) if o.what in ("all", "speed") else []
     held = run_memory(o, about, worker, console) if o.what in ("all", "memory") else []
     worker.stop()
     count = {s: sum(c["status"] == s for c in checks) for s in ("pass", "failed", "skip")}
     console.print(f"{count['pass']} passed, {count['failed']} failed, {count['skip']} skipped")
     if o.json:
-        results = {"about": about, "checks": checks, "speed": speed, "memory": held}
+        results = {"about": about, "checks": checks, "kernels": raced, "speed": speed, "memory": held}
         o.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    sys.exit(count["failed"] > 0 or any("error" in row for row in speed + held))
+    sys.exit(count["failed"] > 0 or any("error" in row for row in [*speed, *held, raced]))
 
 
 if __name__ == "__main__":

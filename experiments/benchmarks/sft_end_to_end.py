@@ -66,6 +66,7 @@ OURS: dict[str, tuple[int, tuple[str, ...]]] = {  # rows a step, flags
     "layer": (8, ()),
     "layer-bf16": (8, ("--dtype", "bfloat16")),
     "off": (8, ("--compile", "off")),
+    "off-bf16": (8, ("--compile", "off", "--dtype", "bfloat16")),
     "small": (3, ()),
 }
 

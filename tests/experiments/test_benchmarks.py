@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import models
-from experiments.benchmarks import gpu_checks, gpu_speed, gpu_suite, memory, runs, sft_cpu, sft_end_to_end
+from experiments.benchmarks import gpu_checks, gpu_suite, memory, runs, sft_cpu, sft_end_to_end, train_gpu
 from experiments.benchmarks import kernels as kernels_benchmark
 from experiments.benchmarks.live_bytes import LiveBytes, allocated
 from functional_trainer import flops, losses, tree
@@ -104,7 +104,8 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
         if b.name in ("flash_attn", "flash_attn_3", "varlen") or kind not in {"plain", *b.cases} and b.name != "shapes"
     }
     assert skipped == elsewhere | {name for name in gpu_checks.CASES if name.startswith(gpu)}
-    assert [row["name"] for row in out["speed"]] == list(gpu_speed.contestants(True))
+    assert out["kernels"]["rows"] and "error" not in out["kernels"]
+    assert [row["name"] for row in out["speed"]] == list(train_gpu.contestants(True))
     assert all(row["tokens_s"] > 0 and row["mfu"] is None for row in out["speed"])
     assert [row["name"] for row in out["memory"]] == memory.settings("off")
     numbers = models.count(models.from_config(sft_cpu.hf_config(1) | {"vocab_size": 64}))

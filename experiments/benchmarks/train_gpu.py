@@ -1,7 +1,14 @@
-"""The contestants of gpu_suite.py: training steps of Qwen3-30B-A3B at its real widths (128 experts, top-8).
+"""Train on one GPU, beside transformers: tokens a second, MFU and peak memory at a model's real widths.
 
-As deep as AdamW leaves room for, random weights, packed documents of 512 to 2048 tokens in rows of 4096. `ours` keeps
-float32 masters and moments, `-bf16` and transformers keep bfloat16 ones.
+    python experiments/benchmarks/train_gpu.py                            # Qwen3-30B-A3B, as deep as fits
+    python experiments/benchmarks/train_gpu.py --model 235b-a22b --contestants 'ours-layer*' hf-liger --json out.json
+
+The model is as deep as AdamW leaves room for, its weights are random, documents of 512 to 2048 tokens are packed in
+rows of 4096. `ours` keeps float32 masters and moments, `-bf16` and transformers keep bfloat16 ones. MFU counts
+6 FLOPs a token of every weight that the token meets and 12 N H a layer of every pair of tokens that causal attention
+compares within real documents (`functional_trainer/flops.py`), over seconds and the device's dense peak in bfloat16.
+
+`gpu_suite.py` runs this with its default model. What cannot run here, for want of a package, is left out.
 """
 
 import dataclasses
@@ -9,31 +16,58 @@ import gc
 import importlib.util
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clone without installing
 
 from experiments.benchmarks import sft_cpu
 from experiments.benchmarks.gpu_checks import TOKENS, At
+from functional_trainer import config
 
 GIB = 2**30
+Name = Literal["30b-a3b", "235b-a22b"]
 
 
-def timed_config(layers: int, small: bool) -> dict[str, Any]:
-    """Return Qwen3-30B-A3B at some depth, or at the CPU small in every way."""
+@dataclass(frozen=True)
+class Options:
+    model: Name = "30b-a3b"
+    """Preset whose widths are trained (on the CPU it is tiny)."""
+    device: str = "auto"
+    """Device to train on."""
+    contestants: tuple[str, ...] = ()
+    """Names, with wildcards ("ours-*"); none means all."""
+    layers: int = 0
+    """Depth (0: as many layers as fit)."""
+    rows: int = 2
+    """Rows of 4096 tokens a step."""
+    rounds: int = 3
+    """Times each contestant is built and timed."""
+    steps: int = 5
+    """Timed steps a round, after two untimed ones."""
+    json: Path | None = None
+    """Also write the results here."""
+
+
+def timed_config(model: str, layers: int, small: bool) -> dict[str, Any]:
+    """Return a preset at some depth, or on the CPU a small one."""
     import models
 
-    return models.PRESETS["tiny" if small else "30b-a3b"] | {"num_hidden_layers": layers, **TOKENS}
+    return models.PRESETS["tiny" if small else model] | {"num_hidden_layers": layers, **TOKENS}
 
 
-def layers_that_fit(device: Any, tokens: int) -> int:
+def layers_that_fit(model: str, device: Any, tokens: int) -> int:
     """Return the depth that free memory has room for: 18 bytes a parameter, activations, logits, a leaf's update."""
     import torch
 
     import models
 
-    one, two = (models.from_config(timed_config(n, False)) for n in (1, 2))
+    one, two = (models.from_config(timed_config(model, n, False)) for n in (1, 2))
     layer = models.count(two) - models.count(one)
     fixed = models.count(one) - layer
     c = one.config
@@ -41,7 +75,13 @@ def layers_that_fit(device: Any, tokens: int) -> int:
     kept = 2 * tokens * (c.top_k * (2 * c.dim + 3 * c.expert_hidden) + 20 * c.dim)
     free = 0.92 * torch.get_device_module(device).mem_get_info()[0]
     logits, update = 14 * tokens * c.vocab, 12e9
-    return max(1, min(48, math.floor((free - 18 * fixed - logits - update) / (18 * layer + kept))))
+    return max(
+        1,
+        min(
+            models.PRESETS[model]["num_hidden_layers"],
+            math.floor((free - 18 * fixed - logits - update) / (18 * layer + kept)),
+        ),
+    )
 
 
 def prefer(op: str, name: str) -> None:
@@ -129,11 +169,11 @@ def contestants(small: bool) -> dict[str, Callable]:
 class Timer:
     """One contestant in its own process."""
 
-    def __init__(self, at: At, name: str, layers: int, rows: int):
+    def __init__(self, at: At, model: str, name: str, layers: int, rows: int):
         import models
 
         self.at, small = at, at.small
-        self.model = models.from_config(timed_config(layers, small))
+        self.model = models.from_config(timed_config(model, layers, small))
         length = at.pick(64, 4096)
         batch = sft_cpu.packed_batch(rows, length, self.model.config.vocab, seed=3, shortest=length // 8)
         self.batch = {k: v.to(at.device) for k, v in batch.items()}
@@ -174,3 +214,14 @@ class Timer:
         work = flops.train_flops(self.model.specs, lengths, c.top_k, c.windows)
         rate = self.batch["tokens"].numel() / seconds
         return rate, flops.mfu(work, seconds, backend.peak_flops(self.at.device, torch.bfloat16))
+
+
+def main(o: Options) -> None:
+    from experiments.benchmarks import gpu_suite  # whose processes and table these are
+
+    own = dataclasses.asdict(o) | {"only": o.contestants, "what": "speed"}
+    gpu_suite.main(gpu_suite.Options(**{k: v for k, v in own.items() if k != "contestants"}))
+
+
+if __name__ == "__main__":
+    config.run(main, Options, doc=__doc__)
