@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.remove(str(Path(__file__).resolve().parent))  # whose kernels.py is not the package that transformers asks for
+
 
 def main(job: dict[str, Any]) -> None:
     from datasets import load_dataset
