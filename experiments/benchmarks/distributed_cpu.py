@@ -101,18 +101,8 @@ def fsdp2(model: Any, params: tree.Tree, batch: dict[str, Any], reshard: bool) -
     for layer in module.model.layers:
         fully_shard(layer, reshard_after_forward=reshard)
     fully_shard(module, reshard_after_forward=reshard)
-    adamw = sft_cpu.hf_adamw(module)
-    inputs = sft_cpu.hf_inputs(batch)
-
-    def step() -> float:
-        loss = module(**inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), sft_cpu.CLIP)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+    step = sft_cpu.hf_train(module, module, sft_cpu.hf_inputs(batch))
+    return lambda: step().item()
 
 
 def race(o: Options, family: str) -> dict[str, dict[str, float]]:

@@ -159,6 +159,23 @@ def hf_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def hf_train(module: Any, forward: Callable, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """Return a step of transformers' module with AdamW that gives its loss; `forward` may be the module, compiled."""
+    import torch
+
+    adamw = hf_adamw(module)
+
+    def step() -> Any:
+        loss = forward(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
 # contestants: each builds `step() -> loss` ---------------------------------------------------------------------------
 
 
@@ -197,20 +214,15 @@ def transformers(o: Options, experts: str, autocast: bool, compiled: bool) -> Ca
     device = batch["tokens"].device
     module = hf_module(model, dtype, device, params, attn_implementation="sdpa", experts_implementation=experts)
     del params
-    adamw = hf_adamw(module)
     inputs = hf_inputs(batch) | {"output_router_logits": o.balance == "hf"}
     forward = torch.compile(module) if compiled else module
 
-    def step() -> float:
+    def cast(**inputs: Any) -> Any:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-            loss = forward(**inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        return loss.item()
+            return forward(**inputs)
 
-    return step
+    step = hf_train(module, cast, inputs)
+    return lambda: step().item()
 
 
 def linear(rows: int, width_in: int, width_out: int, dtype: Any) -> list[Callable[[], Any]]:

@@ -128,18 +128,8 @@ def hf_step(at: At, model: Any, batch: Any, attention: str, compiled: bool, lige
 
     def build() -> Callable:
         module = sft_cpu.hf_module(model, torch.bfloat16, at.device, **how)
-        adamw = sft_cpu.hf_adamw(module)
         forward = torch.compile(module, backend=at.compiler) if compiled else module
-
-        def run() -> Any:
-            loss = forward(**inputs).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), sft_cpu.CLIP)
-            adamw.step()
-            adamw.zero_grad(set_to_none=True)
-            return loss.detach()
-
-        return run
+        return sft_cpu.hf_train(module, forward, inputs)
 
     return build
 
