@@ -1,5 +1,6 @@
 """What a rank does in a step whose layers are compiled, in order."""
 
+import time
 import weakref
 from typing import Any
 
@@ -27,17 +28,28 @@ def events(step: Any, *args: Any) -> list[str]:
     return [NAMES[e.name] for e in found if e.name in NAMES]
 
 
+def alive(refs: list[weakref.ref], most: int) -> int:
+    """Return how many are alive: at once if at most `most` are, else after a second.
+
+    The thread that completes an exchange lets go of its tensors a moment after those who wait for it go on.
+    """
+    until = time.monotonic() + 1
+    while (count := sum(x() is not None for x in refs)) > most and time.monotonic() < until:
+        time.sleep(0.01)
+    return count
+
+
 def gathered(step: Any, *args: Any) -> int:
     """Return how many layers' gathered weights a step has at most, at the moments when one begins to be gathered."""
-    alive: list[weakref.ref] = []
+    refs: list[weakref.ref] = []
     most, fetch = 0, Sharder._fetch
 
     def watching(self, params, prefix, dtype):
         nonlocal most
         made = fetch(self, params, prefix, dtype)
         if prefix != "params":  # a layer's, and not the embedding
-            alive.extend(weakref.ref(x.untyped_storage()) for x in made.whole[:1])
-            most = max(most, sum(x() is not None for x in alive))
+            refs.extend(weakref.ref(x.untyped_storage()) for x in made.whole[:1])
+            most = max(most, alive(refs, 2))
         return made
 
     Sharder._fetch = watching  # type: ignore[method-assign]
