@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 
 from sharding_rules import maths
 from sharding_rules.explain import MASTER, Group, Sizes, group, mesh, part
+from sharding_rules.layout import names
 from sharding_rules.listen import Heard, Region, Shape
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import (
@@ -44,7 +45,6 @@ from sharding_rules.rules import (
     unfit,
     zero,
 )
-from sharding_rules.sharder import names
 
 GIANT = 2**20, 0.01
 """A tensor is a giant if a device could save this many bytes, and this share of what it stores."""

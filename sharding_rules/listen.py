@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from functional_trainer.types import OneDevice
-from sharding_rules.sharder import names
+from sharding_rules.layout import names
 
 Shape = tuple[int | None, ...]
 """Sizes of the dims of a tensor; None is one that depends on the batch."""

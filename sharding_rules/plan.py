@@ -20,9 +20,10 @@ import torch._C._distributed_c10d as c10d
 from functional_trainer import param, tree
 from functional_trainer.param import Part
 from sharding_rules.exchange import run
+from sharding_rules.gathering import Fetched
 from sharding_rules.mesh import AXES
 from sharding_rules.rules import Held, Rules
-from sharding_rules.sharder import Fetched, Sharder
+from sharding_rules.sharder import Sharder
 from sharding_rules.watch import Costs, Watch, in_backward, size
 
 SHAPES = torch.device("meta")

@@ -6,9 +6,9 @@
 Contestants of a case share one process, take turns, one run each a round, and must agree with ours before they are
 timed: results and gradients, within the type's error. Times are medians.
 
-    floor     the vendor's matrix products alone, each once forward and twice backward, on buffers made before: of the
-              experts with their actual numbers of rows, of the head for all tokens; of attention PyTorch's kernel for
-              each document (float32 on the CPU)
+    floor     the vendor's matrix products alone, each once forward and twice backward, on buffers made before, those of
+              rows shared by all: of the experts with their actual numbers of rows, of the head for all tokens; of
+              attention PyTorch's kernel for each document (float32 on the CPU)
     ours-X    `kernels` with backend X
     ...*      compiled by Inductor
     hf-X      transformers' Qwen3MoeExperts with implementation X, left out if it would copy more than --memory-gib;
@@ -112,14 +112,20 @@ def both(fn: Callable[[], torch.Tensor], leaves: list[torch.Tensor], grad: torch
 
 
 def products(*sizes: tuple[int, int, int], dtype: str, device: torch.device) -> Callable[[], None]:
-    """Return what runs the three products of each (rows, in, out), on buffers that those of one size share."""
-    with device:
-        made = {size: sft_cpu.linear(*size, getattr(torch, dtype)) for size in dict.fromkeys(sizes)}
+    """Return what runs the three products of each (rows, in, out), every one with a weight of its own.
+
+    Rows come from and go to one place, as if all that a product needs but its weight were still in the caches.
+    """
+    make = partial(torch.randn, dtype=getattr(torch, dtype), device=device)
+    most = {n: max(rows for rows, *ends in sizes if n in ends) for size in sizes for n in size[1:]}
+    a, b = ({n: make(rows, n) for n, rows in most.items()} for _ in range(2))
+    weights = [(make(o, i), make(o, i)) for _, i, o in sizes]
 
     def run() -> None:
-        for size in sizes:
-            for call in made[size]:
-                call()
+        for (rows, i, o), (w, dw) in zip(sizes, weights, strict=True):
+            torch.mm(a[i][:rows], w.T, out=b[o][:rows])
+            torch.mm(a[o][:rows], w, out=b[i][:rows])
+            torch.mm(a[o][:rows].T, a[i][:rows], out=dw)
 
     return run
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from sharding_rules.sharder import Again, Sharder
+from sharding_rules.gathering import Again
+from sharding_rules.sharder import Sharder
 from tests.multi_rank import parity
 
 DEPTH = 4
