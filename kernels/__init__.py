@@ -40,7 +40,7 @@ SOURCE = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).p
 
 
 EXPENSIVE = frozenset({
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "functional_trainer::grouped_matmul",
+    "aten::mm", "aten::addmm", "aten::bmm", "functional_trainer::grouped_mm", "functional_trainer::grouped_matmul",
     "functional_trainer::moe", "functional_trainer::attention_documents",
     "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward", "torch_attn::_varlen_attn",
     "flex_attention",

@@ -155,12 +155,41 @@ def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, slots: int) -> tor
     return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, False, True)
 
 
+@torch.library.custom_op("functional_trainer::grouped_mm", mutates_args=())
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Call `F.grouped_mm` of rows, (R, I) (E, I, O), or along them, (O, R) (R, I): as it is, compilers refuse all but
+    bfloat16."""
+    return F.grouped_mm(a, b, offs=ends).contiguous()
+
+
+@_grouped_mm.register_fake
+def _(a, b, ends):
+    return a.new_empty(*((len(ends), a.shape[0]) if b.ndim == 2 else a.shape[:1]), b.shape[-1])
+
+
+def _grouped_mm_backward(ctx, grad):
+    a, b, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    da = _grouped_mm(b, grad.mT, ends).mT if b.ndim == 2 else _grouped_mm(grad, b.mT, ends)
+    return da, _grouped_mm(a.mT, grad, ends), None
+
+
+_grouped_mm.register_autograd(
+    _grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+def _used(counts: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return where experts' rows end, and rows of which those of no expert are cleared."""
+    ends = counts.cumsum(0).to(torch.int32)
+    used_R1 = torch.arange(rows[0].shape[0], device=counts.device)[:, None] < ends[-1]
+    return ends, *(torch.where(used_R1, x, 0) for x in rows)
+
+
 def grouped_mm(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
     """Call `F.grouped_mm` and clear the rows of no expert, which it leaves unwritten in result and gradient."""
-    offsets = counts_E.cumsum(0).to(torch.int32)
-    used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < offsets[-1]
-    out = F.grouped_mm(torch.where(used_R1, x_RI, 0), w_EOI.mT, offs=offsets)
-    return torch.where(used_R1, out, 0)
+    ends, x_RI = _used(counts_E, x_RI)
+    return _used(counts_E, _grouped_mm(x_RI, w_EOI.mT, ends))[1]
 
 
 # g (R, O)^T x (R, I) of each expert's rows, alone: in 8 bits the two gradients have operands of their own --
@@ -183,9 +212,8 @@ def _(grad, x, counts):
 
 def grouped_weight_grad(grad: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Call `F.grouped_mm` of rows of which those of no expert are cleared."""
-    ends = counts.cumsum(0).to(torch.int32)
-    used_R1 = torch.arange(x.shape[0], device=x.device)[:, None] < ends[-1]
-    return F.grouped_mm(torch.where(used_R1, grad, 0).mT, torch.where(used_R1, x, 0), offs=ends)
+    ends, grad, x = _used(counts, grad, x)
+    return _grouped_mm(grad.mT, x, ends)
 
 
 def reference_weight_grad(grad: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,29 @@ def routing(at: At, skew: str, T: int, E: int, K: int) -> Any:
     return ids
 
 
-def experts(at: At, name: str, skew: str, kind: str = "swiglu") -> list[Check]:
+def replayed(at: At, fn: Callable, ids: Any, experts: int) -> Callable:
+    """Return a function compiled into device graphs that are recorded while experts are chosen otherwise."""
+    import torch
+
+    torch.compiler.reset()
+    run = torch.compile(fn, fullgraph=True, dynamic=False, **at.pick({"backend": "eager"}, {"mode": "reduce-overhead"}))
+
+    def call(*leaves: Any) -> Any:
+        chosen, seen = ids.clone(), torch._dynamo.utils.counters["inductor"]
+        before = seen["cudagraph_skips"]
+        for _ in range(3):  # run, recorded, replayed
+            ids.copy_(routing(at, "balanced", ids.shape[0], experts, ids.shape[1]))
+            out = run(*leaves)
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+        if seen["cudagraph_skips"] > before:
+            raise RuntimeError("Inductor recorded no graph; TORCH_LOGS=cudagraphs says why")
+        ids.copy_(chosen)
+        return run(*leaves)
+
+    return call
+
+
+def experts(at: At, name: str, skew: str, kind: str = "swiglu", graph: bool = False) -> list[Check]:
     """Check an expert layer against a loop over all experts; the clamped activation comes with biases, as GPT-OSS's.
 
     The limit is one that nothing reaches in 16 bit: at a limit gradients jump, and a rounding decides.
@@ -210,7 +232,8 @@ def experts(at: At, name: str, skew: str, kind: str = "swiglu") -> list[Check]:
         return kernels.experts(x, w, ids, gate_up, down, E, **options)
 
     shapes = (T, D), (T, K), (E, 2, hidden, D), (E, D, hidden), *((E, 2, hidden), (E, D))[: 2 * (kind[0] == "c")]
-    return compare(at, ours, reference, [randn(at, *shape) * shape[-1] ** -0.5 for shape in shapes])
+    run = replayed(at, ours, ids, E) if graph else ours
+    return compare(at, run, reference, [randn(at, *shape) * shape[-1] ** -0.5 for shape in shapes])
 
 
 def sort(at: At, name: str, skew: str) -> list[Check]:
@@ -476,6 +499,10 @@ CASES: dict[str, Callable[[At], list[Check]]] = {
         f"experts {name}, {kind}": partial(experts, name=name, skew="skewed", kind=kind)
         for name in ("blas", "torch", "triton")
         for kind in ("geglu", "clamped_swiglu")
+    },
+    **{
+        f"experts {name}, replayed": partial(experts, name=name, skew="skewed", graph=True)
+        for name in ("blas", "torch", "triton")
     },
     **{
         f"sort {name}, {skew}": partial(sort, name=name, skew=skew)

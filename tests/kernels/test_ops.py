@@ -50,6 +50,10 @@ def samples():
             (grad, x.detach(), experts.detach(), counts, None, None, 1, False, False),
             (grad[:6], tokens.detach(), *(t if isinstance(t, int) else t.detach() for t in routed), True, False),
         ],
+        "grouped_mm": [
+            (leaf(8, 4), leaf(3, 4, 8, seed=1), torch.tensor([3, 3, 8], dtype=torch.int32)),
+            (leaf(8, 4).mT, leaf(8, 12, seed=1), torch.tensor([3, 3, 8], dtype=torch.int32)),
+        ],
         "grouped_weight_grad": [(grad, x.detach(), counts), (grad.bfloat16(), x.detach().bfloat16(), counts)],
         "linear_logprob": [
             (h, w, targets, None, None, 0, 0.0, 1.0, True, True),
