@@ -71,7 +71,7 @@ def spread(scale: torch.Tensor, shape: torch.Size, rows: int, cols: int) -> torc
 
 def scale_of(most: torch.Tensor) -> torch.Tensor:
     """Return the scale, float32, with which values of at most `most` in size fit into e4m3."""
-    bits = (most.to(torch.float32) / MOST).clamp_min(2.0**-126).view(torch.int32)
+    bits = (most.to(torch.float32) / MOST).clamp_min(2.0**-126).view(torch.int32).clamp_max(0x7F800000)
     return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the mantissa away, upwards; of NaN infinity
 
 
