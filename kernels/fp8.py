@@ -229,7 +229,8 @@ def along_rows(x: torch.Tensor, counts: torch.Tensor, tile: int) -> torch.Tensor
         group = (tiles.cumsum(0) - tiles)[place] + (row - (ends - counts)[place]) // tile
         group = torch.where(expert < E, group, most)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = wide.new_zeros(most + 1, C).scatter_reduce(0, group[:, None].expand(R, C), wide.abs(), "amax")
+    size = torch.where(wide.isnan(), torch.inf, wide.abs())  # a scattered maximum may lose NaN
+    largest = wide.new_zeros(most + 1, C).scatter_reduce(0, group[:, None].expand(R, C), size, "amax")
     scale = scale_of(largest)[group]
     return ((wide / scale).to(E4M3).to(wide.dtype) * scale).to(x.dtype)
 
