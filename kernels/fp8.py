@@ -15,6 +15,8 @@ scale, which is below 1/224 of the largest value that shares it. What is not fin
 x is kept for backward in 8 bits, and quantised again along tokens for dw, as is g. Scales of w's rows do not factor out
 of dx, so there g takes them in before it is quantised. Sizes need not be multiples of a tile: the last one is smaller.
 
+Here products are emulated, or PyTorch's where it has one; `kernels.fp8_triton` multiplies 8 bits by the recipe tile.
+
 T tokens, R rows sorted by expert, E experts, I inputs, O outputs.
 """
 
@@ -207,7 +209,11 @@ def dequantised(multiply: Callable, weights: Callable) -> Products:
 
 
 def scaled_grouped_mm(a: Quantised, w: Quantised, counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Let `torch._scaled_grouped_mm` multiply operands with a scale a row; as `scaled_mm`."""
+    """Let `torch._scaled_grouped_mm` multiply operands with a scale a row; as `scaled_mm`.
+
+    It has a form for gradients of weights, too, which is not used: it takes both operands turned, each expert's rows from
+    a multiple of 16 on, a copy that nothing here makes.
+    """
     by_row = (a.rows, a.cols, w.rows, w.cols) == (1, 0, 1, 0) and dtype == torch.bfloat16
     if not by_row or any([n % 16 for n in w.data.shape[1:]]):
         return grouped_mm(a.to(dtype), w.to(dtype), counts)
