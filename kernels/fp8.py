@@ -211,8 +211,8 @@ def dequantised(multiply: Callable, weights: Callable) -> Products:
 def scaled_grouped_mm(a: Quantised, w: Quantised, counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Let `torch._scaled_grouped_mm` multiply operands with a scale a row; as `scaled_mm`.
 
-    It has a form for gradients of weights, too, which is not used: it takes both operands turned, each expert's rows from
-    a multiple of 16 on, a copy that nothing here makes.
+    Gradients of weights are dequantised: its form for them takes both operands turned, each expert's rows from a
+    multiple of 16 on, copies that nothing here makes.
     """
     by_row = (a.rows, a.cols, w.rows, w.cols) == (1, 0, 1, 0) and dtype == torch.bfloat16
     if not by_row or any([n % 16 for n in w.data.shape[1:]]):

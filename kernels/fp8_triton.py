@@ -32,7 +32,7 @@ import triton.language as tl
 from kernels import tuning
 from kernels.moe_triton import Config, _tile, _tokens
 
-BLOCK, WARPS = 128, 8  # values that share a scale; warps that quantise a block of blocks
+BLOCK, WARPS = 128, 8  # values that share a scale; warps that quantise 128 x 128
 CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "sm90": {"product": (Config(128, 128, 128, 8, 4), Config(64, 128, 128, 4, 4), Config(128, 64, 128, 4, 4))},
     "sm80": {"product": ()},  # has no products of e4m3
