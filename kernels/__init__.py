@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from kernels import attention as _attention
 from kernels import fp8 as _fp8
+from kernels import fp8_fused as _fp8_fused
 from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels import moe_fused as _moe_fused
@@ -41,7 +42,7 @@ SOURCE = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).p
 
 EXPENSIVE = frozenset({
     "aten::mm", "aten::addmm", "aten::bmm", "functional_trainer::grouped_mm", "functional_trainer::grouped_matmul",
-    "functional_trainer::moe", "functional_trainer::attention_documents",
+    "functional_trainer::moe", "functional_trainer::fp8_product", "functional_trainer::attention_documents",
     "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward", "torch_attn::_varlen_attn",
     "flex_attention",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -93,12 +94,16 @@ def _layer(matmul: Callable) -> Callable:
     return partial(_moe.layer, expand=expand, reduce=reduce)
 
 
-def _fp8_layer(products: _fp8.Products) -> Callable:
-    """Compose an expert layer in 8 bits."""
-    expand, reduce = (partial(end, products=products) for end in (_fp8.gather_matmul, _fp8.matmul_combine))
+def _fp8_layer(expand: Callable, reduce: Callable) -> Callable:
+    """Compose an expert layer in 8 bits, by a recipe, from its two products."""
     return lambda recipe: partial(
         _moe.layer, expand=partial(expand, recipe=recipe), reduce=partial(reduce, recipe=recipe)
     )
+
+
+def _fp8_by(products: _fp8.Products) -> Callable:
+    """Compose an expert layer in 8 bits from grouped products."""
+    return _fp8_layer(*(partial(end, products=products) for end in (_fp8.gather_matmul, _fp8.matmul_combine)))
 
 
 _fp8_host = _fp8.dequantised(_grouped_matmul.blas, _grouped_matmul.weight_grad)
@@ -134,14 +139,16 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", _moe_fused.sort_by_expert, (), ("cuda",), ()),
     ),
     "fp8_linear": (
-        Backend("reference", _fp8.matmul, ("*",), ("*",), ("cpu",)),
-        Backend("scaled_mm", _fp8.scaled_mm, (), ("cuda", "cpu"), ()),
+        Backend("reference", partial(_fp8.linear, product=_fp8.matmul), ("*",), ("*",), ("cpu",)),
+        Backend("scaled_mm", partial(_fp8.linear, product=_fp8.scaled_mm), (), ("cuda", "cpu"), ()),
+        Backend("triton", _fp8_fused.linear, (), ("cuda",), ()),
     ),
     "fp8_experts": (
-        Backend("blas", _fp8_layer(_fp8_host), ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
-        Backend("torch", _fp8_layer(_fp8_torch), ("cuda",), ("cuda", "cpu"), ()),
-        Backend("scaled_mm", _fp8_layer(_fp8_scaled), (), ("cuda",), ()),
-        Backend("reference", _fp8_layer(_fp8_reference), ("*",), ("*",), ("cpu",)),
+        Backend("blas", _fp8_by(_fp8_host), ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
+        Backend("torch", _fp8_by(_fp8_torch), ("cuda",), ("cuda", "cpu"), ()),
+        Backend("scaled_mm", _fp8_by(_fp8_scaled), (), ("cuda",), ()),
+        Backend("triton", _fp8_layer(_fp8_fused.gather_matmul, _fp8_fused.matmul_combine), (), ("cuda",), ()),
+        Backend("reference", _fp8_by(_fp8_reference), ("*",), ("*",), ("cpu",)),
     ),
     "exchange": (
         Backend("exact", _moe.exact, ("*",), ("*",), ("cpu",)),
@@ -237,7 +244,7 @@ def linear(
     """
     if recipe is None:
         return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
-    y = _fp8.linear(x, weights, recipe, pick("fp8_linear", x.device.type, backend).fn)
+    y = pick("fp8_linear", x.device.type, backend).fn(x, weights, recipe)
     return y if bias is None else y + bias
 
 

@@ -15,6 +15,8 @@ scale, which is below 1/224 of the largest value that shares it. What is not fin
 x is kept for backward in 8 bits, and quantised again along tokens for dw, as is g. Scales of w's rows do not factor out
 of dx, so there g takes them in before it is quantised. Sizes need not be multiples of a tile: the last one is smaller.
 
+Here products are emulated, or PyTorch's where it has one; `kernels.fp8_triton` multiplies 8 bits by the recipe tile.
+
 T tokens, R rows sorted by expert, E experts, I inputs, O outputs.
 """
 
@@ -71,7 +73,7 @@ def spread(scale: torch.Tensor, shape: torch.Size, rows: int, cols: int) -> torc
 
 def scale_of(most: torch.Tensor) -> torch.Tensor:
     """Return the scale, float32, with which values of at most `most` in size fit into e4m3."""
-    bits = (most.to(torch.float32) / MOST).clamp_min(2.0**-126).view(torch.int32)
+    bits = (most.to(torch.float32) / MOST).clamp_min(2.0**-126).view(torch.int32).clamp_max(0x7F800000)
     return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the mantissa away, upwards; of NaN infinity
 
 
@@ -207,7 +209,11 @@ def dequantised(multiply: Callable, weights: Callable) -> Products:
 
 
 def scaled_grouped_mm(a: Quantised, w: Quantised, counts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Let `torch._scaled_grouped_mm` multiply operands with a scale a row; as `scaled_mm`."""
+    """Let `torch._scaled_grouped_mm` multiply operands with a scale a row; as `scaled_mm`.
+
+    Gradients of weights are dequantised: its form for them takes both operands turned, each expert's rows from a
+    multiple of 16 on, copies that nothing here makes.
+    """
     by_row = (a.rows, a.cols, w.rows, w.cols) == (1, 0, 1, 0) and dtype == torch.bfloat16
     if not by_row or any([n % 16 for n in w.data.shape[1:]]):
         return grouped_mm(a.to(dtype), w.to(dtype), counts)
@@ -229,7 +235,8 @@ def along_rows(x: torch.Tensor, counts: torch.Tensor, tile: int) -> torch.Tensor
         group = (tiles.cumsum(0) - tiles)[place] + (row - (ends - counts)[place]) // tile
         group = torch.where(expert < E, group, most)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = wide.new_zeros(most + 1, C).scatter_reduce(0, group[:, None].expand(R, C), wide.abs(), "amax")
+    size = torch.where(wide.isnan(), torch.inf, wide.abs())  # a scattered maximum may lose NaN
+    largest = wide.new_zeros(most + 1, C).scatter_reduce(0, group[:, None].expand(R, C), size, "amax")
     scale = scale_of(largest)[group]
     return ((wide / scale).to(E4M3).to(wide.dtype) * scale).to(x.dtype)
 

@@ -258,7 +258,7 @@ def eight_bits(at: At, op: str, name: str, recipe: str) -> list[Check]:
     """Check products in 8 bits against their emulation in float64, which quantises the same operands.
 
     Of experts the second product's operand is what the dtype made of the first: where that is near a tie in e4m3 it may
-    be off by a step, an eighth of itself.
+    be off by a step, an eighth of itself. Tensor cores sum 128 products of 8 bits with 14 bits of the largest.
     """
     import torch
 
@@ -270,7 +270,8 @@ def eight_bits(at: At, op: str, name: str, recipe: str) -> list[Check]:
     if op == "fp8_linear":
         T, inner, outer = at.pick((48, 80, 32), (1024, 2048, 1536))
         ours, wanted = (partial(kernels.linear, recipe=how, backend=b) for b in (name, "reference"))
-        return compare(at, ours, wanted, [randn(at, T, inner), randn(at, outer, inner)])
+        found = compare(at, ours, wanted, [randn(at, T, inner), randn(at, outer, inner)])
+        return [c._replace(tolerance=max(c.tolerance, 2e-3)) for c in found] if name == "triton" else found
     T, D, E, K, hidden = at.pick((30, 32, 5, 2, 48), (512, 2048, 16, 4, 768))
     ids = torch.rand(T, E, device=at.device).topk(K).indices
     ids[-3:] = E
@@ -486,6 +487,7 @@ def step_forms(at: At, form: str) -> list[Check]:
     return [Check(k, error(seen[form][k], seen["off"][k]), wide[k]) for k in wide]
 
 
+EIGHT = {"fp8_linear": ("reference", "scaled_mm", "triton"), "fp8_experts": ("blas", "torch", "scaled_mm", "triton")}
 CASES: dict[str, Callable[[At], list[Check]]] = {
     **{f"attention {name} {case}": partial(attention, name=name, case=case) for name in ATTENTION for case in KINDS},
     **{f"attention flex {case}, compiled": partial(attention, name="flex", case=case, compiled=True) for case in KINDS},
@@ -511,9 +513,10 @@ CASES: dict[str, Callable[[At], list[Check]]] = {
     },
     **{
         f"{op} {name}, {recipe}": partial(eight_bits, op=op, name=name, recipe=recipe)
-        for op, names in (("fp8_linear", ("reference", "scaled_mm")), ("fp8_experts", ("blas", "torch", "scaled_mm")))
+        for op, names in EIGHT.items()
         for name in names
         for recipe in ("tile", "row")
+        if (name, recipe) != ("triton", "row")
     },
     "linear_logprob": partial(linear_logprob, plain=True),
     "linear_logprob bias softcap temperature mask": partial(linear_logprob, plain=False),

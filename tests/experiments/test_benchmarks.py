@@ -96,7 +96,7 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
         (n, d) for n in gpu_checks.CASES for d in gpu_checks.TOLERANCE
     }
     skipped = {c["case"] for c in out["checks"] if c["dtype"] == "float32" and c["status"] == "skip"}
-    gpu = "experts triton", "sort triton", "fp8_experts scaled_mm"
+    gpu = "experts triton", "sort triton", "fp8_experts scaled_mm", "fp8_experts triton", "fp8_linear triton"
     elsewhere = {
         f"attention {b.name} {kind}"
         for b in kernels.BACKENDS["attention"]

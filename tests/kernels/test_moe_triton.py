@@ -11,14 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.benchmarks import compiled_kernels
-from kernels import Activation, moe_triton, symmetric_triton
+from kernels import Activation, fp8_triton, moe_triton, symmetric_triton
 from tests.kernels import moe_cases
 from tests.kernels.interpreted import Interpreter
 from tests.kernels.moe_cases import Case
 
 ROOT = Path(__file__).parents[2]
 LIMIT = {torch.float32: 2e-6, torch.float16: 4e-3}
-TILES = {target: moe_triton.CONFIGS[target] | symmetric_triton.CONFIGS[target] for target in moe_triton.CONFIGS}
+TILES = {
+    target: moe_triton.CONFIGS[target] | symmetric_triton.CONFIGS[target] | fp8_triton.CONFIGS[target]
+    for target in moe_triton.CONFIGS
+}
 ACTIVATIONS = Activation(), Activation("geglu"), Activation("clamped_swiglu"), Activation("clamped_swiglu", 0.6, 1.1)
 
 
@@ -80,9 +83,11 @@ def test_every_config_compiles_without_spills_onto_tensor_cores(generation):
     program = [sys.executable, ROOT / "experiments" / "benchmarks" / "compiled_kernels.py", "--generations", generation]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    tiles, of = TILES[generation], compiled_kernels.KERNELS.values()
-    matmuls = sum(2 * len(tiles[k.fn]) + 1 for k in of if not k.tile)  # bf16 and fp16 with every config, fp32 with one
-    others = sum(1 if k.module == "sort_triton" else 3 for k in of if k.tile)
+    tiles = TILES[generation]
+    of = [k for k in compiled_kernels.KERNELS.values() if tiles["product"] or k.module != "fp8_triton"]
+    # bf16 and fp16 with every config, fp32 with one; in 8 bits, whose results those are, all with every config
+    matmuls = sum(3 * len(tiles[k.fn]) if k.types else 2 * len(tiles[k.fn]) + 1 for k in of if not k.tile)
+    others = sum(1 if k.dtype else 3 for k in of if k.tile)
     assert f"{matmuls + others} compiled: no spills" in done.stdout
 
 
@@ -92,6 +97,9 @@ def test_what_must_not_be_is_told():
     assert good._replace(instruction="mma").wrong == "uses mma, not wgmma"
     assert good._replace(spilled=8).wrong == "spills 8 bytes"
     assert "232448 are there" in good._replace(shared=240_000).wrong
+    eight = good._replace(kernel="product, over rows", instruction="wgmma, 8 bit")
+    assert not eight.wrong and not eight._replace(dtype="fp32").wrong
+    assert eight._replace(dtype="fp32", instruction="wgmma").wrong == "uses wgmma, not wgmma, 8 bit"
 
 
 def test_the_page_lists_every_config():
