@@ -1,6 +1,7 @@
 """A plan against reality: what gloo ranks hold and send in a real step is what the plan of that step says."""
 
 import importlib
+import math
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -173,6 +174,33 @@ def test_products_are_those_of_the_formula(remat):
     head, scores = 2 * T * c.vocab * c.dim, 2 * c.heads * c.head_dim * seen * len(c.windows)
     again = (need - 3 * head) / 3 if remat == "layer" else 0
     assert done == pytest.approx(need + head + scores + again, rel=1e-12)
+
+
+def test_what_is_sent_is_the_least_that_the_layout_needs():
+    """By hand: each weight is gathered once, each gradient summed once, each routed row goes and comes twice."""
+    moe, dense = (models.from_config(config).specs for config in (parity.MOE, parity.DENSE))
+    names = {"gather": "all_gather_into_tensor", "scatter": "reduce_scatter_tensor", "swap": "all_to_all_single"}
+
+    def nbytes(specs, part: str = "") -> int:
+        return 4 * sum(math.prod(p.shape) for path, p in tree.flatten(specs).items() if part in path)
+
+    def sent(config: dict, mesh: str, **options) -> dict[str, float]:
+        costs = planned((config, options), mesh, ROWS, LENGTH)
+        return {short: costs.get(("sent", name, (mesh[:-1],)), 0) for short, name in names.items()}
+
+    heads = nbytes(moe, "q_norm") + nbytes(moe, "k_norm")  # which every rank has whole
+    stored, experts = nbytes(moe) - heads, nbytes(moe, "moe/gate_up") + nbytes(moe, "moe/down")
+    assert sent(parity.MOE, "fsdp2") == {"gather": stored, "scatter": stored, "swap": 0}
+    again = nbytes(moe["layers"]) - heads
+    assert sent(parity.MOE, "fsdp2", remat="layer") == {"gather": stored + again, "scatter": stored, "swap": 0}
+    routed = 4 * ROWS * LENGTH * parity.MOE["num_experts_per_tok"] * parity.MOE["hidden_size"]
+    swaps = len(moe["layers"]) * (4 * routed + 8 * parity.MOE["num_experts"])  # and how many rows go where
+    assert sent(parity.MOE, "ep2") == {"gather": stored - experts, "scatter": stored - experts, "swap": swaps}
+    biases = sum(nbytes(dense, f"attn/{name}_bias") for name in "qkv")
+    both = nbytes(dense) - heads - biases + nbytes(dense, "embed")  # tied, gathered at both ends
+    assert sent(parity.DENSE, "fsdp2") == {"gather": both, "scatter": both, "swap": 0}
+    summed = planned((parity.MOE, {}), "dp2", ROWS, LENGTH)["sent", "all_reduce", ("dp",)]
+    assert nbytes(moe) <= summed < nbytes(moe) + 300  # and some sums of numbers
 
 
 def test_what_a_part_of_the_peak_is():
