@@ -8,6 +8,7 @@ its parameter. The first `fullmatch` wins and a path without a rule is an error:
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -162,16 +163,16 @@ class Rules:
     def fit(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> "Rules":
         """Return the table for parameters of these shapes (by path, "params/..."): with `repeat` where it is needed.
 
-        ValueError lists every parameter that has no row or that its row does not fit.
+        ValueError lists every parameter that has no row or that its row does not fit, layers that are alike as one.
         """
-        wrong, fitted = [], self.short(shapes, sizes)
+        wrong, fitted = Counter[str](), self.short(shapes, sizes)
         for path, shape in shapes.items():
             try:
                 fitted.where(path, sizes, use=False, shape=shape)
             except ValueError as error:
-                wrong.append(str(error))
+                wrong[re.sub(r"/\d+/", "/*/", str(error))] += 1
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise ValueError("\n".join(f"{said} ({n} tensors)" if n > 1 else said for said, n in wrong.items()))
         return fitted
 
     def short(self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> "Rules":

@@ -203,14 +203,17 @@ def start(case: Case, shard):
         rules = ("embed|.*/attn/k", None), (".*/moe/router|.*/q_norm", optimizers.lion(rate))
         more = (".*/moe/.*|.*/attn/[qvo]", muon), (".*", optimizer)
         optimizer = optimizers.with_ema(optimizers.by_path(*rules, *more), 0.9)
-    optimizer = recording(optimizer)
+    optimizer, loss, buffers = recording(optimizer), losses.sft(case.balance, 0.1), {}
+    if "num_experts" in case.config:  # a buffer keeps which experts were chosen
+        loss = replace(loss, update=lambda buffers, sums: {"chosen": buffers["chosen"] + sums["load"].sum(0)})
+        buffers = {"chosen": torch.zeros(case.config["num_experts"], dtype=torch.int64)}
     torch._dynamo.reset()
-    step = make_train_step(model, losses.sft(case.balance, 0.1), optimizer, shard=shard, **case.options)
-    return model, step, init_state(params, optimizer)
+    step = make_train_step(model, loss, optimizer, shard=shard, **case.options)
+    return model, step, init_state(params, optimizer, buffers)
 
 
 def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
-    """Run `STEPS` steps; return metrics of each, gradients of the first and parameters after the last, all whole."""
+    """Run `STEPS` steps; return metrics of each, gradients of the first, what the last leaves, all whole."""
     shard = sharder(case, mesh)
     _, step, state = start(case, shard)
     rows = own_rows(case, shard)
@@ -221,6 +224,7 @@ def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
         if i == 0:
             seen |= {f"grads/{path}": shard.full(m["grad"]).clone() for path, m in state.moments.items()}
     kept = {"params": state.params} | ({"ema": ema(state)} if case.mixed else {})
+    seen |= {f"buffers/{k}": v.clone() for k, v in state.buffers.items()}
     return seen | {path: shard.full(p).clone() for path, p in tree.flatten(kept).items()}
 
 

@@ -36,7 +36,9 @@ def placed(hf, mesh):
 
 
 @pytest.mark.parametrize("hf", [MIXED, models.PRESETS["dense-0.6b"] | {"num_hidden_layers": 1}])
-@pytest.mark.parametrize("axes", [("fsdp", "ep"), ("dp", "fsdp"), ("cp", "tp"), ("fsdp", "tp"), ("tp",)])
+@pytest.mark.parametrize(
+    "axes", [("fsdp", "ep"), ("fsdp", "cp"), ("dp", "fsdp"), ("cp", "tp"), ("fsdp", "tp"), ("tp",)]
+)
 def test_it_is_what_a_rank_holds(hf, axes):
     """On a mesh of four ranks, of which rank 0 is here."""
     sizes = dict.fromkeys(axes, 2) if len(axes) == 2 else {axes[0]: 4}
@@ -53,6 +55,7 @@ def test_it_is_what_a_rank_holds(hf, axes):
                 assert shard.where(path) == g.use and math.prod(g.use_shape) >= math.prod(g.rest_shape)
         stored = sum(shard.storage(x).numel() for x in leaves.values())
         assert sum(g.held for g in found) == stored
+        assert (stored / models.count(model) < 0.251) == (axes != ("dp", "fsdp"))  # nothing but dp keeps copies
     finally:
         dist.destroy_process_group()
 
