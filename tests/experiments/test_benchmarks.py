@@ -357,6 +357,7 @@ def test_help_of_the_recipe_imports_no_torch():
 SMALL_OPS = {
     "HOST": {"small": (40, 24, 16, 5, 2), "gpt-oss, small": (40, 24, 16, 5, 2)},
     "HEADS": {"small": (40, 24, 50)}, "ATTENTION": {"small": (2, 40, 4, 2, 8)},
+    "ELEMENTWISE": {"small": (2, 6, 24, 7, 2, 4, 2, 8)},
 }  # fmt: skip
 
 
@@ -372,13 +373,15 @@ def test_ops_are_timed_beside_peers_that_agree(small_ops, tmp_path):
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     cases: dict[tuple, set[str]] = {}
     for row in rows:
-        assert "failed" not in row and len(row["ms"]) == 2 and row["tflops"] > 0
+        assert "failed" not in row and len(row["ms"]) == 2 and row["rate"] > 0
         cases.setdefault((row["op"], row["shape"], row["dtype"], row["note"]), set()).add(row["name"])
     theirs = {f"hf-{name}" for name in sft_cpu.EXPERTS}
     for routing in ("balanced", "mild", "extreme"):
         for shape in SMALL_OPS["HOST"]:
             assert cases["experts", shape, "float32", routing] == {"floor", "ours-blas", "ours-torch"} | theirs
     assert cases["linear_logprob", "small", "bfloat16", ""] == {"floor", "ours", "torch", "logits"}
+    for op, note in (("rms_norm", "residual"), ("rms_norm", "queries"), ("add_norm", ""), ("rope", ""), ("swiglu", "")):
+        assert cases[op, "small", "bfloat16", note] > {"floor", "ours"}
 
 
 def test_an_op_that_is_wrong_is_not_timed(small_ops, monkeypatch, capsys):
