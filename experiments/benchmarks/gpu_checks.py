@@ -315,18 +315,15 @@ def elementwise(at: At, compiled: bool) -> list[Check]:
         gate, up = x.tensor_split(2, -1)
         return gate * torch.sigmoid(gate) * up
 
+    rows = [randn(at, B, S, H), randn(at, H)]
     pairs: dict[str, tuple[Callable, Callable, list[Any]]] = {
         "embedding": (lambda w: kernels.embedding(w, tokens), lambda w: w[tokens], [randn(at, 7, H)]),
-        "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-6), normed, [randn(at, B, S, H), randn(at, H)]),
-        "rms_norm_offset": (
-            lambda x, w: kernels.rms_norm(x, w, 1e-6, offset=1.0),
-            lambda x, w: normed(x, 1 + w),
-            [randn(at, B, S, H), randn(at, H)],
-        ),
+        "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-6), normed, rows),
+        "rms_norm_offset": (lambda x, w: kernels.rms_norm(x, w, 1e-6, 1.0), lambda x, w: normed(x, 1 + w), rows),
         "rms_norm_gated": (
             lambda x, w, gate: kernels.rms_norm(x, w, 1e-6, gate=gate),
             lambda x, w, gate: normed(x, w) * gate * torch.sigmoid(gate),
-            [randn(at, B, S, H), randn(at, H), randn(at, B, S, H)],
+            [*rows, randn(at, B, S, H)],
         ),
         "rope": (partial(rotate, h=H // 2, interleaved=False), turned, [randn(at, B, S, N, H)]),
         "rope_part": (partial(rotate, h=H // 4, interleaved=True), turned_part, [randn(at, B, S, N, H)]),
