@@ -2,10 +2,10 @@
 
 One token of width D reads and writes 2D numbers whatever is computed in between, so a hand-written kernel could only
 save what Inductor already saves: none of these has one. `experiments/benchmarks/kernels.py --ops rms_norm add_norm rope
-swiglu` times them beside copies of the bytes that must move and beside peers. Compiled on a CPU, norms and rotation are
-ahead of peers or level with them, thanks to the one gradient that is written by hand, `Scale`, and SwiGLU is the peers'
-formula (docs/benchmarks.md, "Ops by themselves"). On a GPU, where liger-kernel's Triton kernels take part, nothing has
-been measured. A sum that is then normed needs no function of its own: compiled it is one pass.
+swiglu` times them beside copies of the bytes that must move and beside peers. Compiled on a CPU, norms (by the one
+gradient that is written by hand, `Scale`) and rotation are ahead of their peers or level with them, and SwiGLU is the
+peers' formula (docs/benchmarks.md, "Ops by themselves"). On a GPU, where liger-kernel's Triton kernels take part,
+nothing has been measured. A sum that is then normed needs no function of its own: compiled it is one pass.
 
 All compute in at least float32 and return their input's dtype.
 

@@ -218,7 +218,7 @@ def run_kernels(o: Options, small: bool) -> dict[str, Any]:
     program = [sys.executable, str(Path(__file__).parent / "kernels.py"), "--device", o.device]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.json"
-        sizes = ["--shapes", "tiny", "--routing", "mild", "--rounds", "1"] if small else []
+        sizes = ["--shapes", "tiny", "--routing", "mild", "--dtypes", "float32", "--rounds", "1"] if small else []
         status = subprocess.run([*program, *sizes, "--json", str(out)]).returncode
         rows = json.loads(out.read_text("utf-8"))["rows"] if out.exists() else []
     return {"rows": rows} | ({"error": f"kernels.py ended with status {status}"} if status else {})
