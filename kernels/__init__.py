@@ -23,7 +23,7 @@ from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels import moe_fused as _moe_fused
 from kernels import symmetric as _symmetric
-from kernels.elementwise import Activation, promote, rms_norm, rope, swiglu
+from kernels.elementwise import Activation, promote, rms_norm, rope, rope_sections, swiglu
 from kernels.embedding import embedding
 from kernels.fp8 import RECIPES, Recipe
 from kernels.linear_logprob import combine_vocabulary, linear_logprob, vocabulary_part
@@ -32,7 +32,7 @@ from kernels.moe import all_gather
 __all__ = [
     "BACKENDS", "EXPENSIVE", "RECIPES", "Activation", "Recipe", "all_gather", "attention", "combine_vocabulary",
     "embedding", "experts", "grouped_matmul", "kept_on_disk", "linear", "linear_logprob", "promote", "rms_norm", "rope",
-    "swiglu", "symmetric_product", "vocabulary_part",
+    "rope_sections", "swiglu", "symmetric_product", "vocabulary_part",
 ]  # fmt: skip
 
 

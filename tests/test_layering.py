@@ -21,7 +21,13 @@ BELOW = {  # our modules that each room may import
 }
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "einops", "flash_attn", "flash_attn_interface"}
 OPTIONAL = {"flash_attn", "flash_attn_interface", "torch_npu", "torch_xla", "orbax", "wandb"}  # imported where used
-COMPARED = {"transformers", "liger_kernel", "trl", "datasets"}  # what benchmarks and notebooks compare with
+COMPARED = {
+    "transformers",
+    "liger_kernel",
+    "trl",
+    "datasets",
+    "torchtitan",
+}  # what benchmarks and notebooks compare with
 COMPARE = ("experiments/benchmarks/", "experiments/notebooks/")
 # Where the name on PyPI is another:
 DISTRIBUTION = {"absl": "absl-py", "PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}

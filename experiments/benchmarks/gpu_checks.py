@@ -324,9 +324,13 @@ def elementwise(at: At, compiled: bool) -> list[Check]:
         z = torch.complex(*x.chunk(2, -1)) * turn
         return torch.cat([z.real, z.imag], -1)
 
-    def rotate(x):
-        angle_in = angle.to(torch.promote_types(x.dtype, torch.float32))
-        return kernels.rope(x, angle_in.cos(), angle_in.sin())
+    def turned_part(x):  # neighbours of the first half of a head
+        z = torch.view_as_complex(x[..., : H // 2].unflatten(-1, (-1, 2))) * turn[..., : H // 4]
+        return torch.cat([torch.view_as_real(z).flatten(-2), x[..., H // 2 :]], -1)
+
+    def rotate(x, h, interleaved):
+        angle_in = angle[..., :h].to(torch.promote_types(x.dtype, torch.float32))
+        return kernels.rope(x, angle_in.cos(), angle_in.sin(), interleaved)
 
     def normed(x, scale):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
@@ -335,10 +339,18 @@ def elementwise(at: At, compiled: bool) -> list[Check]:
         gate, up = x.tensor_split(2, -1)
         return gate * torch.sigmoid(gate) * up
 
+    rows = [randn(at, B, S, H), randn(at, H)]
     pairs: dict[str, tuple[Callable, Callable, list[Any]]] = {
         "embedding": (lambda w: kernels.embedding(w, tokens), lambda w: w[tokens], [randn(at, 7, H)]),
-        "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-6), normed, [randn(at, B, S, H), randn(at, H)]),
-        "rope": (rotate, turned, [randn(at, B, S, N, H)]),
+        "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-6), normed, rows),
+        "rms_norm_offset": (lambda x, w: kernels.rms_norm(x, w, 1e-6, 1.0), lambda x, w: normed(x, 1 + w), rows),
+        "rms_norm_gated": (
+            lambda x, w, gate: kernels.rms_norm(x, w, 1e-6, gate=gate),
+            lambda x, w, gate: normed(x, w) * gate * torch.sigmoid(gate),
+            [*rows, randn(at, B, S, H)],
+        ),
+        "rope": (partial(rotate, h=H // 2, interleaved=False), turned, [randn(at, B, S, N, H)]),
+        "rope_part": (partial(rotate, h=H // 4, interleaved=True), turned_part, [randn(at, B, S, N, H)]),
         "swiglu": (kernels.swiglu, gated, [randn(at, B, S, 2 * H)]),
     }
     return [

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clo
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import gpu_checks, memory, train_gpu
+from experiments.benchmarks import gpu_checks, memory, sft_cpu, train_gpu
 from functional_trainer import config
 
 CASE_SECONDS = 400
@@ -173,7 +173,12 @@ def run_checks(o: Options, worker: Worker, console: Console) -> list[dict[str, A
 
 def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[str, Any]]:
     """Time the contestants in turn, print the table, and return its rows."""
-    names, small = wanted(o, train_gpu.contestants(bool(about["small"]))), bool(about["small"])
+    small = bool(about["small"])
+    offered = train_gpu.contestants(small)
+    names = wanted(o, offered)
+    if o.what == "speed" and (odd := [p for p in o.only if not any(fnmatch(name, p) for name in offered)]):
+        absent = ", ".join(v for k, v in train_gpu.PEERS.items() if k not in train_gpu.installed())
+        raise ValueError(f"{odd[0]}: no such contestant here; there are {', '.join(offered)}; not installed: {absent}")
     first = Worker(o.device)
     layers, rows = o.layers or first.ask("fit", o.model, o.rows)[1], 1 if small else o.rows
     first.stop()
@@ -199,7 +204,9 @@ def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[
             table[name] |= {"median_s": median, "min_s": min(seconds), "max_s": max(seconds)}
             table[name] |= {"tokens_s": rate, "mfu": mfu}
             table[name] |= {"first_s": taken[name][0]["first_s"], "peak_gib": max(t["peak_gib"] for t in taken[name])}
+            table[name]["losses"] = [t["loss"] for t in taken[name]]
         workers[name].stop()
+    sft_cpu.judge(list(table.values()), 5e-3)
     model = "tiny" if small else o.model
     title = f"{model}, {layers} layers, {rows} rows, bfloat16 compute; {about['device']}, torch {about['torch']}"
     show(table.values(), title, console)
@@ -211,8 +218,8 @@ def run_kernels(o: Options, small: bool) -> dict[str, Any]:
     program = [sys.executable, str(Path(__file__).parent / "kernels.py"), "--device", o.device]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.json"
-        few = "--shapes tiny --routing mild --rounds 1 --compile off --memory-gib 1".split() if small else []
-        status = subprocess.run([*program, *few, "--json", str(out)]).returncode
+        few = "--shapes tiny --routing mild --dtypes float32 --rounds 1 --compile off --memory-gib 1"
+        status = subprocess.run([*program, *(few.split() if small else []), "--json", str(out)]).returncode
         rows = json.loads(out.read_text("utf-8"))["rows"] if out.exists() else []
     return {"rows": rows} | ({"error": f"kernels.py ended with status {status}"} if status else {})
 

@@ -3,19 +3,22 @@
     python experiments/benchmarks/kernels.py --json kernels.json
     python experiments/benchmarks/kernels.py --ops experts --shapes tiny --routing extreme --dtypes bfloat16
 
-Contestants of a case share one process, take turns, one run each a round, and must agree with ours before they are
-timed: results and gradients, within the type's error. Times are medians.
+Contestants of a case share one process, take turns, one run each a round in an order that is drawn, and must agree with
+ours before they are timed: results and gradients, within the type's error. Times are medians.
 
     floor     the vendor's matrix products alone, each once forward and twice backward, on buffers made before, those of
               rows shared by all: of the experts with their actual numbers of rows, of the head for all tokens; of
-              attention PyTorch's kernel for each document (float32 on the CPU)
+              attention PyTorch's kernel for each document (float32 on the CPU); of an element-wise op (rms_norm,
+              add_norm, rope, swiglu: `kernel_cases.py`) copies of its bytes
     ours-X    `kernels` with backend X
     ...*      compiled by Inductor
+    plain     our RMSNorm without its own gradient of the scale
     hf-X      transformers' Qwen3MoeExperts with implementation X, left out if it would copy more than --memory-gib;
               where the shape is GPT-OSS's, and so clamped and biased, its GptOssExperts, on weights turned before
-    torch     F.linear_cross_entropy; scaled_dot_product_attention with a mask of documents
+    hf        transformers' Qwen3MoeRMSNorm, apply_rotary_pos_emb, and silu(gate) * up
+    torch     F.linear_cross_entropy; scaled_dot_product_attention with a mask of documents; F.rms_norm
     logits    all logits at once, and F.cross_entropy
-    liger     liger-kernel's fused experts and head, where it is installed (it needs a GPU)
+    liger     liger-kernel's, where it is installed (it needs a GPU): experts, head and element-wise
 
 ours-triton+sort also sorts slots in Triton.
 
@@ -25,6 +28,7 @@ On a GPU, products of 8192 x 8192 and a copy of 1 GiB are timed in the same run:
 
 import importlib.util
 import json
+import random
 import statistics
 import sys
 import time
@@ -32,7 +36,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clone without installing
 
@@ -42,7 +46,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kernels as ops
-from experiments.benchmarks import sft_cpu
+from experiments.benchmarks import kernel_cases, sft_cpu
+from experiments.benchmarks.kernel_cases import Case, both, leaf
 from functional_trainer import backend, config
 
 HOST = {
@@ -60,8 +65,21 @@ HEADS = {"tiny": (2048, 256, 1024), "30b-a3b, 512": (512, 2048, 151936), "30b-a3
 """Sizes of a head: tokens, width, vocabulary."""
 ATTENTION = {"tiny": (8, 256, 8, 4, 32), "30b-a3b, 2 x 2k": (2, 2048, 32, 4, 128)}
 """Sizes of attention: rows, tokens of a row, query heads, key heads, head dim."""
+ELEMENTWISE = {"tiny": (8, 256, 256, 224, 4, 8, 4, 32), "30b-a3b, 2k": (1, 2048, 2048, 768, 8, 32, 4, 128)}
+"""Sizes around element-wise ops: rows, tokens, width, expert width, slots, query heads, key heads, head dim."""
+TURNED = {
+    "30b-a3b": (32, 4, 128), "235b-a22b": (64, 4, 128), "deepseek-v3": (128, 1, 64),
+    "gpt-oss-20b": (64, 8, 64), "gpt-oss-120b": (64, 8, 64),
+}  # fmt: skip
+"""What is rotated on a GPU: query heads, key heads, their dims."""
+ELEMENTWISE_DEVICE = {
+    f"{name}, {T // 1024}k": (1, T, D, hidden, K, *TURNED[name])
+    for name, (D, hidden, _, K) in WIDTHS.items() for T in (4096, 8192, 32768)
+}  # fmt: skip
 GPT_OSS = ops.Activation("clamped_swiglu")
 """Of shapes that begin with "gpt-oss", which also have biases."""
+Op = Literal["experts", "linear_logprob", "attention", "rms_norm", "add_norm", "rope", "swiglu"]
+PER_MS = {"TFLOP/s": 1e9, "GB/s": 1e6}
 LIMIT = {"float32": 1e-4, "bfloat16": 4e-2}
 
 
@@ -69,7 +87,7 @@ LIMIT = {"float32": 1e-4, "bfloat16": 4e-2}
 class Options:
     device: str = "auto"
     """Device to time on."""
-    ops: tuple[Literal["experts", "linear_logprob", "attention"], ...] = ("experts", "linear_logprob", "attention")
+    ops: tuple[Op, ...] = get_args(Op)
     """Ops to time."""
     shapes: tuple[str, ...] = ()
     """Beginnings of names of sizes (none means all)."""
@@ -78,37 +96,13 @@ class Options:
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Types of all operands."""
     compile: Literal["on", "off"] = "on"
-    """Time the default expert layer and transformers' grouped one compiled by Inductor, too."""
+    """Time compiled forms, too: of the default expert layer, transformers' grouped one, and element-wise ops."""
     rounds: int = 5
     """Timed runs of each contestant, after one that is not."""
     memory_gib: float = 8.0
     """Memory that a contestant may take for copies."""
     json: Path | None = None
     """Also write the results here."""
-
-
-@dataclass
-class Case:
-    """One op at one size: contestants by name, each returning its result and gradients, and its FLOPs."""
-
-    op: str
-    shape: str
-    dtype: str
-    note: str
-    flops: float
-    contestants: dict[str, Callable[[], Any]]
-
-
-def leaf(device: torch.device, dtype: str, *shape: int) -> torch.Tensor:
-    """Draw an operand of unit products."""
-    x = torch.randn(shape, device=device) * shape[-1] ** -0.5
-    return x.to(getattr(torch, dtype)).requires_grad_()
-
-
-def both(fn: Callable[[], torch.Tensor], leaves: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
-    """Run forward and backward."""
-    out = fn()
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 def products(*sizes: tuple[int, int, int], dtype: str, device: torch.device) -> Callable[[], None]:
@@ -279,7 +273,9 @@ def attention(o: Options, device: torch.device, shape: str, sizes: tuple[int, ..
     yield Case("attention", shape, dtype, f"{len(lengths)} documents", 7.0 * N * H * sum(n * n for n in lengths), found)
 
 
-CASES = {"experts": experts, "linear_logprob": linear_logprob, "attention": attention}
+CASES: dict[str, Callable[..., Iterator[Case]]] = {
+    "experts": experts, "linear_logprob": linear_logprob, "attention": attention, **kernel_cases.ELEMENTWISE
+}  # fmt: skip
 
 
 # timing --------------------------------------------------------------------------------------------------------------
@@ -296,15 +292,15 @@ def raced(case: Case, rounds: int, device: torch.device) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     ours = next(run for name, run in case.contestants.items() if name.startswith("ours"))()
     for name, run in case.contestants.items():
-        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "note": case.note, "name": name}
+        row: dict[str, Any] = {k: getattr(case, k) for k in ("op", "shape", "dtype", "note", "unit")} | {"name": name}
         made = run()
         far = 0.0 if name == "floor" else off(ours, made)
         if not far <= LIMIT[case.dtype]:
             row["failed"] = f"differs from ours by {far:.1e}"
         rows.append(row | {"off": far, "ms": []})
     del ours, made
-    for _ in range(rounds):
-        for row in rows:
+    for round in range(rounds):
+        for row in random.Random(round).sample(rows, len(rows)):  # so that nobody always follows the same one
             if "failed" not in row:
                 backend.synchronize(device)
                 begin = time.perf_counter()
@@ -313,7 +309,7 @@ def raced(case: Case, rounds: int, device: torch.device) -> list[dict[str, Any]]
                 row["ms"].append((time.perf_counter() - begin) * 1e3)
     for row in rows:
         row["median_ms"] = statistics.median(row["ms"]) if row["ms"] else None
-        row["tflops"] = case.flops / row["median_ms"] / 1e9 if row["ms"] else None
+        row["rate"] = case.work / row["median_ms"] / PER_MS[case.unit] if row["ms"] else None
     return rows
 
 
@@ -341,12 +337,12 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Print the rows of a case."""
     first, floor = rows[0], next((r["median_ms"] for r in rows if r["name"] == "floor"), None)
     made = Table(title=" ".join(filter(None, (first["op"], first["shape"], first["dtype"], first["note"]))))
-    for head in ("contestant", "ms", "x floor", "TFLOP/s", "from ours"):
+    for head in ("contestant", "ms", "x floor", first["unit"], "from ours"):
         made.add_column(head, justify="left" if head == "contestant" else "right")
     for row in sorted(rows, key=lambda r: r["median_ms"] or 1e12):
         if row["ms"]:
             share = f"{row['median_ms'] / floor:.2f}" if floor else ""
-            made.add_row(row["name"], f"{row['median_ms']:.1f}", share, f"{row['tflops']:.3f}", f"{row['off']:.0e}")
+            made.add_row(row["name"], f"{row['median_ms']:.2f}", share, f"{row['rate']:.3g}", f"{row['off']:.0e}")
         else:
             made.add_row(row["name"], row["failed"], "", "", "")
     console.print(made)
@@ -354,11 +350,13 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def main(o: Options) -> None:
     device = backend.setup(o.device)
+    backend.keep_host_memory()
     own, console, rows = backend.has_own_memory(device), Console(width=120), []
     sizes: dict[str, dict[str, Any]] = {
         "experts": DEVICE if own else HOST,
         "linear_logprob": HEADS,
         "attention": ATTENTION,
+        **dict.fromkeys(kernel_cases.ELEMENTWISE, ELEMENTWISE_DEVICE if own else ELEMENTWISE),
     }
     known = [shape for op in o.ops for shape in sizes[op]]
     if odd := [s for s in o.shapes if not any(shape.startswith(s) for shape in known)]:
@@ -367,6 +365,7 @@ def main(o: Options) -> None:
     for op in o.ops:
         for shape, size in sizes[op].items():
             for dtype in o.dtypes if not o.shapes or shape.startswith(o.shapes) else ():
+                torch._dynamo.reset()  # which compiles one function for 8 shapes at most, and then runs it uncompiled
                 for case in CASES[op](o, device, shape, size, dtype):
                     found = raced(case, o.rounds, device)
                     show(found, console)

@@ -1,12 +1,14 @@
-"""Train on one GPU, beside transformers: tokens a second, MFU and peak memory at a model's real widths.
+"""Train on one GPU, beside transformers and torchtitan: tokens a second, MFU and peak memory at real widths.
 
     python experiments/benchmarks/train_gpu.py                            # Qwen3-30B-A3B, as deep as fits
-    python experiments/benchmarks/train_gpu.py --model 235b-a22b --contestants 'ours-layer*' hf-liger --json out.json
+    python experiments/benchmarks/train_gpu.py --model 235b-a22b --contestants 'ours-layer*' torchtitan --json out.json
 
-The model is as deep as AdamW leaves room for, its weights are random, documents of 512 to 2048 tokens are packed in
-rows of 4096. `ours` keeps float32 masters and moments, `-bf16` and transformers keep bfloat16 ones. MFU counts
-6 FLOPs a token of every weight that the token meets and 12 N H a layer of every pair of tokens that causal attention
-compares within real documents (`functional_trainer/flops.py`), over seconds and the device's dense peak in bfloat16.
+The model is as deep as AdamW leaves room for; documents of 512 to 2048 tokens are packed in rows of 4096. All train
+from the same random weights on the same batch, with AdamW, clipping and no router loss (torchtitan has none), and the
+first losses must agree. `ours` and torchtitan keep float32 masters and moments, `-bf16` and transformers bfloat16 ones.
+What torchtitan does of its own defaults, and what not: `torchtitan_step.py`. MFU counts 6 FLOPs a token of every weight
+that the token meets and 12 N H a layer of every pair of tokens that causal attention compares within real documents
+(`functional_trainer/flops.py`), over seconds and the device's dense peak in bfloat16.
 
 `gpu_suite.py` runs this with its default model. What cannot run here, for want of a package, is left out.
 """
@@ -31,6 +33,8 @@ from experiments.benchmarks.gpu_checks import TOKENS, At
 from functional_trainer import config
 
 GIB = 2**30
+PEERS = {"flash_attn": "flash-attn", "liger_kernel": "liger-kernel", "torchtitan": "torchtitan"}
+"""What contestants need beyond transformers: importable as, and installed as."""
 Name = Literal["30b-a3b", "235b-a22b"]
 
 
@@ -92,9 +96,25 @@ def prefer(op: str, name: str) -> None:
     kernels.BACKENDS[op] = (*(b._replace(default_on=("*",)) for b in table if b.name == name), *table)
 
 
+def drawn(model: Any, device: Any, dtype: Any) -> Any:
+    """Draw the parameters that every contestant starts from; on the device, where billions of them take no time."""
+    import torch
+
+    from functional_trainer import param, tree
+
+    rng = torch.Generator(device).manual_seed(0)
+
+    def one(p: Any) -> Any:
+        x = torch.empty(p.shape, device=device)
+        return (x.normal_(0.0, p.std, generator=rng) if p.init == "normal" else x.fill_(p.init == "ones")).to(dtype)
+
+    return tree.map(one, model.specs, is_leaf=param.is_param)
+
+
 def our_step(
-    at: At, model: Any, batch: Any, form: str, attention: str | None, masters: str, experts: str | None = None
-) -> Callable[[], Callable]:
+    at: At, model: Any, batch: Any, weights: Callable, form: str, attention: str | None, masters: str,
+    experts: str | None = None,
+) -> Callable[[], Callable]:  # fmt: skip
     """Return what builds a fresh state and its step; the compiled step itself is made once."""
     import torch
 
@@ -105,17 +125,18 @@ def our_step(
             prefer(op, name)
     adamw = optimizers.adamw(optimizers.schedule("constant", sft_cpu.LR, 1), sft_cpu.BETAS, weight_decay=sft_cpu.DECAY)
     model = dataclasses.replace(model, dtype=torch.bfloat16)
-    step = make_train_step(model, losses.sft(), adamw, compile=form, backend=at.compiler)  # type: ignore[arg-type]
+    step = make_train_step(model, losses.sft("none"), adamw, compile=form, backend=at.compiler)  # type: ignore[arg-type]
 
     def build() -> Callable:
-        state = init_state(model.init(0, dtype=getattr(torch, masters), device=at.device), adamw)
-
+        state = init_state(weights(getattr(torch, masters)), adamw)
         return lambda: step(state, batch)[1]["loss"]
 
     return build
 
 
-def hf_step(at: At, model: Any, batch: Any, attention: str, compiled: bool, liger: bool) -> Callable[[], Callable]:
+def hf_step(
+    at: At, model: Any, batch: Any, weights: Callable, attention: str, compiled: bool, liger: bool
+) -> Callable[[], Callable]:
     """Return what builds transformers' model, all in bfloat16, and its step."""
     import torch
 
@@ -123,23 +144,37 @@ def hf_step(at: At, model: Any, batch: Any, attention: str, compiled: bool, lige
         from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
 
         apply_liger_kernel_to_qwen3_moe()
-    inputs = sft_cpu.hf_inputs(batch) | {"output_router_logits": True}
+    inputs = sft_cpu.hf_inputs(batch)
     how = {"attn_implementation": attention, "experts_implementation": "grouped_mm"}
 
     def build() -> Callable:
-        module = sft_cpu.hf_module(model, torch.bfloat16, at.device, **how)
+        module = sft_cpu.hf_module(model, torch.bfloat16, at.device, weights(torch.bfloat16), **how)
         forward = torch.compile(module, backend=at.compiler) if compiled else module
         return sft_cpu.hf_train(module, forward, inputs)
 
     return build
 
 
+def torchtitan(at: At, model: Any, batch: Any, weights: Callable) -> Callable[[], Callable]:
+    """Return what builds torchtitan's model and its step."""
+    from experiments.benchmarks import torchtitan_step
+
+    return torchtitan_step.titan_step(at, model, batch, weights)
+
+
+def installed() -> list[str]:
+    """Return those of PEERS that can be imported here."""
+    return [name for name in PEERS if importlib.util.find_spec(name)]
+
+
 def contestants(small: bool) -> dict[str, Callable]:
     """Return what makes each contestant that can run here, by name."""
-    have = [name for name in ("flash_attn", "liger_kernel") if importlib.util.find_spec(name)]
+    have = installed()
     ours = partial(our_step, attention=None, masters="float32")
     theirs = partial(hf_step, attention="sdpa", compiled=False, liger=False)
     found: dict[str, Callable] = {"ours-layer": partial(ours, form="layer"), "hf-sdpa": theirs}
+    if "torchtitan" in have:
+        found["torchtitan"] = torchtitan
     if small:
         return found
     found["ours-layer-bf16"] = partial(ours, form="layer", masters="bfloat16")
@@ -167,10 +202,11 @@ class Timer:
         length = at.pick(64, 4096)
         batch = sft_cpu.packed_batch(rows, length, self.model.config.vocab, seed=3, shortest=length // 8)
         self.batch = {k: v.to(at.device) for k, v in batch.items()}
-        self.build = contestants(small)[name](at, self.model, self.batch)
+        weights = partial(drawn, self.model, at.device)
+        self.build = contestants(small)[name](at, self.model, self.batch, weights)
 
     def round(self, steps: int) -> dict[str, float]:
-        """Build, warm up and time; give the memory back. Return seconds a step, the first step's, peak GiB, loss."""
+        """Build, warm up and time; give the memory back. Return seconds a step, the first's, peak GiB, first loss."""
         import torch
 
         from functional_trainer import backend
@@ -178,11 +214,11 @@ class Timer:
         device = torch.get_device_module(self.at.device)
         if not self.at.small:
             device.reset_peak_memory_stats()
-        step, seconds = self.build(), []
+        step, seconds, losses = self.build(), [], []
         for _ in range(2 + steps):
             backend.synchronize(self.at.device)
             begin = time.perf_counter()
-            loss = step().detach().clone()
+            losses.append(step().detach().clone())
             backend.synchronize(self.at.device)
             seconds.append(time.perf_counter() - begin)
         peak = backend.peak_memory(self.at.device) / GIB
@@ -190,9 +226,10 @@ class Timer:
         gc.collect()
         if not self.at.small:
             device.empty_cache()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()}")
-        return {"step_s": statistics.median(seconds[2:]), "first_s": seconds[0], "peak_gib": peak, "loss": loss.item()}
+        first, last = losses[0].item(), losses[-1].item()
+        if not math.isfinite(last):
+            raise ValueError(f"the loss is {last}")
+        return {"step_s": statistics.median(seconds[2:]), "first_s": seconds[0], "peak_gib": peak, "loss": first}
 
     def useful(self, seconds: float) -> tuple[float, float | None]:
         """Return tokens a second and MFU."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -107,6 +108,8 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
     assert out["kernels"]["rows"] and "error" not in out["kernels"]
     assert [row["name"] for row in out["speed"]] == list(train_gpu.contestants(True))
     assert all(row["tokens_s"] > 0 and row["mfu"] is None for row in out["speed"])
+    losses = [loss for row in out["speed"] for loss in row["losses"]]
+    assert 5 < min(losses) and max(losses) - min(losses) <= 2e-3 * min(losses)
     assert [row["name"] for row in out["memory"]] == memory.settings("off")
     numbers = models.count(models.from_config(sft_cpu.hf_config(1) | {"vocab_size": 64}))
     bytes_each = {"moments bfloat16": 4, "moments 8bit": 2 * (1 + 4 / 256), "small": 2 * (1 + 4 / 256), "ema": 12}
@@ -155,6 +158,20 @@ def test_gpu_suite_goes_on_after_a_failure():
 def test_gpu_suite_says_when_a_device_is_missing():
     result = run("gpu_suite.py", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1 and "not on this machine" in result.stderr
+
+
+def test_train_gpu_says_what_a_contestant_lacks(monkeypatch):
+    monkeypatch.setattr(train_gpu, "installed", list)
+    o = gpu_suite.Options(what="speed", only=("ours-*", "torchtitan"))
+    with pytest.raises(ValueError, match="torchtitan: no such .* there are ours-layer, hf-sdpa; .*liger-kernel, torch"):
+        gpu_suite.run_speed(o, {"small": "yes"}, Console())
+
+
+def test_train_gpu_starts_everyone_from_the_same_weights():
+    model = models.from_config(train_gpu.timed_config("30b-a3b", 1, True))
+    wide, narrow = (tree.flatten(train_gpu.drawn(model, CPU, dtype)) for dtype in (torch.float32, torch.bfloat16))
+    assert all(torch.equal(wide[path].bfloat16(), narrow[path]) for path in narrow)
+    assert wide["embed"].std() == pytest.approx(0.06, rel=0.02) and (wide["norm"] == 1).all()
 
 
 # memory --------------------------------------------------------------------------------------------------------------
@@ -340,6 +357,7 @@ def test_help_of_the_recipe_imports_no_torch():
 SMALL_OPS = {
     "HOST": {"small": (40, 24, 16, 5, 2), "gpt-oss, small": (40, 24, 16, 5, 2)},
     "HEADS": {"small": (40, 24, 50)}, "ATTENTION": {"small": (2, 40, 4, 2, 8)},
+    "ELEMENTWISE": {"small": (2, 6, 24, 7, 2, 4, 2, 8)},
 }  # fmt: skip
 
 
@@ -355,13 +373,15 @@ def test_ops_are_timed_beside_peers_that_agree(small_ops, tmp_path):
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     cases: dict[tuple, set[str]] = {}
     for row in rows:
-        assert "failed" not in row and len(row["ms"]) == 2 and row["tflops"] > 0
+        assert "failed" not in row and len(row["ms"]) == 2 and row["rate"] > 0
         cases.setdefault((row["op"], row["shape"], row["dtype"], row["note"]), set()).add(row["name"])
     theirs = {f"hf-{name}" for name in sft_cpu.EXPERTS}
     for routing in ("balanced", "mild", "extreme"):
         for shape in SMALL_OPS["HOST"]:
             assert cases["experts", shape, "float32", routing] == {"floor", "ours-blas", "ours-torch"} | theirs
     assert cases["linear_logprob", "small", "bfloat16", ""] == {"floor", "ours", "torch", "logits"}
+    for op, note in (("rms_norm", "residual"), ("rms_norm", "queries"), ("add_norm", ""), ("rope", ""), ("swiglu", "")):
+        assert cases[op, "small", "bfloat16", note] > {"floor", "ours"}
 
 
 def test_an_op_that_is_wrong_is_not_timed(small_ops, monkeypatch, capsys):
