@@ -55,6 +55,7 @@ def model_config(o: Options) -> dict[str, Any]:
     from models import PRESETS
 
     sizes = {"hidden_size": o.hidden, "num_hidden_layers": o.layers, "vocab_size": o.vocab, "num_experts": o.experts}
+    sizes["num_experts_per_tok"] = min(o.experts, PRESETS["30b-a3b"]["num_experts_per_tok"])
     return PRESETS["30b-a3b"] | sizes | {"dtype": "bfloat16"}
 
 

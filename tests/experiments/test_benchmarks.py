@@ -401,3 +401,20 @@ def test_routing_is_as_skewed_as_its_name():
         assert all(len(set(row)) == 4 for row in ids.tolist())
         shares[routing] = (torch.bincount(ids.flatten(), minlength=32).double() / ids.numel() * 32).tolist()
     assert max(shares["balanced"]) < 1.2 and 1.5 < max(shares["mild"]) < 2.2 and max(shares["extreme"]) > 4
+
+
+# on several ranks, and Muon -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("loading.py", "--layers 1 --hidden 64 --experts 4 --vocab 512", "largest"),
+        ("distributed_cpu.py", "--rounds 1 --rows 2 --seq-len 32 --layers 1", "fsdp2"),
+        ("newton_schulz.py", "--layers 1 --rounds 1", "by shape"),
+    ],
+)
+def test_what_docs_quote_runs_at_small_sizes(script, flags, says):
+    result = run(script, *flags.split())
+    assert result.returncode == 0 and says in result.stdout.lower(), result.stdout + result.stderr
