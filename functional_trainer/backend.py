@@ -208,7 +208,8 @@ def send_away(x: torch.Tensor, host: torch.Tensor | None = None) -> torch.Tensor
     The copy may be read by `bring_back`, or after `synchronize`. `host` is where to copy to, if there is such memory.
     """
     own = x.device.type == "cuda"
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=own) if host is None else host
+    where = "meta" if x.is_meta else "cpu"
+    host = torch.empty(x.shape, dtype=x.dtype, device=where, pin_memory=own) if host is None else host
     if not own:
         return host.copy_(x.detach())
     side = _side(x.device)

@@ -82,7 +82,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="--remat budget:0.5 is a compiler's work: with --compile off use layer"):
         run(remat="budget:0.5", compile="off")
     for what in ("activations", "optimizer"):
-        with pytest.raises(ValueError, match=f"--offload {what} is for one device, with --compile layer or off"):
+        with pytest.raises(ValueError, match=f"--offload {what} is not for one graph: use --compile layer or off"):
             run(offload=(what,), compile="step")
 
 

@@ -206,7 +206,7 @@ def start(case: Case, shard):
     optimizer = recording(optimizer)
     torch._dynamo.reset()
     step = make_train_step(model, losses.sft(case.balance, 0.1), optimizer, shard=shard, **case.options)
-    return model, step, init_state(params, optimizer)
+    return model, step, init_state(params, optimizer, offload="optimizer" in case.options.get("offload", ()))
 
 
 def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:
