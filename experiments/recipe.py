@@ -104,8 +104,7 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     fp8 = precision.fp8(o.fp8, model.specs) if o.precision == "fp8" else {}
     shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch, fp8) if grid else types.OneDevice(fp8)
     loss, passes = objective(hf), o.micro_batches(shard.data[1])
-    built = optimizers.from_options(o.optim, 1000, model.specs)  # with the true number of steps when data are read
-    step.refuse(loss, built, shard, passes, o.compile, o.remat, o.offload)
+    step.refuse(loss, optimizers.from_options(o.optim, 1000, model.specs), shard, passes, o.compile, o.remat, o.offload)
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
     read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)

@@ -11,6 +11,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from experiments import plan
+from experiments.estimate import estimate
 from experiments.fit import cheapest
 from sharding_rules.plan import plan as costs
 
@@ -33,7 +34,7 @@ def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
     """Room for the state and few activations: layers are recomputed before rows are split."""
     from sharding_rules import roofline
 
-    held = {remat: plan.estimate(replace(TINY, remat=remat)).held for remat in ("none", "layer")}
+    held = {remat: estimate(replace(TINY, remat=remat)).held for remat in ("none", "layer")}
     room = (held["none"] + held["layer"]) / 2
     device = roofline.DEVICES["H100"]._replace(memory=room / (1 - roofline.SPARE))
     monkeypatch.setitem(roofline.DEVICES, "H100", device)
@@ -41,7 +42,7 @@ def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
         plan.main(replace(TINY, remat="none"))
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said and "the cheapest change that fits: --remat " in said
-    state = 12 * plan.estimate(TINY).costs["rest", "params"] / 4  # masters and two moments
+    state = 12 * estimate(TINY).costs["rest", "params"] / 4  # masters and two moments
     monkeypatch.setitem(roofline.DEVICES, "H100", device._replace(memory=state))
     assert "cp" in cheapest(TINY) or "fsdp" in cheapest(TINY)
     monkeypatch.setitem(roofline.DEVICES, "H100", device._replace(memory=1e3))
@@ -51,9 +52,9 @@ def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
 def test_passes_are_extrapolated_exactly():
     many = replace(TINY, rows=10, micro_batches=5)
     model, build, rules, sizes = plan.pieces(many)
-    assert plan.estimate(many).costs == costs(model, build, rules, sizes, many.rows, many.seq_len)
+    assert estimate(many).costs == costs(model, build, rules, sizes, many.rows, many.seq_len)
     with pytest.raises(ValueError, match="--rows 10 cannot be split into --micro-batches 4"):
-        plan.estimate(replace(many, micro_batches=4))
+        estimate(replace(many, micro_batches=4))
 
 
 def test_what_is_no_model_is_an_error():
@@ -63,11 +64,11 @@ def test_what_is_no_model_is_an_error():
 
 def test_a_plan_is_made_after_a_job_was_left():
     """Which forgets the names of all groups, a plan's too."""
-    before = plan.estimate(TINY).costs
+    before = estimate(TINY).costs
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     torch.distributed.destroy_process_group()
-    assert plan.estimate(TINY).costs == before
+    assert estimate(TINY).costs == before
 
 
 def test_a_dry_run_of_a_small_model_is_as_planned():

@@ -117,8 +117,8 @@ def held(offload: bool) -> int:
 
 
 def test_what_was_sent_away_is_not_here_too():
-    """On the CPU there and here are one memory: with both copies there would be twice as much."""
-    assert held(True) == pytest.approx(held(False), rel=0.1)
+    """Some small tensors stay, and what forward made outside of layers: embeddings, norms, the head."""
+    assert held(True) < 0.35 * held(False)
 
 
 def test_the_layer_before_is_on_its_way(monkeypatch):
