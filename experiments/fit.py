@@ -24,7 +24,8 @@ def changes(o: Options) -> Iterator[list[tuple[str, Options]]]:
     o, least = replace(o, remat="layer", micro_batches=o.rows), f"--remat layer --micro-batches {o.rows}"
     half = replace(o, optim=replace(o.optim, moments="bfloat16"))
     yield [(f"{least} --optim.moments bfloat16", half)]
-    sent = [s for s in (("optimizer",), ("activations",), ("activations", "optimizer")) if set(s) > set(o.offload)]
+    sent: list[Any] = [("optimizer",), ("activations",), ("activations", "optimizer")]
+    sent = [s for s in sent if set(s) > set(o.offload)]
     yield [(f"{least} --offload {' '.join(s)}", replace(o, offload=s)) for s in sent]
     if o.precision != "fp8" and backend.E4M3 in backend.PEAKS[o.gpu]:
         yield [(f"{least} --precision fp8", replace(o, precision="fp8"))]
@@ -55,5 +56,5 @@ def cheapest(o: Options) -> str:
         if able:
             _, name, e = min(able, key=lambda x: x[0])
             return f"{name}: {e.held / 2**30:.1f} GiB, {e.longest:.3f} s a step if nothing is overlapped"
-    tried = "recomputation, micro-batches, bfloat16 moments, host memory, 8 bits, cp, tp, ep, 8 times the devices"
-    return f"nothing of what was tried: {tried}"
+    all_ = "recomputation, micro-batches, bfloat16 moments, host memory, 8 bits, cp, tp, ep, 8 times the devices"
+    return f"nothing of what was tried: {all_}"

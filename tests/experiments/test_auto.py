@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import prod
 
+import pytest
 import torch
 
 import models
@@ -52,6 +53,11 @@ def test_replicas_are_machines():
     found = [sizes for some in auto.candidates(32, 8, 0, 32) for sizes in some]
     assert {"dp": 4, "fsdp": 8, "ep": 1, "cp": 1, "tp": 1} in found and {s["dp"] for s in found} == {1, 4}
     assert all(prod(s.values()) == 32 and s["tp"] * s["cp"] <= 8 for s in found)
+
+
+def test_a_budget_cannot_be_planned():
+    with pytest.raises(ValueError, match="--remat budget:0.5: only a compiler knows .* takes none, selective or layer"):
+        choose("tiny", 4, 4, remat="budget:0.5")
 
 
 def test_what_cannot_be_shared_is_refused():

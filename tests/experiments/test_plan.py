@@ -12,7 +12,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from experiments import plan
 from experiments.estimate import estimate
-from experiments.fit import cheapest
+from experiments.fit import changes, cheapest
+from functional_trainer.options import OptimOptions
+from sharding_rules import roofline
 from sharding_rules.plan import plan as costs
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +34,6 @@ def test_a_plan_is_printed_and_drawn(tmp_path, capsys):
 
 def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
     """Room for the state and few activations: layers are recomputed before rows are split."""
-    from sharding_rules import roofline
-
     held = {remat: estimate(replace(TINY, remat=remat)).held for remat in ("none", "layer")}
     room = (held["none"] + held["layer"]) / 2
     device = roofline.DEVICES["H100"]._replace(memory=room / (1 - roofline.SPARE))
@@ -47,6 +47,33 @@ def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
     assert "cp" in cheapest(TINY) or "fsdp" in cheapest(TINY)
     monkeypatch.setitem(roofline.DEVICES, "H100", device._replace(memory=1e3))
     assert "nothing of what was tried" in cheapest(TINY)
+
+
+def test_what_is_proposed_gets_dearer(monkeypatch):
+    """A schedule, bfloat16 moments, host memory, 8 bits where the device has them, and then other meshes."""
+    kinds = [[name for name, _ in some] for some in changes(TINY)]
+    assert kinds[1] == ["--remat layer --micro-batches 4 --optim.moments bfloat16"]
+    sent = ["optimizer", "activations", "activations optimizer"]
+    assert kinds[2] == [f"--remat layer --micro-batches 4 --offload {what}" for what in sent]
+    assert kinds[3] == ["--remat layer --micro-batches 4 --precision fp8"] and "--mesh" in kinds[4][0]
+    assert not any("fp8" in name for some in changes(replace(TINY, gpu="A100")) for name, _ in some)
+    least = replace(TINY, micro_batches=4, optim=OptimOptions(moments="bfloat16"))
+    here, away = (estimate(replace(least, offload=o)).held for o in ((), ("optimizer",)))
+    device = roofline.DEVICES["H100"]._replace(memory=(here + away) / 2 / (1 - roofline.SPARE))
+    monkeypatch.setitem(roofline.DEVICES, "H100", device)
+    assert away < here and cheapest(least).startswith("--remat layer --micro-batches 4 --offload optimizer: ")
+
+
+def test_products_in_8_bits_are_rated_and_weights_travel_in_8_bits():
+    o = plan.Options(model="dense-0.6b", mesh="fsdp=2", seq_len=64, remat="none")
+    wide, eight = (estimate(replace(o, precision=p)) for p in ("dtype", "fp8"))
+    sent = [e.costs["sent", "all_gather_into_tensor", ("fsdp",)] for e in (wide, eight)]
+    embed = 2 * 151936 * 1024  # the table, tied, in bfloat16, gathered for the embedding and for the head
+    layers = [n - 2 * embed for n in sent]
+    assert 0.5 < layers[1] / layers[0] < 0.51  # scales and norms are the rest
+    assert eight.done == wide.done and eight.work < wide.work
+    with pytest.raises(ValueError, match="--precision fp8: A100 has no products of operands in 8 bits"):
+        estimate(replace(o, gpu="A100", precision="fp8"))
 
 
 def test_passes_are_extrapolated_exactly():
