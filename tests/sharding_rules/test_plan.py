@@ -112,8 +112,9 @@ def real_peak(case: Case, name: str, rows: int, length: int) -> int:
     model = models.from_config(config)
     shard = Sharder.of(RULES[config["model_type"]], make(parity.MESHES[name], CPU, world), model.specs)
     (step, state), batch = builder(CPU, options)(model, shard), balanced(config, rows, length)
-    held = (state.params,) if "offload" in options else (state.params, state.moments)
-    with LiveBytes((tree.map(shard.storage, held), batch)) as live:
+    params, moments = tree.map(shard.storage, (state.params, state.moments))
+    here = (params, batch) if "offload" in options else (params, moments, batch)
+    with LiveBytes(here, elsewhere=moments if "offload" in options else ()) as live:
         step(state, shard.put_batch(batch))
     return live.peak
 
