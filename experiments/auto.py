@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments import plan
+from experiments.estimate import estimate
 from functional_trainer import backend
 from sharding_rules import roofline
 from sharding_rules.mesh import parse
@@ -37,13 +38,12 @@ def sizes(o: Any, model: Any, device: torch.device, rank: int, world: int) -> di
     """Return the sizes of the axes of a mesh that a recipe's options ask for, found and said by rank 0 if by "auto"."""
     if not o.mesh.layout:
         return {axis: getattr(o.mesh, axis) for axis in ("dp", "fsdp", "ep", "cp", "tp")}
-    if o.mesh.layout != "auto":
-        return parse(o.mesh.layout)
-    if world == 1:
-        return {}
+    if o.mesh.layout != "auto" or world == 1:
+        return parse(o.mesh.layout) if o.mesh.layout != "auto" else {}
     name, node = backend.describe(device), int(os.environ.get("LOCAL_WORLD_SIZE", 8))
     known: Any = next((gpu for gpu in roofline.DEVICES if gpu in name), "H100")
-    same: dict[str, Any] = {"remat": o.remat, "dtype": o.dtype, "rules": o.rules, "optim": o.optim}
+    same = {k: getattr(o, k) for k in ("remat", "offload", "dtype", "precision", "fp8", "rules", "optim")}
+    same |= {} if backend.E4M3 in backend.PEAKS[known] else {"precision": "dtype"}  # its operands are rounded only
     how = plan.Options(seq_len=o.data.seq_len, dispatch=o.mesh.dispatch, reduce=o.mesh.reduce, gpu=known, **same)
     like = roofline.DEVICES[known]._replace(memory=backend.memory(device), node=node)
     found, reason = backend.everyone(choose(how, model, world, like, o.batch, o.micro_batch) if rank == 0 else None)[0]
@@ -81,8 +81,8 @@ def tried(o: plan.Options, model: Any, sizes: dict[str, int], device: roofline.D
     if rows % (micro or 1):
         raise ValueError(f"{rows} rows are not passes of {micro}")
     o = replace(o, mesh=text, rows=rows, micro_batches=rows // (micro or rows))
-    e = replace(plan.estimate(o, model), device=device)
-    return Arrangement(sizes, e.held, e.work + e.talk, e.fits)
+    e = replace(estimate(o, model), device=device)
+    return Arrangement(sizes, e.held, e.longest, e.fits)
 
 
 def choose(

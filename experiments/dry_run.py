@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
-from experiments.plan import Options, pieces
+from experiments.plan import Options, eight, pieces
 from functional_trainer import config
 
 
@@ -46,11 +46,13 @@ def main(o: Options) -> None:
     grid = mesh.make(mesh.Mesh(**{"fsdp": 1} | sizes), backend.setup(), world)
     if grid is None:
         raise ValueError(f"--mesh {o.mesh!r} is one device: nothing is exchanged; give an axis more, as fsdp=64")
-    shard, watch = Sharder.of(rules, grid, model.specs, o.dispatch), Watch(o.document or o.seq_len)
-    ran = plan.observed(shard, model, build, plan.columns(o.rows, o.seq_len), watch)
+    fp8, watch = eight(o, model), Watch(o.document or o.seq_len)
+    shard = Sharder.of(rules, grid, model.specs, o.dispatch, fp8)
+    ran = plan.observed(shard, model, build, plan.columns(o.rows, o.seq_len), watch, o.offload)
     dist.destroy_process_group()
     seconds = time.perf_counter() - begin
-    planned = plan.plan(model, build, rules, sizes, o.rows, o.seq_len, o.document, o.dispatch, False)
+    how = o.document, o.dispatch, False, fp8, o.offload
+    planned = plan.plan(model, build, rules, sizes, o.rows, o.seq_len, *how)
     calls, nbytes = (sum(n for key, n in ran.items() if key[0] == what) for what in ("calls", "sent"))
     params, moments = (ran["rest", what] / 1e9 for what in ("params", "moments"))
     depth = len(model.specs["layers"])

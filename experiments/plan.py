@@ -6,7 +6,6 @@ The real step runs on tensors that have shapes only; docs/planning.md says what 
 cheapest change that would help, if it does not fit.
 """
 
-import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
 from functional_trainer import config
-from functional_trainer.options import OptimOptions
+from functional_trainer.options import Fp8Options, OptimOptions
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,15 @@ class Options:
     """How tokens travel to experts; see --mesh.dispatch of training."""
     micro_batches: int = 1
     """Passes that these rows are split into."""
-    remat: Literal["none", "selective", "layer"] = "layer"
-    """What is computed again in backward."""
+    remat: str = "layer"
+    """What is computed again in backward: none, selective, layer."""
+    offload: tuple[Literal["activations", "optimizer"], ...] = ()
+    """What is in host memory."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; masters are float32."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """Operands of products with weights, taken to be those of a kernel in 8 bits."""
+    fp8: Fp8Options = field(default_factory=Fp8Options)
     reduce: Literal["compute", "master"] = "compute"
     """Type in which devices add gradients."""
     rules: str | None = None
@@ -48,6 +52,11 @@ class Options:
     """Optimizer; its name and how moments are kept matter here."""
     plot: Path | None = None
     """Also draw it here."""
+
+    def __post_init__(self):
+        if self.remat not in ("none", "selective", "layer"):
+            say = "only a compiler knows what that keeps; a plan, --mesh auto's too, takes none, selective or layer"
+            raise ValueError(f"--remat {self.remat}: {say}")
 
 
 def pieces(o: Options, model: Any = None) -> tuple[Any, Any, Any, dict[str, int]]:
@@ -63,43 +72,28 @@ def pieces(o: Options, model: Any = None) -> tuple[Any, Any, Any, dict[str, int]
     def build(model, shard):
         optimizer = optimizers.from_options(o.optim, 1000, model.specs)
         how: dict[str, Any] = {"micro_batches": o.micro_batches, "remat": o.remat, "reduce": o.reduce}
-        state = init_state(model.init(0, device="meta", shard=shard), optimizer)
+        how |= {"offload": o.offload}
+        params = model.init(0, device="meta", shard=shard)
+        state = init_state(params, optimizer, offload="optimizer" in o.offload)
         return make_train_step(model, losses.sft(), optimizer, shard=shard, **how), state
 
     sizes = parse(o.mesh)
     return replace(model, dtype=getattr(torch, o.dtype)), build, chosen(o.rules, model, sizes), sizes
 
 
-def estimate(o: Options, model: Any = None) -> Any:
-    """Return the `roofline.Estimate` of a step (of a model other than --model's, if given)."""
-    import torch
+def eight(o: Options, model: Any) -> dict:
+    """Return how products are in 8 bits; ValueError if the device has none."""
+    from functional_trainer import backend, precision
 
-    from functional_trainer import backend, flops
-    from sharding_rules import plan, roofline
-
-    model, _, rules, sizes = pieces(o, model)
-    if o.rows % o.micro_batches:
-        raise ValueError(f"--rows {o.rows} cannot be split into --micro-batches {o.micro_batches}")
-
-    def costs(passes: int) -> dict:
-        build = pieces(replace(o, micro_batches=passes), model)[1]
-        rows = o.rows // o.micro_batches * passes
-        return plan.plan(model, build, rules, sizes, rows, o.seq_len, o.document, o.dispatch)
-
-    few = min(o.micro_batches, 2)  # costs are linear in the passes after the second
-    total = base = costs(few)
-    if o.micro_batches > 2:
-        total = plan.onward(base, base, costs(3), o.micro_batches - 2)
-    rows = o.rows * math.prod(sizes.get(axis, 1) for axis in ("dp", "fsdp", "ep"))
-    documents = torch.full((rows * (o.seq_len // (o.document or o.seq_len)),), o.document or o.seq_len)
-    need = flops.train_flops(model.specs, documents, getattr(model.config, "top_k", 0), model.config.windows)
-    peak = backend.PEAKS[o.gpu][model.dtype]
-    return roofline.Estimate(total, sizes, roofline.DEVICES[o.gpu], peak, rows * o.seq_len, need)
+    if o.precision == "fp8" and backend.E4M3 not in backend.PEAKS[o.gpu]:
+        raise ValueError(f"--precision fp8: {o.gpu} has no products of operands in 8 bits; plan for H100, H200 or B200")
+    return dict(precision.fp8(o.fp8, model.specs)) if o.precision == "fp8" else {}
 
 
 def main(o: Options) -> None:
     from rich.console import Console
 
+    from experiments.estimate import estimate
     from experiments.fit import cheapest
     from sharding_rules import report
 
@@ -107,6 +101,8 @@ def main(o: Options) -> None:
     title = (
         f"{o.model} on {o.mesh}: {e.world} x {o.gpu}, {e.tokens:,} tokens a step in rows of {o.seq_len}; {o.dtype}, "
         f"recomputed: {o.remat}, {o.micro_batches} micro-batches, {o.optim.name}"
+        f"{f', products in 8 bits: {o.fp8.recipe}' * (o.precision == 'fp8')}"
+        f"{', in host memory: ' * bool(o.offload)}{' and '.join(o.offload)}"
     )
     report.show(e, title, Console(width=None if sys.stdout.isatty() else 120))
     if o.plot:

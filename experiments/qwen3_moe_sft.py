@@ -45,17 +45,18 @@ def main(o: Options) -> None:
     from experiments import recipe
     from functional_trainer import backend, exact_match, init_state, losses, make_train_step, optimizers, train
 
+    def objective(hf: dict[str, Any]) -> losses.Loss:
+        coefficient = hf.get("router_aux_loss_coef", 1e-3) if o.balance_coefficient is None else o.balance_coefficient
+        return losses.sft(o.balance, coefficient)
+
     # Where the run lives, what it reads, what it begins with.
     answers = (0 if o.data.train else 512) if o.answers is None else o.answers
-    run = recipe.start(o, answers)
+    run = recipe.start(o, answers, objective)
     model, params = run.begin()
     questions = run.questions[:answers]
 
-    # The objective, how it is optimized, and the step.
-    coefficient = o.balance_coefficient
-    coefficient = run.hf.get("router_aux_loss_coef", 1e-3) if coefficient is None else coefficient
-    loss = losses.sft(o.balance, coefficient)
-    optimizer = optimizers.from_options(o.optim, run.steps, model.specs)
+    # How the objective is optimized, and the step.
+    loss, optimizer = run.loss, optimizers.from_options(o.optim, run.steps, model.specs)
     form, parts = "layer" if o.compile == "auto" else o.compile, o.micro_batches(run.shard.data[1])
     how: dict[str, Any] = {"micro_batches": parts, "clip": o.optim.max_grad_norm, "compile": form, "remat": o.remat}
     how |= {"reduce": o.mesh.reduce, "offload": o.offload}

@@ -1,5 +1,6 @@
 """What recipes share: where a run lives, its data, its weights to begin with, and what it hands back."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 import models
 from experiments import auto, data, rules
-from functional_trainer import backend, checkpoint, exact_match, precision, tree, types
+from functional_trainer import backend, checkpoint, exact_match, losses, optimizers, precision, step, tree, types
 from functional_trainer.data import Loader, Record, Tokenizer
 from functional_trainer.loop import agree, claim
 from functional_trainer.state import TrainState, ema
@@ -31,6 +32,7 @@ class Run:
     hf: dict[str, Any]
     """Hugging Face config."""
     model: Any
+    loss: losses.Loss
     loader: Loader
     held_out: dict[str, Loader]
     questions: list[Record]
@@ -81,8 +83,11 @@ class Run:
                 self.tokenizer.save(f"{self.o.out}/{name}")
 
 
-def start(o: Any, answers: int) -> Run:
-    """Join the other processes, claim the run folder, read the data; `answers` is how many questions are wanted."""
+def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Loss]) -> Run:
+    """Join the other processes, claim the run folder, refuse what cannot be, read the data.
+
+    `answers` is how many questions are wanted, `objective` makes the loss for a Hugging Face config.
+    """
     device = backend.setup(o.device)
     if o.compile != "off":
         backend.probe_compiler(device)
@@ -98,13 +103,15 @@ def start(o: Any, answers: int) -> Run:
     table = rules.chosen(o.rules, model, axes)
     fp8 = precision.fp8(o.fp8, model.specs) if o.precision == "fp8" else {}
     shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch, fp8) if grid else types.OneDevice(fp8)
+    loss, passes = objective(hf), o.micro_batches(shard.data[1])
+    step.refuse(loss, optimizers.from_options(o.optim, 1000, model.specs), shard, passes, o.compile, o.remat, o.offload)
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
     read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)
     agree(_facts(hf, table.table, {"training data": read[0], **read[1]}))
     if answers and not read[2]:
         raise ValueError(f"--answers {answers}: no held-out conversation to answer (--data.eval, --data.split)")
-    return Run(o, device, world, shard, resume, tokenizer, hf, model, *read, samples)
+    return Run(o, device, world, shard, resume, tokenizer, hf, model, loss, *read, samples)
 
 
 def _facts(hf: dict[str, Any], table: Any, loaders: dict[str, Loader]) -> dict[str, Any]:

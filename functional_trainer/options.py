@@ -35,6 +35,14 @@ def regex(flag: str, pattern: str) -> None:
         raise ValueError(f"{flag}: {pattern!r} is not a regular expression: {error}") from None
 
 
+def forms(compile: str, remat: str, offload: tuple[str, ...]) -> None:
+    """Check that a form of the step goes with how activations and moments are kept; ValueError says what would."""
+    if remat.startswith("budget") and compile == "off":
+        raise ValueError(f"--remat {remat} is a compiler's work: with --compile off use layer or selective")
+    if offload and compile == "step":
+        raise ValueError(f"--offload {' '.join(offload)} is not for one graph: use --compile layer or off")
+
+
 Shape = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 
@@ -294,7 +302,7 @@ class RunOptions:
     remat: str = "none"
     """Compute layers again in backward: none, selective (not products, attention), layer, budget:X (share kept)."""
     offload: tuple[Literal["activations", "optimizer"], ...] = ()
-    """Keep in host memory what layers leave for backward, or moments; for one device, not with --compile step."""
+    """Keep in host memory what layers leave for backward, or moments; not with --compile step."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute type; master weights and moments are float32, float64 if that is asked for."""
     precision: Literal["dtype", "fp8"] = "dtype"
@@ -312,6 +320,7 @@ class RunOptions:
             raise ValueError("--fp8.recipe and --fp8.exclude say how products are in 8 bits; add --precision fp8")
         if not re.fullmatch(r"none|selective|layer|budget:(0|1|0?\.\d+|[01]\.0*)", self.remat):
             raise ValueError(f"--remat {self.remat}: it is none, selective, layer, or budget:X with X from 0 to 1")
+        forms(self.compile, self.remat, self.offload)
         none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
         within("", self, **dict.fromkeys(none, (0, "")))
         within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped", "timeout"), (1, "")))

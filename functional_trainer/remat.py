@@ -17,6 +17,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as collectives
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels
@@ -57,26 +59,37 @@ def _selective():
 _selective.cache_hash = kernels.SOURCE  # type: ignore[attr-defined]  # without it AOTAutograd caches nothing on disk
 
 
+def _outer_hooks() -> tuple[Callable, Callable]:
+    """Return the hooks on saved tensors that are in force: those that are set inside take their place."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) or (lambda x: x, lambda x: x)
+
+
 class Offload:
-    """What one layer keeps for backward, in host memory; `before` is the layer that backward comes to next."""
+    """What one layer keeps for backward, in host memory; `before` is the layer that backward comes to next.
+
+    What `stays` is left to the hooks outside: of gathered weights, those that gather them again.
+    """
 
     def __init__(self, stays: Any, before: "Callable[[], Offload | None]"):
-        self.stays = {x.untyped_storage().data_ptr() for x in tree.leaves(stays) if isinstance(x, torch.Tensor)}
+        self.stays = {x.untyped_storage()._cdata for x in tree.leaves(stays) if isinstance(x, torch.Tensor)}
         self.before = before
-        self.sent: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by address: the bytes here and there
+        self.outer = _outer_hooks()
+        self.sent: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by storage: the bytes here and there
         self.away: list[torch.Tensor] = []
         self.device = torch.device("meta")
         self.here: list[Callable[[], torch.Tensor]] = []
 
     def pack(self, x: torch.Tensor) -> Any:
-        where = (storage := x.untyped_storage()).data_ptr()
+        if is_traceable_wrapper_subclass(x):  # the result of an exchange that is still on its way
+            x = collectives.wait_tensor(x.detach())
+        where = (storage := x.untyped_storage())._cdata
         if where in self.stays or storage.nbytes() < SMALL:
-            return x
+            return None, self.outer[0](x)
         if where not in self.sent:
             self.device = x.device
             own = torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)  # not to be freed and met again
             self.sent[where] = own, devices.send_away(own)
-        return list(self.sent).index(where), x.dtype, x.size(), x.stride(), x.storage_offset()
+        return list(self.sent).index(where), (x.dtype, x.size(), x.stride(), x.storage_offset())
 
     def done(self) -> None:
         """Let go of what is here: the layer has run."""
@@ -89,17 +102,21 @@ class Offload:
             self.here, self.away = [devices.bring_back(x, self.device) for x in self.away], []
 
     def unpack(self, kept: Any) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
-        place, dtype, *view = kept
+        place, stays_or_view = kept
+        if place is None:
+            return self.outer[1](stays_or_view)
         self.fetch()
         if before := self.before():
             before.fetch()
+        dtype, *view = stays_or_view
         return self.here[place]().view(dtype).as_strided(*view)
 
 
 def offloading(layer: Callable) -> Callable:
-    """Return the layer with what it keeps for backward, but weights and the batch's columns, in host memory."""
+    """Return the layer with what it keeps for backward, but weights and the batch's columns, in host memory.
+
+    On a mesh weights are what was gathered; a copy in another layout that the layer makes of them goes too.
+    """
     last: list[Any] = [lambda: None]
 
     def run(p, x, rows, **options):

@@ -4,9 +4,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from functional_trainer import tree
 from functional_trainer.backend import bring_back, send_away, synchronize
@@ -46,8 +48,17 @@ def init_state(
         raise ValueError("every parameter is frozen: nothing would be trained")
     moments = {k: optimizer.init(p, groups[k]) for k, p in tree.flatten(params).items() if groups[k] is not None}
     if offload:
-        moments = {path: {k: send_away(v) for k, v in leaf.items()} for path, leaf in moments.items()}
+        moments = {path: {k: _at_home(v) for k, v in leaf.items()} for path, leaf in moments.items()}
     return TrainState(zero, zero.clone(), params, moments, buffers or {}, zero.clone())
+
+
+def _at_home(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in host memory; of one that is placed on a mesh, this rank's part is there."""
+
+    def move(name: str, part: Any) -> Any:  # what a tensor consists of; its mesh is among it
+        return send_away(part) if isinstance(part, torch.Tensor) else part
+
+    return transform_subclass(x, move) if is_traceable_wrapper_subclass(x) else send_away(x)
 
 
 def trained(state: TrainState) -> dict[str, torch.Tensor]:
@@ -57,7 +68,11 @@ def trained(state: TrainState) -> dict[str, torch.Tensor]:
 
 def ema(state: TrainState) -> tree.Tree:
     """Return the averaged parameters of a state whose optimizer is `optimizers.with_ema`; frozen ones as they are."""
-    return tree.map_with_path(lambda path, p: state.moments[path]["ema"] if path in state.moments else p, state.params)
+
+    def average(path: str, p: torch.Tensor) -> torch.Tensor:
+        return state.moments[path]["ema"].to(p.device) if path in state.moments else p
+
+    return tree.map_with_path(average, state.params)
 
 
 def kinds(paths: Iterable[str]) -> dict[str, list[str]]:
@@ -147,11 +162,11 @@ def apply_gradient(
     scale = torch.where(finite, scale, 0)  # a NaN scalar would make Dynamo compile every leaf's update again
     groups = {path: optimizer.group(path) for path in state.moments}
     scalars = {group: optimizer.scalars(state.step, state.updates, group) for group in dict.fromkeys(groups.values())}
-    near = (partial(fetched, device=norm.device) if offload else at_hand)(state.moments, blocks.values())
+    own = {path: {k: shard.storage(v) for k, v in leaf.items()} for path, leaf in state.moments.items()}
+    near = (partial(fetched, device=norm.device) if offload else at_hand)(own, blocks.values())
     for leaves in blocks.values():
         parts = []
-        for (path, p, g), held in zip(leaves, next(near), strict=True):
-            moments = {k: shard.storage(v) for k, v in held.items()}
+        for (path, p, g), moments in zip(leaves, next(near), strict=True):
             parts.append((shard.storage(p), g, moments, scalars[groups[path]], groups[path], shard.around(p)))
         update(parts, scale, finite)
     next(near, None)

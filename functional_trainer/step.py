@@ -19,6 +19,7 @@ import kernels
 from functional_trainer import tree
 from functional_trainer.losses import Loss
 from functional_trainer.optimizers import Optimizer
+from functional_trainer.options import forms
 from functional_trainer.remat import budget, budgeted, wrap_layer
 from functional_trainer.state import Metrics, TrainState, apply_gradient, sums_of_squares, trained, update_block
 from functional_trainer.types import ONE_DEVICE, Batch
@@ -73,16 +74,14 @@ def compiled(fn: Callable, when: bool, backend: str, exchanges: bool) -> Callabl
     return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options) if when else fn
 
 
-def refuse(loss: Loss, optimizer: Optimizer, shard, micro_batches: int, compile: Compile, remat: str, offload: tuple):
+def refuse(loss: Loss, optimizer: Optimizer, shard, micro_batches: int, compile: str, remat: str, offload: tuple):
     """Raise a ValueError for what does not go together."""
     if micro_batches > 1 and not loss.accumulates:
         raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
     if optimizer.whole and shard.world > 1:
         raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
-    if budget(remat) is not None and compile == "off":
-        raise ValueError(f"--remat {remat} is a compiler's work: with --compile off use layer or selective")
-    if offload and (compile == "step" or shard.world > 1):
-        raise ValueError(f"--offload {' '.join(offload)} is for one device, with --compile layer or off")
+    budget(remat)
+    forms(compile, remat, offload)
 
 
 def make_train_step(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from kernels import attention as _attention
 from kernels import fp8 as _fp8
 from kernels import fp8_fused as _fp8_fused
+from kernels import fp8_shapes as _fp8_shapes
 from kernels import grouped_matmul as _grouped_matmul
 from kernels import moe as _moe
 from kernels import moe_fused as _moe_fused
@@ -43,6 +44,8 @@ SOURCE = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).p
 EXPENSIVE = frozenset({
     "aten::mm", "aten::addmm", "aten::bmm", "functional_trainer::grouped_mm", "functional_trainer::grouped_matmul",
     "functional_trainer::moe", "functional_trainer::fp8_product", "functional_trainer::attention_documents",
+    "aten::_scaled_mm", "aten::_scaled_grouped_mm",
+    "functional_trainer::fp8_matmul", "functional_trainer::fp8_grouped_matmul",
     "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward", "torch_attn::_varlen_attn",
     "flex_attention",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -139,12 +142,14 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", _moe_fused.sort_by_expert, (), ("cuda",), ()),
     ),
     "fp8_linear": (
+        Backend("shapes", partial(_fp8.linear, product=_fp8_shapes.matmul), ("meta",), ("meta",), ()),
         Backend("reference", partial(_fp8.linear, product=_fp8.matmul), ("*",), ("*",), ("cpu",)),
         Backend("scaled_mm", partial(_fp8.linear, product=_fp8.scaled_mm), (), ("cuda", "cpu"), ()),
         Backend("triton", _fp8_fused.linear, (), ("cuda",), ()),
     ),
     "fp8_experts": (
-        Backend("blas", _fp8_by(_fp8_host), ("cpu", "meta"), ("cpu", "meta"), ("cpu",)),
+        Backend("blas", _fp8_by(_fp8_host), ("cpu",), ("cpu",), ("cpu",)),
+        Backend("shapes", _fp8_by(_fp8_shapes.PRODUCTS), ("meta",), ("meta",), ()),
         Backend("torch", _fp8_by(_fp8_torch), ("cuda",), ("cuda", "cpu"), ()),
         Backend("scaled_mm", _fp8_by(_fp8_scaled), (), ("cuda",), ()),
         Backend("triton", _fp8_layer(_fp8_fused.gather_matmul, _fp8_fused.matmul_combine), (), ("cuda",), ()),

@@ -8,7 +8,7 @@ the difference is multiplied: a model of 1T parameters takes seconds. `sharding_
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ import torch._C._distributed_c10d as c10d
 
 from functional_trainer import param, tree
 from functional_trainer.param import Part
+from functional_trainer.types import Fp8
 from sharding_rules.exchange import run
 from sharding_rules.gathering import Fetched
 from sharding_rules.mesh import AXES
@@ -82,6 +83,8 @@ class Planner(Sharder):
     """What is `stored` of each parameter."""
     coming: list[torch.Tensor] = field(default_factory=list)
     """The next layer's weights, and in backward the whole gradients of the layer after it, which are on their way."""
+    travelling: list[int] = field(default_factory=list)
+    """Bytes in which the weights that were fetched last travel."""
 
     @property
     def rank(self) -> int:
@@ -99,7 +102,9 @@ class Planner(Sharder):
 
     def _fetch(self, *args: Any) -> Any:
         with self.watch.within("weights gathered"):
-            return super()._fetch(*args)
+            made = super()._fetch(*args)
+        self.travelling[:] = [size(made.whole)]
+        return made
 
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
         self.watch.label = "activations"
@@ -107,7 +112,7 @@ class Planner(Sharder):
         with self.watch.within("weights gathered"):
             made = super().weights(tree.map(self.watch.leaf, params), prefix, dtype)
             # As many operations in forward as in backward, for selective recomputation counts them.
-            self.coming[:] = [torch.empty(alone * size(made), dtype=torch.uint8, device=SHAPES)]
+            self.coming[:] = [torch.empty(alone * self.travelling[0], dtype=torch.uint8, device=SHAPES)]
         with self.watch.within("backward"):
             grads = alone * in_backward() * size(made)
             self.coming.append(torch.empty(grads, dtype=torch.uint8, device=SHAPES))
@@ -125,11 +130,17 @@ def columns(rows: int, length: int) -> dict[str, torch.Tensor]:
     return {name: torch.empty(rows, length, dtype=dtype, device=SHAPES) for name, dtype in types.items()}
 
 
-def observed(shard: Sharder, model: Any, build: Build, batch: dict[str, torch.Tensor], watch: Watch) -> Costs:
-    """Return what one step costs this rank, which reads `batch`; groups are called by their axes."""
+def observed(
+    shard: Sharder, model: Any, build: Build, batch: dict[str, torch.Tensor], watch: Watch, offload: Iterable[str] = ()
+) -> Costs:  # fmt: skip
+    """Return what one step costs this rank, which reads `batch`; groups are called by their axes.
+
+    `offload` is what of the state that is built lives in host memory.
+    """
     step, state = build(watch.marked(model), shard)
     local = tree.map(shard.storage, (state.params, state.moments))
-    for what, part in zip(("parameters", "optimizer", "batch"), (*local, batch), strict=True):
+    moments = "host" if "optimizer" in offload else "optimizer"
+    for what, part in zip(("parameters", moments, "batch"), (*local, batch), strict=True):
         watch.see(part, what)
     with watch:
         step(state, shard.put_batch(batch))
@@ -163,12 +174,13 @@ def onward(total: Costs, less: Costs, more: Costs, times: int) -> Costs:
 
 def plan(
     model: Any, build: Build, rules: Rules, sizes: dict[str, int], rows: int, length: int, document: int = 0,
-    dispatch: str | None = None, compiled: bool = True,
+    dispatch: str | None = None, compiled: bool = True, fp8: Fp8 | None = None, offload: Iterable[str] = (),
 ) -> Costs:  # fmt: skip
     """Return what a step of `rows` rows of `length` tokens for each data rank costs one rank of a mesh.
 
-    `document` is the length of the documents in a row (0: a row is one), `dispatch` as in `Sharder`. If layers are
-    `compiled` two are gathered at a time. ValueError as of `Rules.fit`, or if the mesh has one device only.
+    `document` is the length of the documents in a row (0: a row is one), `dispatch` and `fp8` are as in `Sharder`,
+    `offload` as in `observed`. If layers are `compiled` two are gathered at a time. ValueError as of `Rules.fit`, or if
+    the mesh has one device only.
     """
     if not Grid(sizes).shape:
         raise ValueError("a mesh of one device exchanges nothing; give an axis more, as in fsdp=8")
@@ -176,8 +188,8 @@ def plan(
     def costs(layers: list[int]) -> Costs:
         some, watch = cut(model, sorted(layers)), Watch(document or length)
         grid: Any = Grid(sizes)
-        shard = Planner.of(rules, grid, some.specs, dispatch, watch=watch, compiled=compiled)
-        return observed(shard, some, build, columns(rows, length), watch)
+        shard = Planner.of(rules, grid, some.specs, dispatch, fp8, watch=watch, compiled=compiled)
+        return observed(shard, some, build, columns(rows, length), watch, offload)
 
     few = [i for of in kinds(model) for i in dict.fromkeys((*of[:2], of[-1]))]
     base = costs(few)

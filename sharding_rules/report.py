@@ -46,18 +46,21 @@ def exchanges(e: Estimate) -> Table:
     for x in e.exchanges:
         name, over = x.kind.removesuffix("_into_tensor").removesuffix("_tensor"), "links" if x.inside else "network"
         made.add_row(name, " ".join(x.axes), f"{x.calls:.0f}", f"{x.sent / GB:.3f}", f"{x.seconds * 1e3:.1f}", over)
+    for direction, (nbytes, seconds) in e.copies.items():
+        made.add_row(f"copy {direction}", "", "", f"{nbytes / GB:.3f}", f"{seconds * 1e3:.1f}", "PCIe")
     return made
 
 
 def verdict(e: Estimate) -> str:
     """Return times, rates, and whether it fits."""
-    low, high = max(e.work, e.talk), e.work + e.talk
     more = e.done * e.world / e.flops
     lines = [
         f"{e.flops / e.tokens / GB:.1f} GFLOP a token; {more:.2f} times that with recomputation and the update",
         f"work {e.work:.3f} s, exchanges {e.talk:.3f} s",
     ]
-    for name, seconds in (("everything overlapped", low), ("nothing overlapped", high)):
+    if e.host:
+        lines.append(f"{e.host / GIB:.1f} GiB of each device are in host memory, pinned")
+    for name, seconds in (("everything overlapped", e.shortest), ("nothing overlapped", e.longest)):
         rate = e.tokens / seconds / e.world
         lines.append(f"{name}: {seconds:.3f} s a step, {rate:,.0f} tokens/s a device, MFU {e.mfu(seconds):.1%}")
     room, most = e.device.memory * (1 - SPARE), e.memory[e.fullest].most_common(3)
@@ -92,7 +95,8 @@ def plot(e: Estimate, title: str, path: Path) -> None:
     left.set(ylabel="GiB a device", title="memory")
     left.legend(fontsize=8)
     bars = [("work", e.work), *((f"{x.kind.split('_into')[0]}\n{' '.join(x.axes)}", x.seconds) for x in e.exchanges)]
-    bars = [(name, seconds) for name, seconds in bars if seconds > 0.005 * (e.work + e.talk)]
+    bars += [(f"copy\n{direction}", seconds) for direction, (_, seconds) in e.copies.items()]
+    bars = [(name, seconds) for name, seconds in bars if seconds > 0.005 * e.longest]
     right.barh([name for name, _ in bars], [seconds for _, seconds in bars])
     right.invert_yaxis()
     right.set(xlabel="seconds a step", title="time")

@@ -2,12 +2,14 @@
 
     products    each takes the longer of FLOPs / peak and bytes / memory bandwidth, recomputed ones too
     update      parameters, moments and gradients are read, the first two written
+    copies      bytes to and from host memory / what PCIe carries in a direction; both directions at a time
     exchanges   bytes that leave a rank / what its links carry. Of n ranks a gather, a scatter and an all-to-all send
                 (n - 1) / n of their larger side, a reduction twice that (a ring's, the least there is)
 
 A group whose ranks are all on one node uses the node's links. In one that has m ranks on each of several nodes, rings
 run over the m network cards of a node at once, and an all-to-all sends to (n - m) / n of the ranks over its own card.
-A step is at least the longer of work and exchanges (all overlapped), and nothing being overlapped their sum. Launches,
+A step is at least the longest of work, exchanges and copies (all overlapped), and nothing being overlapped their sum.
+Network cards are taken to have lanes of their own beside those to host memory. Launches,
 latencies, elementwise operations, input and stragglers cost nothing here, so measured steps are longer.
 """
 
@@ -30,18 +32,21 @@ class Device(NamedTuple):
     node: int
     network: float
     """To other nodes."""
+    host: float
+    """To the host's memory."""
 
 
 DEVICES = {
-    # NVIDIA H100 SXM data sheet: 80 GB, 3.35 TB/s, NVLink 900 GB/s in both directions together. DGX H100 data sheet:
-    # 8 devices, each with a ConnectX-7 card of 400 Gb/s.
-    "H100": Device(80e9, 3.35e12, 450e9, 8, 50e9),
-    # NVIDIA H200 SXM data sheet: 141 GB, 4.8 TB/s, NVLink 900 GB/s. DGX H200 data sheet: as DGX H100.
-    "H200": Device(141e9, 4.8e12, 450e9, 8, 50e9),
-    # NVIDIA DGX B200 data sheet: 8 devices with 1440 GB and 64 TB/s together, NVLink 14.4 TB/s, 400 Gb/s a card.
-    "B200": Device(180e9, 8e12, 900e9, 8, 50e9),
-    # NVIDIA A100 80GB SXM data sheet: 2.039 TB/s, NVLink 600 GB/s. DGX A100 data sheet: 8 cards of 200 Gb/s.
-    "A100": Device(80e9, 2.039e12, 300e9, 8, 25e9),
+    # NVIDIA H100 SXM data sheet: 80 GB, 3.35 TB/s, NVLink 900 GB/s in both directions together, PCIe Gen5 128 GB/s in
+    # both. DGX H100 data sheet: 8 devices, each with a ConnectX-7 card of 400 Gb/s.
+    "H100": Device(80e9, 3.35e12, 450e9, 8, 50e9, 64e9),
+    # NVIDIA H200 SXM data sheet: 141 GB, 4.8 TB/s, NVLink 900 GB/s, PCIe Gen5 128 GB/s. DGX H200's: as DGX H100.
+    "H200": Device(141e9, 4.8e12, 450e9, 8, 50e9, 64e9),
+    # NVIDIA DGX B200 data sheet: 8 devices with 1440 GB and 64 TB/s together, NVLink 14.4 TB/s, 400 Gb/s a card; its
+    # Xeon 8570 have PCIe 5.0.
+    "B200": Device(180e9, 8e12, 900e9, 8, 50e9, 64e9),
+    # NVIDIA A100 80GB SXM data sheet: 2.039 TB/s, NVLink 600 GB/s, PCIe Gen4 64 GB/s. DGX A100's: 8 cards of 200 Gb/s.
+    "A100": Device(80e9, 2.039e12, 300e9, 8, 25e9, 32e9),
 }
 SPARE = 0.08
 """Share of the memory that is left to the context, NCCL's buffers and fragmentation: a guess, not measured."""
@@ -84,7 +89,7 @@ def exchange(kind: str, axes: tuple[str, ...], calls: float, nbytes: float, size
 
 @dataclass(frozen=True)
 class Estimate:
-    """A step on a mesh of `device`s with a peak of `peak` FLOP/s."""
+    """A step on a mesh of `device`s with a peak of `peak` FLOP/s, of `peak8` for products of operands in 8 bits."""
 
     costs: Costs
     sizes: dict[str, int]
@@ -94,6 +99,7 @@ class Estimate:
     """Tokens of a step, over all devices."""
     flops: float
     """FLOPs that they need, forward and backward, by `functional_trainer.flops`."""
+    peak8: float = math.nan
 
     @property
     def world(self) -> int:
@@ -134,13 +140,14 @@ class Estimate:
     @property
     def done(self) -> float:
         """FLOPs of a device's products, recomputed ones too."""
-        return sum(key[1] * n for key, n in self.costs.items() if key[0] == "product")
+        return sum(key[1] * n for key, n in self.costs.items() if key[0].startswith("product"))
 
     @property
     def work(self) -> float:
         """Seconds of products and of the update."""
-        products = sum(n * max(key[1] / self.peak, key[2] / self.device.bandwidth)
-                       for key, n in self.costs.items() if key[0] == "product")  # fmt: skip
+        peaks = {"product": self.peak, "product in 8 bits": self.peak8}
+        products = sum(n * max(key[1] / peaks[key[0]], key[2] / self.device.bandwidth)
+                       for key, n in self.costs.items() if key[0] in peaks)  # fmt: skip
         params, moments = self.costs["rest", "params"], self.costs["rest", "moments"]
         return products + (3 * params + 2 * moments) / self.device.bandwidth
 
@@ -148,6 +155,27 @@ class Estimate:
     def talk(self) -> float:
         """Seconds of exchanges."""
         return sum(e.seconds for e in self.exchanges)
+
+    @property
+    def copies(self) -> dict[str, tuple[float, float]]:
+        """Bytes and seconds of copies, by direction."""
+        found = {key[1]: n for key, n in self.costs.items() if key[0] == "copied"}
+        return {direction: (n, n / self.device.host) for direction, n in found.items()}
+
+    @property
+    def host(self) -> int:
+        """The most bytes that a device has in host memory."""
+        return round(self.costs.get(("host",), 0))
+
+    @property
+    def shortest(self) -> float:
+        """Seconds of a step, everything overlapped."""
+        return max(self.work, self.talk, *(seconds for _, seconds in self.copies.values()))
+
+    @property
+    def longest(self) -> float:
+        """Seconds of a step, nothing overlapped."""
+        return self.work + self.talk + sum(seconds for _, seconds in self.copies.values())
 
     def mfu(self, seconds: float) -> float:
         return self.flops / seconds / self.peak / self.world

@@ -1,6 +1,7 @@
 """What one rank holds, sends and multiplies while a step runs, op by op; tensors may be meta tensors.
 
-Bytes are those of storages that ops return, each once and for as long as it lives, by what they are:
+Bytes are those of storages that ops return, each once and for as long as it lives, by what they are. What a copy of
+`--offload` puts into host memory is not among them, and counted for itself.
 
     parameters, optimizer, batch   held before the step        weights cast   masters in the compute dtype
     weights gathered               a layer's, whole in use     activations    what forward made
@@ -29,9 +30,12 @@ from functional_trainer import tree
 
 Costs = dict[tuple, float]
 """("memory", segment, what): bytes; ("sent" or "calls", kind, group): bytes or times; ("product", FLOPs, bytes): times;
-("rest", "params" or "moments"): bytes."""
+("rest", "params" or "moments"): bytes; ("host",): most bytes; ("copied", "to host" or "from host"): bytes. A product of
+operands in 8 bits is a "product in 8 bits"."""
 
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single")
+COPIES = ("to host", "from host")
+"""Ranges of a trace in which `--offload` copies."""
 OURS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # our ops have one body, whatever the device
 
 
@@ -76,6 +80,8 @@ class Watch(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.segment, self.label = "forward", "weights cast"
         self.inside: list[str] = []
+        self.ranges: list[str] = []
+        self.host, self.most = 0, 0
         self.peaks: dict[str, Counter[str]] = {}
         self.sent: Counter[tuple] = Counter()
         self.products: Counter[tuple] = Counter()
@@ -83,7 +89,7 @@ class Watch(TorchDispatchMode):
     @property
     def costs(self) -> Costs:
         held = {("memory", segment, what): n for segment, by in self.peaks.items() for what, n in by.items() if n}
-        return held | dict(self.sent) | {("product", *key): n for key, n in self.products.items()}
+        return held | dict(self.sent) | dict(self.products) | ({("host",): self.most} if self.most else {})
 
     # what is held ----------------------------------------------------------------------------------------------------
 
@@ -92,14 +98,21 @@ class Watch(TorchDispatchMode):
         for x in tree.leaves(tensors):
             if isinstance(x, torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self.sizes:
                 self.sizes[key] = storage.nbytes(), what
-                self.now[what] += storage.nbytes()
+                self._hold(storage.nbytes(), what)
                 weakref.finalize(storage, self._freed, key)
         if self.now.total() > self.peaks.get(self.segment, Counter()).total():
             self.peaks[self.segment] = self.now.copy()
 
+    def _hold(self, nbytes: int, what: str) -> None:
+        if what == "host":
+            self.host += nbytes
+            self.most = max(self.most, self.host)
+        else:
+            self.now[what] += nbytes
+
     def _freed(self, key: int) -> None:
         nbytes, what = self.sizes.pop(key)
-        self.now[what] -= nbytes
+        self._hold(-nbytes, what)
 
     def rename(self, x: torch.Tensor, what: str) -> None:
         """Say what a tensor turns out to be."""
@@ -147,19 +160,34 @@ class Watch(TorchDispatchMode):
     # ops -------------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        name, kwargs, copies = func.overloadpacket.__name__, kwargs or {}, self.ranges[-1:]
         if name.startswith("linear_logprob") and func.namespace == "functional_trainer":
             with self.within("logits"), self:
                 made = func.redispatch(OURS, *args, **kwargs)
+        elif name == "wait_tensor" and args[0].is_meta:  # elsewhere it returns what it was given, of shapes a copy
+            made = args[0]
         else:
             made = func(*args, **kwargs)
         if func.namespace == "_c10d_functional" and (kind := name.removesuffix("_")) in COLLECTIVES:
             self.sent["calls", kind, args[-1]] += 1
             self.sent["sent", kind, args[-1]] += max(args[0].nbytes, made.nbytes)
         elif count := FLOPS.get(name):
-            self.products[count(self.document, *args), size((args, made))] += 1
-        self.see(made, self.inside[-1] if self.inside else "backward" if in_backward() else self.label)
+            kind = "product in 8 bits" if name.startswith("fp8") else "product"
+            self.products[kind, count(self.document, *args), size((args, made))] += 1
+        elif func.namespace == "profiler":
+            self._range(*args)
+        elif copies and copies[0] in COPIES and name in ("copy_", "clone"):
+            self.sent["copied", copies[0]] += made.nbytes
+        away = "host" if copies == ["to host"] else None
+        self.see(made, away or (self.inside[-1] if self.inside else "backward" if in_backward() else self.label))
         return made
+
+    def _range(self, name: Any, *args: Any) -> None:
+        """Note that a range of this name begins, or that the innermost one ends."""
+        if isinstance(name, str):
+            self.ranges.append(name)
+        else:
+            self.ranges.pop()
 
 
 def _mm(document: int, *args) -> int:
@@ -173,6 +201,10 @@ def _addmm(document: int, total, a, b) -> int:
 
 def _grouped(document: int, x, w, counts, order, inverse, slots, gather, combine) -> int:
     return 2 * x.shape[0] * (slots if gather else 1) * w.shape[1] * w.shape[2]
+
+
+def _eight(document: int, a, a_scale, b, *others) -> int:
+    return 2 * a.numel() * b.shape[-2]
 
 
 def _attention(document: int, q, k, v, window: int | None, causal: bool, scores: int, values: int) -> int:
@@ -190,6 +222,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "bmm": _mm,
     "addmm": _addmm,
     "addmm_": _addmm,
+    "fp8_matmul": _eight,
+    "fp8_grouped_matmul": _eight,
     "grouped_matmul": _grouped,
     "grouped_matmul_grad": lambda document, grad, *args: 2 * _grouped(document, *args),
     "grouped_weight_grad": lambda document, grad, x, counts: 2 * x.numel() * grad.shape[1],

@@ -11,20 +11,26 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_trainer import tree
+from functional_trainer import backend, tree
 
 
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of the storages of `held` and of all that ops return, each once and for as long as it lives.
 
+    What `--offload` copies into host memory is not counted, on a CPU either, where that is the same memory; `elsewhere`
+    is what is there from the beginning.
     `now` are alive, `peak` were the most at a time. What this project's ops hold inside is counted too; what a kernel
     of ATen takes and gives back within one call is not. Compiled code runs past it.
     """
 
-    def __init__(self, held: Any = ()):
+    def __init__(self, held: Any = (), elsewhere: Any = ()):
         super().__init__()
         self.sizes: dict[int, int] = {}
+        self.ranges: list[str] = []
         self.now = self.peak = 0
+        self.see(elsewhere)
+        self.now = self.peak = 0
+        self.sizes = dict.fromkeys(self.sizes, 0)
         self.see(held)
 
     def see(self, tensors: Any) -> None:
@@ -45,7 +51,10 @@ class LiveBytes(TorchDispatchMode):
                 made = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
         else:
             made = func(*args, **(kwargs or {}))
-        self.see(made)
+        if func.namespace == "profiler":  # a range begins, or the innermost one ends
+            self.ranges.append(args[0]) if isinstance(args[0], str) else self.ranges.pop()
+        elif self.ranges[-1:] != [backend.TO_HOST]:
+            self.see(made)
         return made
 
 

@@ -14,7 +14,7 @@ counted op by op on the host (live_bytes.py), the allocator's on a GPU. Settings
     new leaves       the step leaves its state alone and returns new tensors, as a step without donation would
     moments X        AdamW's moments in X
     ema              an average of the weights beside them
-    offload X        activations or moments in host memory; on a CPU that is the same memory, and copies cost time
+    offload X        activations or moments in host memory, which does not count, on a CPU either, unless compiled
     remat budget:X   a share X of what the compiler would keep; with --compile layer only
     small            remat layer, 4 micro-batches and moments 8bit together
 
@@ -177,13 +177,15 @@ def measure(o: Options, device: Any, name: str) -> dict[str, Any]:
 
     step, state, batch = build(o, SETTINGS[name], device)
     size = lambda part: sum(x.nbytes for x in tree.leaves(part))  # noqa: E731
-    row: dict[str, Any] = {"losses": [step()], "params": size(state.params), "moments": size(state.moments)}
-    row |= {"peak": peak(step, (state, batch), device, o.compile != "off"), "seconds": []}
+    away = "optimizer" in SETTINGS[name].step.get("offload", ())
+    held = dataclasses.replace(state, moments={}) if away else state
+    row: dict[str, Any] = {"losses": [step()], "params": size(held.params), "moments": size(held.moments)}
+    row |= {"peak": peak(step, (held, batch), device, o.compile != "off"), "seconds": []}
     for _ in range(o.steps):
         begin = time.perf_counter()
         step()  # reads its loss, so the device is done
         row["seconds"].append(time.perf_counter() - begin)
-    del step, state, batch
+    del step, state, held, batch
     gc.collect()
     return row
 

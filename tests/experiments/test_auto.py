@@ -3,10 +3,12 @@
 from dataclasses import replace
 from math import prod
 
+import pytest
 import torch
 
 import models
 from experiments import auto, plan
+from experiments.estimate import estimate
 from sharding_rules import roofline
 
 H100 = roofline.DEVICES["H100"]
@@ -24,7 +26,7 @@ def test_every_candidate_is_planned_and_the_fastest_that_fits_is_taken():
     times = {}
     for ep in (1, 2, 4, 8):
         o = plan.Options(seq_len=64, mesh=f"fsdp={8 // ep},ep={ep}", rows=2, micro_batches=2)
-        e = plan.estimate(o, model("tiny"))
+        e = estimate(o, model("tiny"))
         times[ep] = e.work + e.talk
     best = min(times, key=times.__getitem__)
     sizes, reason = choose("tiny", 8, 16, seq_len=64)
@@ -36,7 +38,7 @@ def test_rows_are_split_only_where_they_are_too_few_or_too_much():
     """Half as many rows as devices: two share each. Where whole rows do not fit, parts of rows do."""
     few, _ = choose("tiny", 8, 4, seq_len=64)
     assert few["cp"] * few["tp"] == 2 and few["dp"] * few["fsdp"] * few["ep"] == 4
-    e = plan.estimate(plan.Options(seq_len=8192, mesh="fsdp=2,ep=2", rows=1), model("tiny"))
+    e = estimate(plan.Options(seq_len=8192, mesh="fsdp=2,ep=2", rows=1), model("tiny"))
     small = H100._replace(memory=0.8 * e.held / (1 - roofline.SPARE))
     tight, reason = choose("tiny", 4, 4, small, seq_len=8192)
     assert tight["cp"] * tight["tp"] > 1 and "is the fastest" in reason
@@ -51,6 +53,11 @@ def test_replicas_are_machines():
     found = [sizes for some in auto.candidates(32, 8, 0, 32) for sizes in some]
     assert {"dp": 4, "fsdp": 8, "ep": 1, "cp": 1, "tp": 1} in found and {s["dp"] for s in found} == {1, 4}
     assert all(prod(s.values()) == 32 and s["tp"] * s["cp"] <= 8 for s in found)
+
+
+def test_a_budget_cannot_be_planned():
+    with pytest.raises(ValueError, match="--remat budget:0.5: only a compiler knows .* takes none, selective or layer"):
+        choose("tiny", 4, 4, remat="budget:0.5")
 
 
 def test_what_cannot_be_shared_is_refused():

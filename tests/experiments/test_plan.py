@@ -11,7 +11,10 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from experiments import plan
-from experiments.fit import cheapest
+from experiments.estimate import estimate
+from experiments.fit import changes, cheapest
+from functional_trainer.options import OptimOptions
+from sharding_rules import roofline
 from sharding_rules.plan import plan as costs
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +34,7 @@ def test_a_plan_is_printed_and_drawn(tmp_path, capsys):
 
 def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
     """Room for the state and few activations: layers are recomputed before rows are split."""
-    from sharding_rules import roofline
-
-    held = {remat: plan.estimate(replace(TINY, remat=remat)).held for remat in ("none", "layer")}
+    held = {remat: estimate(replace(TINY, remat=remat)).held for remat in ("none", "layer")}
     room = (held["none"] + held["layer"]) / 2
     device = roofline.DEVICES["H100"]._replace(memory=room / (1 - roofline.SPARE))
     monkeypatch.setitem(roofline.DEVICES, "H100", device)
@@ -41,19 +42,46 @@ def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
         plan.main(replace(TINY, remat="none"))
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said and "the cheapest change that fits: --remat " in said
-    state = 12 * plan.estimate(TINY).costs["rest", "params"] / 4  # masters and two moments
+    state = 12 * estimate(TINY).costs["rest", "params"] / 4  # masters and two moments
     monkeypatch.setitem(roofline.DEVICES, "H100", device._replace(memory=state))
     assert "cp" in cheapest(TINY) or "fsdp" in cheapest(TINY)
     monkeypatch.setitem(roofline.DEVICES, "H100", device._replace(memory=1e3))
     assert "nothing of what was tried" in cheapest(TINY)
 
 
+def test_what_is_proposed_gets_dearer(monkeypatch):
+    """A schedule, bfloat16 moments, host memory, 8 bits where the device has them, and then other meshes."""
+    kinds = [[name for name, _ in some] for some in changes(TINY)]
+    assert kinds[1] == ["--remat layer --micro-batches 4 --optim.moments bfloat16"]
+    sent = ["optimizer", "activations", "activations optimizer"]
+    assert kinds[2] == [f"--remat layer --micro-batches 4 --offload {what}" for what in sent]
+    assert kinds[3] == ["--remat layer --micro-batches 4 --precision fp8"] and "--mesh" in kinds[4][0]
+    assert not any("fp8" in name for some in changes(replace(TINY, gpu="A100")) for name, _ in some)
+    least = replace(TINY, micro_batches=4, optim=OptimOptions(moments="bfloat16"))
+    here, away = (estimate(replace(least, offload=o)).held for o in ((), ("optimizer",)))
+    device = roofline.DEVICES["H100"]._replace(memory=(here + away) / 2 / (1 - roofline.SPARE))
+    monkeypatch.setitem(roofline.DEVICES, "H100", device)
+    assert away < here and cheapest(least).startswith("--remat layer --micro-batches 4 --offload optimizer: ")
+
+
+def test_products_in_8_bits_are_rated_and_weights_travel_in_8_bits():
+    o = plan.Options(model="dense-0.6b", mesh="fsdp=2", seq_len=64, remat="none")
+    wide, eight = (estimate(replace(o, precision=p)) for p in ("dtype", "fp8"))
+    sent = [e.costs["sent", "all_gather_into_tensor", ("fsdp",)] for e in (wide, eight)]
+    embed = 2 * 151936 * 1024  # the table, tied, in bfloat16, gathered for the embedding and for the head
+    layers = [n - 2 * embed for n in sent]
+    assert 0.5 < layers[1] / layers[0] < 0.51  # scales and norms are the rest
+    assert eight.done == wide.done and eight.work < wide.work
+    with pytest.raises(ValueError, match="--precision fp8: A100 has no products of operands in 8 bits"):
+        estimate(replace(o, gpu="A100", precision="fp8"))
+
+
 def test_passes_are_extrapolated_exactly():
     many = replace(TINY, rows=10, micro_batches=5)
     model, build, rules, sizes = plan.pieces(many)
-    assert plan.estimate(many).costs == costs(model, build, rules, sizes, many.rows, many.seq_len)
+    assert estimate(many).costs == costs(model, build, rules, sizes, many.rows, many.seq_len)
     with pytest.raises(ValueError, match="--rows 10 cannot be split into --micro-batches 4"):
-        plan.estimate(replace(many, micro_batches=4))
+        estimate(replace(many, micro_batches=4))
 
 
 def test_what_is_no_model_is_an_error():
@@ -63,11 +91,11 @@ def test_what_is_no_model_is_an_error():
 
 def test_a_plan_is_made_after_a_job_was_left():
     """Which forgets the names of all groups, a plan's too."""
-    before = plan.estimate(TINY).costs
+    before = estimate(TINY).costs
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     torch.distributed.destroy_process_group()
-    assert plan.estimate(TINY).costs == before
+    assert estimate(TINY).costs == before
 
 
 def test_a_dry_run_of_a_small_model_is_as_planned():

@@ -209,6 +209,19 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(place, uninterrupted, f
     assert not list(out.glob("checkpoints/*.tmp"))
 
 
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (True, True)])
+def test_moments_in_host_memory_change_neither_a_run_nor_its_checkpoints(place, uninterrupted, before, after):
+    """A run is killed and goes on, with moments there or here."""
+    out, flags = place / f"away-{before}-{after}", ("--offload", "optimizer", "activations")
+    started = start(place, *LONG, *flags * before, "--out", out.name)
+    until(lambda: steps_done(out) > 2, started.process)
+    os.kill(started.process.pid, signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL, f"the run was over before it was killed:\n{started.output}"
+    assert "resumed from" in run(place, *LONG, *flags * after, "--out", out.name)
+    assert learned(out) == learned(uninterrupted())
+    same_state(out, uninterrupted())
+
+
 def test_a_torn_config_or_metrics_line_does_not_stop_a_run_from_going_on(place):
     run(place, *BASE, "--save-every", 2, "--out", "torn")
     whole = learned(place / "torn")
@@ -414,7 +427,8 @@ FLAGS = [
     (("--device", "xla:0"), "--device xla:0: torch_xla is not installed; pip install '.[xla]'"),
     (("--batch", 6, "--micro-batch", 4), "--batch 6 rows cannot be shared equally by 1 device(s)"),
     (("--mesh.ep", 2), "--mesh.ep 2"),
-    (("--balance", "hf", "--micro-batch", 2), "balance 'hf'"),
+    (("--balance", "hf", "--micro-batch", 2, "--data.cache", "moe/config.json"), "balance 'hf'"),
+    (("--optim.name", "adafactor", "--optim.moments", "8bit", "--data.cache", "moe/config.json"), "adafactor keeps"),
     (("--data.seq-len", 8, "--data.overlong", "drop"), "no document is left to train on"),
     (("--resume", "nowhere"), "--resume nowhere: no checkpoint there"),
     (("--resume", "moe"), "--resume moe: no checkpoint there"),
@@ -430,6 +444,9 @@ def test_bad_options_are_named(place, flags, message):
 def test_unknown_and_impossible_options_are_named(place):
     assert "--optim.lr" in refused(place, "--optim.l", 1, status=2)
     assert "--batch is 0; it must be at least 1" in refused(place, "--batch", 0, status=2)
+    away = refused(place, "--offload", "activations", "--compile", "step", status=2).replace("│", "").split()
+    assert "--offload activations is not for one graph: use --compile layer or off" in " ".join(away)
+    assert "is a compiler's work" in refused(place, "--remat", "budget:0.5", "--compile", "off", status=2)
     assert "--data.eval is given without --data.train" in run(place, "--data.eval", "eval.jsonl", status=2)
     (place / "typo.yaml").write_text("optim:\n  warm_up: 0.1\nkeep: 0\n")
     assert "optim.warm_up: did you mean optim.warmup?" in refused(place, "--config", "typo.yaml", status=2)

@@ -82,7 +82,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="--remat budget:0.5 is a compiler's work: with --compile off use layer"):
         run(remat="budget:0.5", compile="off")
     for what in ("activations", "optimizer"):
-        with pytest.raises(ValueError, match=f"--offload {what} is for one device, with --compile layer or off"):
+        with pytest.raises(ValueError, match=f"--offload {what} is not for one graph: use --compile layer or off"):
             run(offload=(what,), compile="step")
 
 
@@ -117,8 +117,8 @@ def held(offload: bool) -> int:
 
 
 def test_what_was_sent_away_is_not_here_too():
-    """On the CPU there and here are one memory: with both copies there would be twice as much."""
-    assert held(True) == pytest.approx(held(False), rel=0.1)
+    """Some small tensors stay, and what forward made outside of layers: embeddings, norms, the head."""
+    assert held(True) < 0.35 * held(False)
 
 
 def test_the_layer_before_is_on_its_way(monkeypatch):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import _fp8 as fp8
+from kernels import _fp8_host, _fp8_shapes, moe
 
 E4M3 = torch.float8_e4m3fn
 RECIPES = pytest.mark.parametrize("recipe", kernels.RECIPES.values(), ids=kernels.RECIPES)
@@ -54,6 +55,14 @@ def run(fn, leaves: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor
     leaves = [x.clone().requires_grad_() for x in leaves]
     out = fn(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+def linear(recipe, product, x, w) -> torch.Tensor:
+    return fp8.linear(x, (w,), recipe, product)
+
+
+def gathered(routing, products, x, w) -> torch.Tensor:
+    return fp8.gather_matmul(x, w, *routing, products)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, operands: float = 1.0) -> None:
@@ -102,6 +111,26 @@ def test_errors_are_within_those_of_operands(recipe, tokens, inputs, outputs, se
     pairs = (x @ w.T, bound(x, w.T, once, once)), (g @ w, dx), (g.T @ x, bound(g.T, x, once, twice))
     for (exact, most), ours in zip(pairs, got, strict=True):
         assert ((ours - exact).abs() <= most * (1 + 1e-9) + 1e-30).all()
+
+
+@RECIPES
+@given(tokens=SIZES, inputs=SIZES, outputs=SIZES, seed=st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_what_plans_multiply_with_is_the_emulation(recipe, tokens, inputs, outputs, seed):
+    """On values; on shapes results are as large."""
+    experts, slots = 3, 2
+    x, w, g = randn(tokens, inputs, seed=seed), randn(experts, outputs, inputs, seed=1), randn(tokens, outputs, seed=2)
+    order, inverse, counts = moe.sort_by_expert(torch.arange(tokens * slots).view(tokens, slots) % experts, experts)
+    rows, routing = g.repeat(slots, 1), (counts, order, inverse, slots, recipe)
+    for by_hand, planned, leaves, grad in (
+        (partial(linear, recipe, fp8.matmul), partial(linear, recipe, _fp8_shapes.matmul), [x, w[0]], g),
+        (partial(gathered, routing, _fp8_host), partial(gathered, routing, _fp8_shapes.PRODUCTS), [x, w], rows),
+    ):
+        wanted, got = run(by_hand, leaves, grad), run(planned, leaves, grad)
+        assert all(map(torch.equal, wanted, got))
+    on_meta = run(partial(gathered, [t.to("meta") if isinstance(t, torch.Tensor) else t for t in routing],
+                          _fp8_shapes.PRODUCTS), [t.to("meta") for t in (x, w)], rows.to("meta"))  # fmt: skip
+    assert [t.shape for t in on_meta] == [t.shape for t in got]
 
 
 @RECIPES

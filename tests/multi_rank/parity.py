@@ -209,7 +209,8 @@ def start(case: Case, shard):
         buffers = {"chosen": torch.zeros(case.config["num_experts"], dtype=torch.int64)}
     torch._dynamo.reset()
     step = make_train_step(model, loss, optimizer, shard=shard, **case.options)
-    return model, step, init_state(params, optimizer, buffers)
+    away = "optimizer" in case.options.get("offload", ())
+    return model, step, init_state(params, optimizer, buffers, offload=away)
 
 
 def train(case: Case, mesh: str | None = None) -> dict[str, torch.Tensor]:

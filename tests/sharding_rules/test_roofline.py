@@ -1,12 +1,14 @@
 """Times from costs, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from sharding_rules import report
 from sharding_rules.roofline import DEVICES, Device, Estimate, exchange, together
 
 SIZES = {"dp": 3, "fsdp": 4, "ep": 4, "tp": 2}  # tp is innermost: a node of 8 holds tp and ep
-BOX = Device(memory=1000, bandwidth=10, link=100, node=8, network=5)
+BOX = Device(memory=1000, bandwidth=10, link=100, node=8, network=5, host=20)
 
 
 @pytest.mark.parametrize("axes, ranks", [
@@ -42,6 +44,18 @@ def test_work_takes_the_longer_of_arithmetic_and_memory():
     assert e.work == 3 * 6 + 2 * 4 + (3 * 10 + 2 * 20) / 10 and e.talk == 6 and e.done == 1802
     assert e.mfu(10) == 96 * 1000 / 10 / 100 / 96
     assert e.fullest == "forward" and e.held == 900 and e.fits and not estimate(921).fits
+
+
+def test_copies_and_products_in_8_bits_have_rates_of_their_own():
+    """A step takes the longest of what can run at a time, or all of it one after the other."""
+    e = estimate(1)
+    more = {("product in 8 bits", 5000, 10): 2, ("copied", "to host"): 4000, ("copied", "from host"): 1000}
+    e = replace(e, costs=e.costs | more | {("host",): 3 * 2**30}, peak8=250)
+    assert e.work == 26 + 7 + 2 * 5000 / 250 and e.done == 11802
+    assert e.copies == {"to host": (4000, 200), "from host": (1000, 50)}
+    assert e.shortest == 200 and e.longest == e.work + 6 + 250
+    assert "3.0 GiB of each device are in host memory" in report.verdict(e)
+    assert [str(c) for c in report.exchanges(e).columns[5].cells][-2:] == ["PCIe", "PCIe"]
 
 
 def test_a_report_says_all_of_it(tmp_path):
