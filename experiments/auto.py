@@ -88,22 +88,22 @@ def tried(o: plan.Options, model: Any, sizes: dict[str, int], device: roofline.D
 def choose(
     o: plan.Options, model: Any, world: int, device: roofline.Device, batch: int, micro: int
 ) -> tuple[dict[str, int], str]:
-    """Return sizes for `world` devices and the reason, no sizes if the batch and the model cannot be shared out.
-
-    A step has `batch` rows, a pass of a device `micro` (0: all).
-    """
+    """Return sizes for `world` devices and the reason, no sizes if the batch and the model cannot be shared out; a step
+    has `batch` rows, a pass of a device `micro` (0: all)."""
     found: list[Arrangement] = []
+    wrong: list[ValueError] = []
     for some in candidates(world, min(device.node, world), getattr(model.config, "experts", 0), batch):
         for sizes in some:
             try:
                 found.append(tried(o, model, sizes, device, batch, micro))
-            except ValueError:  # the model does not divide so
-                continue
+            except ValueError as error:  # the model does not divide so, or nothing would do
+                wrong.append(error)
         if any(a.fits for a in found):
             break
     if not found:
         few = f"--mesh auto: no arrangement of {world} devices shares --batch {batch} and the model equally"
-        return {}, f"{few}; use a --batch that is a multiple of {world} and of --micro-batch, or say the sizes yourself"
+        few += f"; use a --batch that is a multiple of {world} and of --micro-batch, or say the sizes yourself"
+        return {}, "\nthe first one: ".join([few, *map(str, wrong[:1])])
     able = [a for a in found if a.fits] or [min(found, key=lambda a: a.held)]
     best = min(a.seconds for a in able)
     taken = min((a for a in able if a.seconds <= best * ALIKE), key=lambda a: (a.text.count("="), a.seconds))

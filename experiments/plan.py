@@ -14,7 +14,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
 from functional_trainer import config
-from functional_trainer.options import Fp8Options, OptimOptions
+from functional_trainer.options import Fp8Options, OptimOptions, within
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Options:
     """Also draw it here."""
 
     def __post_init__(self):
+        within("", self, seq_len=(1, ""), document=(0, ""), rows=(1, ""), micro_batches=(1, ""))
+        if self.document and self.seq_len % self.document:
+            raise ValueError(f"--document {self.document}: --seq-len {self.seq_len} is not whole documents of that")
+        if self.plot and self.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot {self.plot}: name a .png, .svg or .pdf")
         if self.remat not in ("none", "selective", "layer"):
             say = "only a compiler knows what that keeps; a plan, --mesh auto's too, takes none, selective or layer"
             raise ValueError(f"--remat {self.remat}: {say}")
@@ -71,8 +76,7 @@ def pieces(o: Options, model: Any = None) -> tuple[Any, Any, Any, dict[str, int]
 
     def build(model, shard):
         optimizer = optimizers.from_options(o.optim, 1000, model.specs)
-        how: dict[str, Any] = {"micro_batches": o.micro_batches, "remat": o.remat, "reduce": o.reduce}
-        how |= {"offload": o.offload}
+        how: dict[str, Any] = {k: getattr(o, k) for k in ("micro_batches", "remat", "reduce", "offload")}
         params = model.init(0, device="meta", shard=shard)
         state = init_state(params, optimizer, offload="optimizer" in o.offload)
         return make_train_step(model, losses.sft(), optimizer, shard=shard, **how), state

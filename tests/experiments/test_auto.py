@@ -63,3 +63,8 @@ def test_a_budget_cannot_be_planned():
 def test_what_cannot_be_shared_is_refused():
     sizes, reason = choose("tiny", 7, 3, seq_len=63)
     assert not sizes and "no arrangement of 7 devices shares --batch 3" in reason and "multiple of 7" in reason
+
+
+def test_what_no_arrangement_can_do_is_said():
+    _, reason = choose("tiny", 2, 4, seq_len=64, rules="nowhere.yaml")
+    assert "\nthe first one: " in reason and "nowhere.yaml" in reason.split("the first one: ")[1]

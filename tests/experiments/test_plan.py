@@ -84,6 +84,21 @@ def test_passes_are_extrapolated_exactly():
         estimate(replace(many, micro_batches=4))
 
 
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"rows": 0}, "--rows is 0; it must be at least 1"),
+        ({"seq_len": 0}, "--seq-len is 0"),
+        ({"micro_batches": 0}, "--micro-batches is 0"),
+        ({"seq_len": 64, "document": 100}, "--document 100: --seq-len 64 is not whole documents"),
+        ({"plot": Path("x.foo")}, "--plot x.foo: name a .png"),
+    ],
+)
+def test_sizes_and_files_that_cannot_be_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        plan.Options(**wrong)
+
+
 def test_what_is_no_model_is_an_error():
     with pytest.raises(ValueError, match="no folder, and no preset; these are: 30b-a3b"):
         plan.main(replace(TINY, model="gpt"))
