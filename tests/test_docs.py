@@ -24,7 +24,7 @@ import torch
 import transformers
 
 import models
-from experiments import compare, rules
+from experiments import compare, plan, rules
 from experiments.first_light import tasks
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
@@ -133,15 +133,25 @@ def make(words: list[str], place: Path) -> None:
         recipe(["experiments/qwen3_moe_sft.py", *(flag for text in given for flag in shlex.split(text))], place)
 
 
-def ruled(words: list[str], place: Path) -> None:
-    """What it prints stands below it on the page."""
+def below() -> dict[str, str]:
+    """Return the text block that stands below a command, by the command."""
     found = [block for page in PAGES for block in blocks(page)]
-    (below,) = (text for (kind, command), (_, text) in itertools.pairwise(found)
-                if kind == "bash" and shlex.split(command) == words)  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-        rules.main(config.cli(rules.Options, doc="", argv=words[2:]))
-    lines = iter(line.rstrip() for line in printed.getvalue().splitlines())
-    assert all(line in lines for line in below.splitlines() if line != "..."), printed.getvalue()
+    pairs = ((shlex.join(shlex.split(a)), b) for (kind, a), (other, b) in itertools.pairwise(found)
+             if (kind, other) == ("bash", "text"))  # fmt: skip
+    return dict(pairs)
+
+
+def printed(program: types.ModuleType, words: list[str]) -> None:
+    """What it prints stands below it on the page."""
+    with contextlib.redirect_stdout(io.StringIO()) as found, contextlib.suppress(SystemExit):
+        program.main(config.cli(program.Options, doc="", argv=words[2:]))
+    lines = iter(line.rstrip() for line in found.getvalue().splitlines())
+    said = [line.rstrip() for line in below()[shlex.join(words)].splitlines()]
+    assert all(line in lines for line in said if line != "..."), found.getvalue()
+
+
+def ruled(words: list[str], place: Path) -> None:
+    printed(rules, words)
 
 
 def compared(words: list[str], place: Path) -> None:
@@ -152,7 +162,7 @@ def compared(words: list[str], place: Path) -> None:
 
 
 def benchmark(words: list[str], place: Path) -> None:
-    """Its flags are accepted; tests/experiments run it."""
+    """Its flags are accepted; tests/experiments run it, plans are run below."""
     module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
     config.cli(module.Options, doc="", argv=words[2:])
 
@@ -243,6 +253,12 @@ def test_a_command_of_the_docs_works(command, place, monkeypatch):
     (rule,) = [rule for pattern, rule in RULES.items() if re.fullmatch(pattern, bare)] or [None]
     assert rule, f"no rule of this test covers: {command}"
     rule(shlex.split(bare), place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in below() if "experiments/plan.py" in command])
+def test_a_plan_is_what_the_page_says(command):
+    printed(plan, shlex.split(command))
 
 
 @pytest.mark.slow
