@@ -100,7 +100,7 @@ def start(o: Any, answers: int) -> Run:
     shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch, fp8) if grid else types.OneDevice(fp8)
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
-    read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)
+    read = data.load(o, tokenizer, model.config.vocab, shard, max(answers, samples), say)
     agree(_facts(hf, table.table, {"training data": read[0], **read[1]}))
     if answers and not read[2]:
         raise ValueError(f"--answers {answers}: no held-out conversation to answer (--data.eval, --data.split)")

@@ -428,6 +428,24 @@ def test_bad_options_are_named(place, flags, message):
     assert message in refused(place, "--out", "refused", *flags)
 
 
+def test_rows_that_devices_cannot_share_equally_are_refused(place):
+    def of(seq_len: int, *flags) -> list[sft_runs.Run]:
+        return sft_runs.start_ranks(place, 2, *BASE, "--data.seq-len", seq_len, *flags, "--out", "narrow")
+
+    shared = "2 devices (cp x tp) share the tokens of a row, with --data.packing"
+    cases = {
+        (63, "--mesh.cp", 2): f"error: --data.seq-len 63: {shared} first_fit; use a multiple of 2, as 64",
+        (52, "--mesh.tp", 2, "--data.packing", "none"):
+            f"error: --data.seq-len 52: {shared} none; use a multiple of 16, as 64",
+    }  # fmt: skip
+    for case, message in cases.items():
+        for rank in of(*case):
+            assert rank.wait() == 1 and message in rank.output, rank.output
+    (place / "short.jsonl").write_text("".join((place / "train.jsonl").open().readlines()[1:3]))  # narrow batches
+    for rank in of(64, "--mesh.cp", 2, "--data.packing", "none", "--data.train", "short.jsonl"):
+        assert rank.wait() == 0, rank.output
+
+
 def test_unknown_and_impossible_options_are_named(place):
     assert "--optim.lr" in refused(place, "--optim.l", 1, status=2)
     assert "--batch is 0; it must be at least 1" in refused(place, "--batch", 0, status=2)
