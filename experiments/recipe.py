@@ -53,14 +53,14 @@ class Run:
             print(text)
 
     def begin(self) -> tuple[Any, tree.Tree]:
-        """Return the model and its weights: read from a folder or drawn, and those of --init-from in their place."""
+        """Return the model and its weights: read from a folder or drawn; a new run has those of --init-from instead."""
         o, compute = self.o, getattr(torch, self.o.dtype)
         at = {"dtype": torch.promote_types(compute, torch.float32), "device": self.device, "shard": self.shard}
         if o.model.path:
             model, params = models.from_pretrained(o.model.path, **at)
         else:
             model, params = self.model, self.model.init(o.seed, **at)
-        if o.init_from:
+        if o.init_from and not self.resume:  # it may be gone by then
             source = checkpoint.find(o.init_from, "--init-from")
             checkpoint.load(source, tree.flatten({"params": params}), "params/")
         return replace(model, dtype=compute), params

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -526,6 +527,15 @@ def test_weights_alone_are_taken_from_another_run(place):
         wanted = before if number == 0 else sft_runs.tensors(place / source)
         assert params and all(torch.equal(after[path], wanted[path]) for path in params)
     assert "--init-from nothing: no checkpoint there" in refused(place, "--init-from", "nothing", "--out", "never")
+    shutil.copytree(place / "first", place / "source")
+    begun = (*BASE, "--init-from", "source", "--save-every", 2, "--out", "begun")
+    run(place, *begun)
+    whole = learned(place / "begun")
+    for gone in ("begun/checkpoints/step-6", "source"):
+        shutil.rmtree(place / gone)
+    for more in ((), ("--resume", "begun/checkpoints/step-4")):
+        assert "resumed from begun/checkpoints/step-4" in run(place, *begun, *more)
+        assert learned(place / "begun") == whole
     other = ("--model.path", "dense", "--init-from", "first", "--out", "never")
     assert "does not fit the model" in run(place, *BASE, *other, status=1)
 

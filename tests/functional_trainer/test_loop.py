@@ -138,6 +138,8 @@ def test_a_named_checkpoint_or_run_is_resumed(tmp_path):
     go(second, counting(), steps=2)
     with pytest.raises(ValueError, match="second already holds a run"):
         claim(named)
+    with pytest.raises(ValueError, match="--init-from other has no effect: --resume .* brings its own weights"):
+        claim(replace(named, out=str(tmp_path / "third"), init_from="other"))
     back = replace(first, resume=str(tmp_path / "first" / "checkpoints" / "step-2"))
     assert claim(back) == tmp_path / "first" / "checkpoints" / "step-2"
 
