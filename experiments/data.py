@@ -34,6 +34,8 @@ def load(
 
     parts = datasets(o.data.sources() if o.data.train else [Source(train[0])])
     documents, found = tokenized(Rows(parts, tokenizer, vocab, kept), o.data.cache, o.data.workers)
+    if not len(documents):
+        raise ValueError(f"--data.split {o.data.split} holds out all of so few rows; use a smaller share")
     for part, counts in zip(parts, found, strict=True):
         seen = ", ".join(f"{n:,} rows of shape {shape}" for shape, n in counts.items())
         often = f", weight {part.weight:g}" * (part.weight != 1) + f", epochs {part.epochs:g}" * (part.epochs < 1e99)

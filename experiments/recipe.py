@@ -90,8 +90,9 @@ def start(o: Any, answers: int) -> Run:
     flags = {f"--{key.replace('/', '.')}": value for key, value in tree.flatten(asdict(o)).items()}
     agree({flag: value for flag, value in flags.items() if flag not in ("--device", "--data.cache")})
     resume = claim(o, main=rank == 0)
+    given = models.read_config(o.model.path) if o.model.path else {}
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "first_light" / "tokenizer")
-    hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
+    hf = given or models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
     grid = mesh.make(mesh.Mesh(**auto.sizes(o, model, device, rank, world)), device, world)
     axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}

@@ -267,7 +267,8 @@ def _check_finite(done: int, skipped: int, options: Any, metrics: Metrics) -> No
     if skipped > 0:
         metrics.print(f"step {done}: the gradient is not finite, nothing was changed ({skipped} in a row)")
     if skipped >= options.max_skipped:
+        last = checkpoint.latest(options.out)
         raise RuntimeError(
             f"the gradients of {skipped} steps in a row, up to {done}, are not finite; the run stops. Lower --optim.lr "
-            f"or look at the data there; the last checkpoint is {checkpoint.latest(options.out)}"
+            f"or look at the data there; {f'the last checkpoint is {last}' if last else 'there is no checkpoint yet'}"
         )

@@ -56,6 +56,8 @@ class Source:
     """Rows to take from its beginning (0: all)."""
 
     def __post_init__(self):
+        if not self.path:
+            raise ValueError("path is empty; give a file, folder, glob or a dataset of the hub (owner/name)")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight is {self.weight}; it must be above 0")
         if not self.epochs > 0:
@@ -105,10 +107,14 @@ class DataOptions:
     """Most tokens of a greedy answer to a held-out question."""
 
     def __post_init__(self):
-        for name in ("weights", "epochs", "limits"):
-            if (given := getattr(self, name)) and len(given) != len(self.train):
+        each: Any = {"train": "path", "eval": "path", "weights": "weight", "epochs": "epochs", "limits": "limit"}
+        for name, of_source in each.items():
+            if name not in ("train", "eval") and (given := getattr(self, name)) and len(given) != len(self.train):
                 raise ValueError(f"--data.{name} are {len(given)} for {len(self.train)} of --data.train")
-        self.sources()
+            try:
+                _ = [Source(**{"path": "any", of_source: value}) for value in getattr(self, name)]
+            except ValueError as error:
+                raise ValueError(f"--data.{name}: {error}") from None
         within("data.", self, seq_len=(1, ""), workers=(0, ""), answer_tokens=(1, ""))
         if not 0 <= self.split < 1 or self.split and (self.eval or not self.train):
             raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")

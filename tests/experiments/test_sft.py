@@ -411,7 +411,7 @@ def test_bad_data_is_named_by_file_and_line(place, lines, message):
 FLAGS = [
     (("--data.train", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
     (("--model.path", "None", "--model.preset", "tinny"), "--model.preset 'tinny' is not one of"),
-    (("--model.path", "nowhere"), "nowhere"),
+    (("--model.path", "nowhere"), "error: nowhere does not exist; wanted a local Hugging Face folder"),
     (("--device", "gpu"), "--device gpu: not on this machine; it has"),
     (("--device", "xla:0"), "--device xla:0: torch_xla is not installed; pip install '.[xla]'"),
     (("--batch", 6, "--micro-batch", 4), "--batch 6 rows cannot be shared equally by 1 device(s)"),
@@ -501,6 +501,9 @@ def test_data_of_other_kinds_and_shapes(place):
                   "--answers", 3, "--out", "split")  # fmt: skip
     kept = int(re.search(r"train.jsonl: (\d+) rows of shape messages", printed)[1])
     assert 40 <= kept < 60 and "of 3 answers are exact" in printed and "eval_loss" in rows(place / "split")[-1]
+    flags = ("--data.train", "train.jsonl", "--data.eval", "--data.split", 0.999999, "--out", "never")
+    message = "--data.split 0.999999 holds out all of so few rows; use a smaller share"
+    assert message in refused(place, *flags)
     assert "--data.split 0.2: a share" in refused(place, "--data.split", 0.2, "--out", "never", status=2)
     mix = "datasets:\n- {path: quiz.csv, columns: [prompt=question, completion=answer], weight: 0.5, limit: 10}\n"
     (place / "mix.yaml").write_text(mix + "- {path: train.jsonl, type: messages}\n")
