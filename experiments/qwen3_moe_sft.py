@@ -38,6 +38,8 @@ class Options(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         within("", self, answers=(0, ""), balance_coefficient=(0, ""))
+        if self.balance == "none" and self.balance_coefficient is not None:
+            raise ValueError("--balance-coefficient has no effect with --balance none; leave one of them away")
 
 
 def main(o: Options) -> None:
@@ -53,6 +55,8 @@ def main(o: Options) -> None:
 
     # The objective, how it is optimized, and the step.
     coefficient = o.balance_coefficient
+    if coefficient is not None and not getattr(model.config, "experts", 0):
+        raise ValueError(f"--balance-coefficient {coefficient} has no effect: the model has no experts; leave it away")
     coefficient = run.hf.get("router_aux_loss_coef", 1e-3) if coefficient is None else coefficient
     loss = losses.sft(o.balance, coefficient)
     optimizer = optimizers.from_options(o.optim, run.steps, model.specs)

@@ -12,6 +12,7 @@ from experiments import auto, data, rules
 from functional_trainer import backend, checkpoint, exact_match, precision, tree, types
 from functional_trainer.data import Loader, Record, Tokenizer
 from functional_trainer.loop import agree, claim
+from functional_trainer.options import MeshOptions
 from functional_trainer.state import TrainState, ema
 from sharding_rules import Sharder, mesh
 
@@ -95,6 +96,8 @@ def start(o: Any, answers: int) -> Run:
     hf = given or models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
     grid = mesh.make(mesh.Mesh(**auto.sizes(o, model, device, rank, world)), device, world)
+    if not grid and (o.mesh.dispatch, o.mesh.reduce) != (MeshOptions.dispatch, MeshOptions.reduce):
+        raise ValueError("--mesh.dispatch and --mesh.reduce have no effect on one process; leave them away")
     axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}
     table = rules.chosen(o.rules, model, axes)
     fp8 = precision.fp8(o.fp8, model.specs) if o.precision == "fp8" else {}
@@ -103,8 +106,9 @@ def start(o: Any, answers: int) -> Run:
     say = print if rank == 0 else lambda text: None
     read = data.load(o, tokenizer, model.config.vocab, shard, max(answers, samples), say)
     agree(_facts(hf, table.table, {"training data": read[0], **read[1]}))
-    if answers and not read[2]:
-        raise ValueError(f"--answers {answers}: no held-out conversation to answer (--data.eval, --data.split)")
+    for flag, asked in (("--answers", answers), ("--samples", o.samples)):
+        if asked and not read[2]:
+            raise ValueError(f"{flag} {asked}: no held-out conversation to answer (--data.eval, --data.split)")
     return Run(o, device, world, shard, resume, tokenizer, hf, model, *read, samples)
 
 

@@ -134,6 +134,11 @@ class DataOptions:
 
 
 OptimName = Literal["adamw", "muon", "lion", "sgd", "adafactor"]
+USED_BY = {
+    "betas": ("adamw", "lion"), "eps": ("adamw",), "momentum": ("muon", "sgd"), "muon_scale": ("muon",),
+    "floor": ("cosine", "linear", "wsd"), "decay": ("wsd",),
+}  # fmt: skip
+"""Options that only some optimizers or schedules read."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,14 @@ class OptimOptions:
         fractions = dict.fromkeys(("betas", "momentum", "ema", "warmup"), (0, "below 1"))
         others = dict.fromkeys(("lr", "eps", "weight_decay", "floor", "max_grad_norm"), (0, ""))
         within("optim.", self, **fractions, **others, decay=(0, "at most 1"))
+        names = [self.name, *(OptimGroup.parse(text).name for text in self.groups)]
+        chosen = {*names, self.schedule} | ({"adamw"} if self.name == "muon" else set())
+        for option, users in USED_BY.items():
+            usual = getattr(OptimOptions, option)
+            if getattr(self, option) != usual and not chosen & {*users}:
+                flag, kind = f"--optim.{option.replace('_', '-')}", "schedule" if "wsd" in users else "name"
+                said, right = f"--optim.{kind} {getattr(self, kind)}", " or ".join(users)
+                raise ValueError(f"{flag} has no effect with {said}, only with {right}; leave it at {usual}")
 
 
 @dataclass(frozen=True)
@@ -318,6 +331,9 @@ class RunOptions:
             raise ValueError("--fp8.recipe and --fp8.exclude say how products are in 8 bits; add --precision fp8")
         if not re.fullmatch(r"none|selective|layer|budget:(0|1|0?\.\d+|[01]\.0*)", self.remat):
             raise ValueError(f"--remat {self.remat}: it is none, selective, layer, or budget:X with X from 0 to 1")
+        if self.steps and self.epochs != 1:
+            without = "say --steps 0, or leave --epochs away"
+            raise ValueError(f"--epochs {self.epochs} has no effect with --steps {self.steps}; {without}")
         none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
         within("", self, **dict.fromkeys(none, (0, "")))
         within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped", "timeout"), (1, "")))

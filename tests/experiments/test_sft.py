@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
+from experiments.qwen3_moe_sft import Options
 from functional_trainer import hf, tree
 from tests.experiments import sft_runs
 from tests.experiments.sft_runs import RECIPE, TOKENIZER, learned, rows, run, run_ranks, same_state, start, state
@@ -416,6 +417,10 @@ FLAGS = [
     (("--device", "xla:0"), "--device xla:0: torch_xla is not installed; pip install '.[xla]'"),
     (("--batch", 6, "--micro-batch", 4), "--batch 6 rows cannot be shared equally by 1 device(s)"),
     (("--mesh.ep", 2), "--mesh.ep 2"),
+    (("--mesh.reduce", "master"), "--mesh.dispatch and --mesh.reduce have no effect on one process; leave them away"),
+    (("--mesh.dispatch", "static"), "--mesh.dispatch and --mesh.reduce have no effect on one process"),
+    (("--model.path", "dense", "--balance-coefficient", 0.1), "--balance-coefficient 0.1 has no effect: the model"),
+    (("--data.eval", "--samples", 3), "--samples 3: no held-out conversation to answer (--data.eval, --data.split)"),
     (("--balance", "hf", "--micro-batch", 2), "balance 'hf'"),
     (("--data.seq-len", 8, "--data.overlong", "drop"), "no document is left to train on"),
     (("--resume", "nowhere"), "--resume nowhere: no checkpoint there"),
@@ -453,6 +458,13 @@ def test_unknown_and_impossible_options_are_named(place):
     assert "--data.eval is given without --data.train" in run(place, "--data.eval", "eval.jsonl", status=2)
     (place / "typo.yaml").write_text("optim:\n  warm_up: 0.1\nkeep: 0\n")
     assert "optim.warm_up: did you mean optim.warmup?" in refused(place, "--config", "typo.yaml", status=2)
+
+
+def test_options_without_effect_are_named():
+    with pytest.raises(ValueError, match="--epochs 3 has no effect with --steps 500; say --steps 0, or leave --epochs"):
+        Options(epochs=3)
+    with pytest.raises(ValueError, match="--balance-coefficient has no effect with --balance none; leave one of them"):
+        Options(balance="none", balance_coefficient=0.1)
 
 
 def test_bad_models_are_named(place):
