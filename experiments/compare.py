@@ -58,10 +58,13 @@ def main(o: Options) -> None:
     ends = [summary(run) for run in o.runs]
     files = [Path(run) / "config.yaml" for run in o.runs]
     options = [page.flat(yaml.safe_load(file.read_text("utf-8"))) if file.exists() else {} for file in files]
+    try:
+        plots.runs(o.runs, o.picture)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--picture {o.picture}: {getattr(error, 'strerror', None) or error}") from None
     console = Console()
     console.print(table("how they ended", o.runs, ends, only_different=False))
     console.print(table("options that differ", o.runs, options, only_different=True))
-    plots.runs(o.runs, o.picture)
     console.print(f"losses are drawn in {o.picture}", highlight=False)
 
 

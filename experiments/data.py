@@ -8,17 +8,20 @@ from typing import Any
 from experiments.first_light import tasks
 from functional_trainer import backend
 from functional_trainer.data import Loader, Record, Rows, Share, Tokenizer, Within, datasets, rows_of, tokenized
+from functional_trainer.data.stream import WIDTHS
 from functional_trainer.options import Source
 
 
 def load(
-    o: Any, tokenizer: Tokenizer, vocab: int, rank: int, world: int, questions: int, say: Callable = print
+    o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, questions: int, say: Callable = print
 ) -> tuple[Loader, dict[str, Loader], list[Record]]:
     """Return a loader of the training rows, one of each held-out source by its name, and held-out rows with a question.
 
     `o` has the fields of `RunOptions` and `data`. Without `data.train` the first-light tasks are written to the run
     folder and read from there. `questions` is how many of the latter.
     """
+    _check_width(o.data.seq_len, o.data.packing, shard.part("batch/columns", 1)[1])
+    rank, world = shard.data
     train, held_out = o.data.train, o.data.eval
     if not train:
         train, held_out = (f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)
@@ -31,6 +34,8 @@ def load(
 
     parts = datasets(o.data.sources() if o.data.train else [Source(train[0])])
     documents, found = tokenized(Rows(parts, tokenizer, vocab, kept), o.data.cache, o.data.workers)
+    if not len(documents):
+        raise ValueError(f"--data.split {o.data.split} holds out all of so few rows; use a smaller share")
     for part, counts in zip(parts, found, strict=True):
         seen = ", ".join(f"{n:,} rows of shape {shape}" for shape, n in counts.items())
         often = f", weight {part.weight:g}" * (part.weight != 1) + f", epochs {part.epochs:g}" * (part.epochs < 1e99)
@@ -56,6 +61,15 @@ def load(
     chats = (part for part, counts in zip(asked, found, strict=True) if counts.keys() - {"text"})
     records = (record for part in chats for record in rows_of(part, held) if record.messages)
     return loader, loaders, list(islice(records, questions))
+
+
+def _check_width(seq_len: int, packing: str, ways: int) -> None:
+    """Check that a row of any width can be split so many ways."""
+    equal = ways * max(WIDTHS) if packing == "none" and ways > 1 else ways
+    if seq_len % equal:
+        why = f"{ways} devices (cp x tp) share the tokens of a row, with --data.packing {packing}"
+        right = f"use a multiple of {equal}, as {-(-seq_len // equal) * equal}"
+        raise ValueError(f"--data.seq-len {seq_len}: {why}; {right}")
 
 
 def _names(parts: list) -> list[str]:

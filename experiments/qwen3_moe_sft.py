@@ -38,6 +38,8 @@ class Options(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         within("", self, answers=(0, ""), balance_coefficient=(0, ""))
+        if self.balance == "none" and self.balance_coefficient is not None:
+            raise ValueError("--balance-coefficient has no effect with --balance none; leave one of them away")
 
 
 def main(o: Options) -> None:
@@ -46,8 +48,10 @@ def main(o: Options) -> None:
     from functional_trainer import backend, exact_match, init_state, losses, make_train_step, optimizers, train
 
     def objective(hf: dict[str, Any]) -> losses.Loss:
-        coefficient = hf.get("router_aux_loss_coef", 1e-3) if o.balance_coefficient is None else o.balance_coefficient
-        return losses.sft(o.balance, coefficient)
+        given = o.balance_coefficient
+        if given is not None and not getattr(models.from_config(hf).config, "experts", 0):
+            raise ValueError(f"--balance-coefficient {given} has no effect: the model has no experts; leave it away")
+        return losses.sft(o.balance, hf.get("router_aux_loss_coef", 1e-3) if given is None else given)
 
     # Where the run lives, what it reads, what it begins with.
     answers = (0 if o.data.train else 512) if o.answers is None else o.answers

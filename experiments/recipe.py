@@ -55,14 +55,14 @@ class Run:
             print(text)
 
     def begin(self) -> tuple[Any, tree.Tree]:
-        """Return the model and its weights: read from a folder or drawn, and those of --init-from in their place."""
+        """Return the model and its weights: read from a folder or drawn; a new run has those of --init-from instead."""
         o, compute = self.o, getattr(torch, self.o.dtype)
         at = {"dtype": torch.promote_types(compute, torch.float32), "device": self.device, "shard": self.shard}
         if o.model.path:
             model, params = models.from_pretrained(o.model.path, **at)
         else:
             model, params = self.model, self.model.init(o.seed, **at)
-        if o.init_from:
+        if o.init_from and not self.resume:  # it may be gone by then
             source = checkpoint.find(o.init_from, "--init-from")
             checkpoint.load(source, tree.flatten({"params": params}), "params/")
         return replace(model, dtype=compute), params
@@ -84,10 +84,8 @@ class Run:
 
 
 def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Loss]) -> Run:
-    """Join the other processes, claim the run folder, refuse what cannot be, read the data.
-
-    `answers` is how many questions are wanted, `objective` makes the loss for a Hugging Face config.
-    """
+    """Join the other processes, claim the run folder, refuse what cannot be, read the data and as many questions as
+    `answers`; `objective` makes the loss for a Hugging Face config."""
     device = backend.setup(o.device)
     if o.compile != "off":
         backend.probe_compiler(device)
@@ -95,8 +93,9 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     flags = {f"--{key.replace('/', '.')}": value for key, value in tree.flatten(asdict(o)).items()}
     agree({flag: value for flag, value in flags.items() if flag not in ("--device", "--data.cache")})
     resume = claim(o, main=rank == 0)
+    given = models.read_config(o.model.path) if o.model.path else {}
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "first_light" / "tokenizer")
-    hf = models.read_config(o.model.path) if o.model.path else models.preset(o.model.preset, tokenizer)
+    hf = given or models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
     grid = mesh.make(mesh.Mesh(**auto.sizes(o, model, device, rank, world)), device, world)
     axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}
@@ -107,10 +106,11 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     step.refuse(loss, optimizers.from_options(o.optim, 1000, model.specs), shard, passes, o.compile, o.remat, o.offload)
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
-    read = data.load(o, tokenizer, model.config.vocab, *shard.data, max(answers, samples), say)
+    read = data.load(o, tokenizer, model.config.vocab, shard, max(answers, samples), say)
     agree(_facts(hf, table.table, {"training data": read[0], **read[1]}))
-    if answers and not read[2]:
-        raise ValueError(f"--answers {answers}: no held-out conversation to answer (--data.eval, --data.split)")
+    for flag, asked in (("--answers", answers), ("--samples", o.samples)):
+        if asked and not read[2]:
+            raise ValueError(f"{flag} {asked}: no held-out conversation to answer (--data.eval, --data.split)")
     return Run(o, device, world, shard, resume, tokenizer, hf, model, loss, *read, samples)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from functional_trainer import backend
+from functional_trainer.errors import listed
 
 NAME = re.compile(r"step-(\d+)(\.old)?")  # .old: the previous content while a new one takes its place
 Writer = Callable[[Mapping[str, Tensor], Any], None]
@@ -146,8 +147,9 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
     """Read a checkpoint into the tensors of `like`, in place and bit for bit, and return (tensors, extra).
 
     With `below` only what has a path below it is read, and `like` must be just that. Raises FileNotFoundError if `path`
-    holds no checkpoint, and one ValueError that lists every missing, extra or mis-shaped tensor; nothing has been
-    written to `like` then. ValueError too for what is damaged, as far as can be seen: DCP keeps no checksum of numbers.
+    holds no checkpoint, and one ValueError that counts missing, extra and mis-shaped tensors and lists the first;
+    nothing has been written to `like` then. ValueError too for what is damaged, as far as can be seen: DCP keeps no
+    checksum of numbers.
     """
     path = Path(path)
     if not (path / ".metadata").is_file() or not (path / "extra.json").is_file():
@@ -161,8 +163,8 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
         if had.get(p) != want.get(p)
     ]
     if problems:
-        listed = "\n".join(f"  {p}" for p in problems)
-        raise ValueError(f"{path} does not fit the model in {len(problems)} of {len(had | want)} tensors:\n{listed}")
+        count = f"{len(problems)} of {len(had | want)} tensors"
+        raise ValueError(f"{path} does not fit the model in {count}:{listed(problems)}")
     tensors, extra = dict(like), _extra(path)
     _expect_no_group()
     try:

@@ -76,7 +76,7 @@ def cli(cls: type[T], *, doc: str, argv: Sequence[str] | None = None) -> T:
     try:
         for path in known.config:
             default = load(cls, path, default)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"--config: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     usage = "--config FILE.yaml is read first; the flags below override it (config.yaml of a run folder will do)."
@@ -120,10 +120,13 @@ def dump(config: Any, path: str | Path) -> None:
 def load(cls: type[T], path: str | Path, default: T | None = None) -> T:
     """Read a YAML file into `cls`; absent keys come from `default` or from the fields' own defaults.
 
-    Raises one ValueError that lists every unknown, missing or mistyped key of the file, with what would be right.
+    Raises one ValueError that lists every unknown, missing or mistyped key of the file, with what would be right; also
+    if it cannot be read.
     """
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except INVALID as error:
         raise ValueError(f"{path} is not valid YAML: {brief(error)}") from None
     problems: list[str] = []

@@ -1,6 +1,7 @@
 """Files that may be broken: read them, and say in one short message what is wrong. Imports no torch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ def brief(text: object, most: int = 300) -> str:
     """Return the beginning of a text that may be long."""
     whole = str(text)
     return whole if len(whole) <= most else f"{whole[:most]}..."
+
+
+def listed(problems: Sequence[str], most: int = 20) -> str:
+    """Return the first of many problems, each briefly on a line of its own, and how many more there are."""
+    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+    return "".join(f"\n  {brief(problem)}" for problem in [*problems[:most], *more])
 
 
 def read_json(file: Path) -> dict[str, Any]:

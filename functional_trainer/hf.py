@@ -11,7 +11,7 @@ dims kept, except that a gate/up pair "2" that is not indexed joins the out dims
 order is theirs, so every tensor is a view. A model that exists in several spellings (one tensor per expert or all in
 one) has one table for each.
 
-A folder is compared with the table before anything is read, and everything that is wrong comes in one error.
+A folder is compared with the table before anything is read, and one error counts what is wrong and lists the first.
 """
 
 import itertools
@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from functional_trainer import param, tree
-from functional_trainer.errors import brief, read_json
+from functional_trainer.errors import brief, listed, read_json
 from functional_trainer.param import Param, Part
 from functional_trainer.types import ONE_DEVICE
 
@@ -128,7 +128,7 @@ def load(
 
     Of each leaf this process holds and reads the part that it keeps. `variants` are the name maps the folder may be
     written in; the one that fits best is used and returned. Missing, extra, duplicate and mis-shaped tensors and
-    unknown dtypes are listed in one ValueError.
+    unknown dtypes are in one ValueError, which counts them and lists the first.
     """
     folder = Path(path)
     files, promised = _files(folder)
@@ -147,9 +147,7 @@ def load(
             parts.setdefault(slot.path, []).append(name)
         problems += _mismatches(slots, entries) + _mixed(parts, entries, dtype) + _untied(slots, entries, handles)
         if problems:
-            raise ValueError(
-                f"{folder} does not fit the model, {len(problems)} problem(s):\n  " + "\n  ".join(map(brief, problems))
-            )
+            raise ValueError(f"{folder} does not fit the model, {len(problems)} problem(s):{listed(problems)}")
     flat = {}
     for leaf_path, p in tree.flatten(specs).items():
         where = [(entries[name].file, name, slots[name].index) for name in parts[leaf_path]]

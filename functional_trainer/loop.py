@@ -31,7 +31,7 @@ MAY_DIFFER |= {"timeout", "rules", "data.workers", "data.cache"}
 def claim(options: Any, *, main: bool = True) -> Path | None:
     """Make the run folder, write its config.yaml and return the checkpoint to resume from, if any.
 
-    ValueError if the folder holds another run, or if `resume` names no checkpoint.
+    ValueError if the folder holds another run, if `resume` names no checkpoint, or `init_from` has no effect beside it.
     """
     folder, source = Path(options.out), None
     if options.resume not in ("auto", "never"):
@@ -45,6 +45,11 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
                 f"{folder} holds another run ({'; '.join(odd)}); choose another --out, or the same options"
             )
         source = source or checkpoint.latest(folder)
+    elif source and options.init_from:
+        raise ValueError(
+            f"--init-from {options.init_from} has no effect: --resume {options.resume} brings its own weights; leave it"
+            f" away, or say --init-from None where --config has it"
+        )
     if main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +267,8 @@ def _check_finite(done: int, skipped: int, options: Any, metrics: Metrics) -> No
     if skipped > 0:
         metrics.print(f"step {done}: the gradient is not finite, nothing was changed ({skipped} in a row)")
     if skipped >= options.max_skipped:
+        last = checkpoint.latest(options.out)
         raise RuntimeError(
             f"the gradients of {skipped} steps in a row, up to {done}, are not finite; the run stops. Lower --optim.lr "
-            f"or look at the data there; the last checkpoint is {checkpoint.latest(options.out)}"
+            f"or look at the data there; {f'the last checkpoint is {last}' if last else 'there is no checkpoint yet'}"
         )

@@ -173,16 +173,19 @@ class Metrics:
 def _wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
     """Start or continue the run of this folder, whose id is kept there.
 
-    Steps are a value among others: wandb's own count would drop the rows that a resumed run repeats.
+    Steps are a value among others: wandb's own count would drop the rows that a resumed run repeats. ValueError if it
+    refuses: no login, a bad name, no network.
     """
     import wandb
 
     home, name = folder.resolve(), folder / "wandb-id"
     if not name.exists():
         name.write_text(secrets.token_hex(8))
-    run = wandb.init(
-        project=project, name=home.name, id=name.read_text(), resume="allow", dir=str(home), config=dict(config or {})
-    )
+    where: dict[str, Any] = {"project": project, "name": home.name, "id": name.read_text(), "dir": str(home)}
+    try:
+        run = wandb.init(**where, resume="allow", config=dict(config or {}))
+    except Exception as error:
+        raise ValueError(f"--wandb {project}: {error}") from None
     run.define_metric("*", step_metric="step")
     return run
 

@@ -64,6 +64,8 @@ class Source:
     """Rows to take from its beginning (0: all)."""
 
     def __post_init__(self):
+        if not self.path:
+            raise ValueError("path is empty; give a file, folder, glob or a dataset of the hub (owner/name)")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight is {self.weight}; it must be above 0")
         if not self.epochs > 0:
@@ -113,10 +115,14 @@ class DataOptions:
     """Most tokens of a greedy answer to a held-out question."""
 
     def __post_init__(self):
-        for name in ("weights", "epochs", "limits"):
-            if (given := getattr(self, name)) and len(given) != len(self.train):
+        each: Any = {"train": "path", "eval": "path", "weights": "weight", "epochs": "epochs", "limits": "limit"}
+        for name, of_source in each.items():
+            if name not in ("train", "eval") and (given := getattr(self, name)) and len(given) != len(self.train):
                 raise ValueError(f"--data.{name} are {len(given)} for {len(self.train)} of --data.train")
-        self.sources()
+            try:
+                _ = [Source(**{"path": "any", of_source: value}) for value in getattr(self, name)]
+            except ValueError as error:
+                raise ValueError(f"--data.{name}: {error}") from None
         within("data.", self, seq_len=(1, ""), workers=(0, ""), answer_tokens=(1, ""))
         if not 0 <= self.split < 1 or self.split and (self.eval or not self.train):
             raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")
@@ -136,6 +142,11 @@ class DataOptions:
 
 
 OptimName = Literal["adamw", "muon", "lion", "sgd", "adafactor"]
+USED_BY = {
+    "betas": ("adamw", "lion"), "eps": ("adamw",), "momentum": ("muon", "sgd"), "muon_scale": ("muon",),
+    "floor": ("cosine", "linear", "wsd"), "decay": ("wsd",),
+}  # fmt: skip
+"""Options that only some optimizers or schedules read."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +228,14 @@ class OptimOptions:
         fractions = dict.fromkeys(("betas", "momentum", "ema", "warmup"), (0, "below 1"))
         others = dict.fromkeys(("lr", "eps", "weight_decay", "floor", "max_grad_norm"), (0, ""))
         within("optim.", self, **fractions, **others, decay=(0, "at most 1"))
+        names = [self.name, *(OptimGroup.parse(text).name for text in self.groups)]
+        chosen = {*names, self.schedule} | ({"adamw"} if self.name == "muon" else set())
+        for option, users in USED_BY.items():
+            usual = getattr(OptimOptions, option)
+            if getattr(self, option) != usual and not chosen & {*users}:
+                flag, kind = f"--optim.{option.replace('_', '-')}", "schedule" if "wsd" in users else "name"
+                said, right = f"--optim.{kind} {getattr(self, kind)}", " or ".join(users)
+                raise ValueError(f"{flag} has no effect with {said}, only with {right}; leave it at {usual}")
 
 
 @dataclass(frozen=True)
@@ -321,6 +340,9 @@ class RunOptions:
         if not re.fullmatch(r"none|selective|layer|budget:(0|1|0?\.\d+|[01]\.0*)", self.remat):
             raise ValueError(f"--remat {self.remat}: it is none, selective, layer, or budget:X with X from 0 to 1")
         forms(self.compile, self.remat, self.offload)
+        if self.steps and self.epochs != 1:
+            without = "say --steps 0, or leave --epochs away"
+            raise ValueError(f"--epochs {self.epochs} has no effect with --steps {self.steps}; {without}")
         none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
         within("", self, **dict.fromkeys(none, (0, "")))
         within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped", "timeout"), (1, "")))

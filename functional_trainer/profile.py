@@ -1,5 +1,6 @@
 """Where a step's time goes: a trace of some steps, and the operations that cost most."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ def profiled(metrics: Metrics, steps: int, device: torch.device) -> Iterator[Cal
         yield lambda: None
         return
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # at 5, the default, it prints when it starts and stops
     done = 0
     written: list[str] = []
 
@@ -34,6 +36,8 @@ def profiled(metrics: Metrics, steps: int, device: torch.device) -> Iterator[Cal
         profiler.step()
 
     def ready(profiler: torch.profiler.profile) -> None:
+        if done <= WAIT:  # the run ended before anything was recorded
+            return
         profiler.export_chrome_trace(str(folder / "trace.json"))
         snapshot = backend.dump_memory(device, folder / "memory.pickle")
         written.extend(["trace.json", "memory.pickle"][: 1 + snapshot])

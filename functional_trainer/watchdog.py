@@ -37,9 +37,14 @@ def watched(seconds: float, folder: str | Path, rank: int) -> Iterator[Callable[
 
 
 def _dump(seconds: float, file: Path, rank: int) -> None:
-    record = backend.flight_record()
-    if record:
-        file.write_bytes(record)
-    where = f"; the last exchanges with other ranks are in {file}" if record else ""
-    print(f"rank {rank} has not got on for {seconds:g} s{where}. Its threads are here:", file=sys.stderr, flush=True)
+    def say(text: str) -> None:
+        print(f"rank {rank} {text}", file=sys.stderr, flush=True)
+
+    say(f"has not got on for {seconds:g} s. Its threads are here:")
     faulthandler.dump_traceback(sys.stderr)
+    if record := backend.flight_record():
+        try:
+            file.write_bytes(record)
+            say(f"has written its last exchanges with other ranks to {file}")
+        except OSError as error:
+            say(f"cannot write its last exchanges with other ranks to {file}: {error.strerror}")

@@ -62,7 +62,7 @@ def from_pretrained(
 ) -> tuple[Model, Tree]:
     """Load a Hugging Face folder: the model and its parameters, in `dtype` (None: as stored) and placed by `shard`.
 
-    Missing, extra and mis-shaped tensors raise one ValueError that lists them all.
+    Missing, extra and mis-shaped tensors raise one ValueError that counts them and lists the first.
     """
     model = from_config(path)
     params, used = hf.load(path, model.specs, model.names, dtype=dtype, device=device, shard=shard)

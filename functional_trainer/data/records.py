@@ -62,7 +62,9 @@ def datasets(given: list[Source]) -> list[Source]:
             continue
         if outer.limit or outer.epochs < float("inf"):
             raise ValueError(f"{outer.path}: give the limit and the epochs of its datasets in the file")
-        for source in config.load(Mix, outer.path).datasets:
+        if not (mix := config.load(Mix, outer.path).datasets):
+            raise ValueError(f"{outer.path}: datasets is empty; list at least one")
+        for source in mix:
             path = Path(outer.path).parent / source.path
             hub = sources.HUB_NAME.fullmatch(source.path) and sources.kind(path) not in sources.READERS
             where = f"{sources.HUB}{source.path}" if hub and not path.exists() else str(path)

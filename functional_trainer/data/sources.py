@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from functional_trainer.errors import brief
+
 Paths = str | Path | Iterable[str | Path]
 Row = tuple[str, Any]
 """Where it stands (file:line, or file[index]) and what it is."""
@@ -43,21 +45,26 @@ def kind(file: Path) -> str:
 def files(paths: Paths) -> list[Path]:
     """List the data files that files, folders, globs and names of the hub stand for.
 
-    ValueError where there is none, one of no known kind, or a folder with a split for training and one held out.
+    ValueError where there is none, one of no known kind, a folder with a split for training and one held out, or one
+    that cannot be listed.
     """
     found: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         name, path = str(path), Path(path)
         named_hub = name.startswith(HUB)
-        if named_hub or HUB_NAME.fullmatch(name) and kind(path) not in READERS and not path.exists():
-            owner, dataset, *inside = name.removeprefix(HUB).split("/")
-            home = Path(_hub(f"{owner}/{dataset}"))
-            here = _inside(home, name) if not inside else sorted(home.glob("/".join(inside)))
-        elif path.is_dir():
-            here = _inside(path, name)
-        else:
-            here = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-        here = [file for file in here if file.is_file()]
+        try:
+            if named_hub or HUB_NAME.fullmatch(name) and kind(path) not in READERS and not path.exists():
+                owner, dataset, *inside = name.removeprefix(HUB).split("/")
+                home = Path(_hub(f"{owner}/{dataset}"))
+                here = _inside(home, name) if not inside else sorted(home.glob("/".join(inside)))
+            elif path.is_dir():
+                here = _inside(path, name)
+            else:
+                here = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+            here = [file for file in here if file.is_file()]
+        except OSError as error:
+            what = f"{brief(error.filename)} in it cannot be read: {error.strerror}"
+            raise ValueError(f"{name}: {what}; give a folder of data files only") from None
         if not here:
             if named_hub or path.is_dir():
                 raise ValueError(f"{name}: no data file in it; expected {', '.join(READERS)}")

@@ -56,5 +56,8 @@ def test_what_is_no_run_is_named(tmp_path):
     done = run("a", "nothing", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: nothing: no run in this folder")
     assert run("a", cwd=tmp_path).stderr == "error: give at least two run folders\n"
+    for picture, why in (("gone/x.png", "No such file or directory"), ("x.foo", "Format 'foo' is not supported")):
+        done = run("a", "a", "--picture", picture, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.startswith(f"error: --picture {picture}: {why}") and not done.stdout
     with pytest.raises(ValueError, match="no run in this folder"):
         compare.summary(str(tmp_path))

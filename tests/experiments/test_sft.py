@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
+from experiments.qwen3_moe_sft import Options
 from functional_trainer import hf, tree
 from tests.experiments import sft_runs
 from tests.experiments.sft_runs import RECIPE, TOKENIZER, learned, rows, run, run_ranks, same_state, start, state
@@ -83,7 +85,7 @@ def test_a_profile_says_where_the_time_goes_and_changes_nothing(place):
     lines = re.findall(r"^ +([\d.]+)% +([\d.]+) ms a step +(\d+) calls  (.+)$", printed, re.M)
     shares, times = ([float(line[i]) for line in lines] for i in (0, 1))
     assert len(lines) == 10 and times == sorted(times, reverse=True) and 30 < sum(shares) <= 100.5
-    assert "profiled 2 steps: trace.json in profiled" in printed
+    assert "profiled 2 steps: trace.json in profiled" in printed and "USDT" not in printed
     events = json.loads((place / "profiled" / "trace.json").read_text())["traceEvents"]
     names = {event.get("name") for event in events}
     assert {"aten::mm", "functional_trainer::attention_documents", "[memory]"} <= names
@@ -91,8 +93,9 @@ def test_a_profile_says_where_the_time_goes_and_changes_nothing(place):
     assert learned(place / "profiled") == learned(place / "first")
     short = run(place, *BASE, "--steps", 5, "--profile", 9, "--out", "profiled-short")
     assert "profiled 2 steps: trace.json in profiled-short" in short
-    none = run(place, *BASE, "--steps", 2, "--profile", 9, "--out", "profiled-none")
-    assert "nothing is profiled: this took 2 steps, and the first 3 are left out" in none
+    for steps in (2, 3):
+        none = run(place, *BASE, "--steps", steps, "--profile", 9, "--out", f"profiled-none-{steps}")
+        assert f"nothing is profiled: this took {steps} steps, and the first 3 are left out" in none
 
 
 def test_the_run_folder_holds_what_the_help_says(place):
@@ -422,13 +425,15 @@ def test_bad_data_is_named_by_file_and_line(place, lines, message):
 FLAGS = [
     (("--data.train", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
     (("--model.path", "None", "--model.preset", "tinny"), "--model.preset 'tinny' is not one of"),
-    (("--model.path", "nowhere"), "nowhere"),
+    (("--model.path", "nowhere"), "error: nowhere does not exist; wanted a local Hugging Face folder"),
     (("--device", "gpu"), "--device gpu: not on this machine; it has"),
     (("--device", "xla:0"), "--device xla:0: torch_xla is not installed; pip install '.[xla]'"),
     (("--batch", 6, "--micro-batch", 4), "--batch 6 rows cannot be shared equally by 1 device(s)"),
     (("--mesh.ep", 2), "--mesh.ep 2"),
     (("--balance", "hf", "--micro-batch", 2, "--data.cache", "moe/config.json"), "balance 'hf'"),
     (("--optim.name", "adafactor", "--optim.moments", "8bit", "--data.cache", "moe/config.json"), "adafactor keeps"),
+    (("--model.path", "dense", "--balance-coefficient", 0.1), "--balance-coefficient 0.1 has no effect: the model"),
+    (("--data.eval", "--samples", 3), "--samples 3: no held-out conversation to answer (--data.eval, --data.split)"),
     (("--data.seq-len", 8, "--data.overlong", "drop"), "no document is left to train on"),
     (("--resume", "nowhere"), "--resume nowhere: no checkpoint there"),
     (("--resume", "moe"), "--resume moe: no checkpoint there"),
@@ -439,6 +444,24 @@ FLAGS = [
 @pytest.mark.parametrize(("flags", "message"), FLAGS, ids=[" ".join(map(str, flags)) for flags, _ in FLAGS])
 def test_bad_options_are_named(place, flags, message):
     assert message in refused(place, "--out", "refused", *flags)
+
+
+def test_rows_that_devices_cannot_share_equally_are_refused(place):
+    def of(seq_len: int, *flags) -> list[sft_runs.Run]:
+        return sft_runs.start_ranks(place, 2, *BASE, "--data.seq-len", seq_len, *flags, "--out", "narrow")
+
+    shared = "2 devices (cp x tp) share the tokens of a row, with --data.packing"
+    cases = {
+        (63, "--mesh.cp", 2): f"error: --data.seq-len 63: {shared} first_fit; use a multiple of 2, as 64",
+        (52, "--mesh.tp", 2, "--data.packing", "none"):
+            f"error: --data.seq-len 52: {shared} none; use a multiple of 16, as 64",
+    }  # fmt: skip
+    for case, message in cases.items():
+        for rank in of(*case):
+            assert rank.wait() == 1 and message in rank.output, rank.output
+    (place / "short.jsonl").write_text("".join((place / "train.jsonl").open().readlines()[1:3]))  # narrow batches
+    for rank in of(64, "--mesh.cp", 2, "--data.packing", "none", "--data.train", "short.jsonl"):
+        assert rank.wait() == 0, rank.output
 
 
 def test_unknown_and_impossible_options_are_named(place):
@@ -452,6 +475,13 @@ def test_unknown_and_impossible_options_are_named(place):
     assert "optim.warm_up: did you mean optim.warmup?" in refused(place, "--config", "typo.yaml", status=2)
 
 
+def test_options_without_effect_are_named():
+    with pytest.raises(ValueError, match="--epochs 3 has no effect with --steps 500; say --steps 0, or leave --epochs"):
+        Options(epochs=3)
+    with pytest.raises(ValueError, match="--balance-coefficient has no effect with --balance none; leave one of them"):
+        Options(balance="none", balance_coefficient=0.1)
+
+
 def test_bad_models_are_named(place):
     sft_runs.folder(place / "small", vocab_size=100)
     assert "the model's vocabulary has 100 rows" in refused(place, "--model.path", "small", "--out", "refused")
@@ -459,7 +489,7 @@ def test_bad_models_are_named(place):
     config.write_text(config.read_text().replace("100", "360").replace('"hidden_size": 32', '"hidden_size": 48'))
     message = refused(place, "--model.path", "small", "--out", "refused")
     assert "small does not fit the model" in message and "model.embed_tokens.weight" in message
-    assert "model.layers.1.self_attn.q_proj.weight" in message
+    assert "model.layers.0.self_attn.q_proj.weight" in message and message.endswith("  ... and 21 more")
     config.write_text(config.read_text().replace("qwen3_moe", "gpt9"))
     assert "model_type 'gpt9' is not implemented" in refused(place, "--model.path", "small", "--out", "refused")
 
@@ -498,6 +528,9 @@ def test_data_of_other_kinds_and_shapes(place):
                   "--answers", 3, "--out", "split")  # fmt: skip
     kept = int(re.search(r"train.jsonl: (\d+) rows of shape messages", printed)[1])
     assert 40 <= kept < 60 and "of 3 answers are exact" in printed and "eval_loss" in rows(place / "split")[-1]
+    flags = ("--data.train", "train.jsonl", "--data.eval", "--data.split", 0.999999, "--out", "never")
+    message = "--data.split 0.999999 holds out all of so few rows; use a smaller share"
+    assert message in refused(place, *flags)
     assert "--data.split 0.2: a share" in refused(place, "--data.split", 0.2, "--out", "never", status=2)
     mix = "datasets:\n- {path: quiz.csv, columns: [prompt=question, completion=answer], weight: 0.5, limit: 10}\n"
     (place / "mix.yaml").write_text(mix + "- {path: train.jsonl, type: messages}\n")
@@ -524,6 +557,15 @@ def test_weights_alone_are_taken_from_another_run(place):
         wanted = before if number == 0 else sft_runs.tensors(place / source)
         assert params and all(torch.equal(after[path], wanted[path]) for path in params)
     assert "--init-from nothing: no checkpoint there" in refused(place, "--init-from", "nothing", "--out", "never")
+    shutil.copytree(place / "first", place / "source")
+    begun = (*BASE, "--init-from", "source", "--save-every", 2, "--out", "begun")
+    run(place, *begun)
+    whole = learned(place / "begun")
+    for gone in ("begun/checkpoints/step-6", "source"):
+        shutil.rmtree(place / gone)
+    for more in ((), ("--resume", "begun/checkpoints/step-4")):
+        assert "resumed from begun/checkpoints/step-4" in run(place, *begun, *more)
+        assert learned(place / "begun") == whole
     other = ("--model.path", "dense", "--init-from", "first", "--out", "never")
     assert "does not fit the model" in run(place, *BASE, *other, status=1)
 

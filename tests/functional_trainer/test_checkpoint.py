@@ -122,6 +122,10 @@ def test_a_misfit_lists_everything_and_touches_nothing(tmp_path):
         "params/more: absent in the checkpoint, torch.float32 [2] in the model",
     ]
     assert "does not fit the model in 4 of 6 tensors" in str(error.value)
+    with pytest.raises(ValueError, match="in 34 of 36 tensors") as error:
+        checkpoint.load(path, like | {f"params/more/{i}": torch.zeros(2) for i in range(30)})
+    _, *lines = str(error.value).splitlines()
+    assert len(lines) == 21 and lines[-1] == "  ... and 14 more"
     assert torch.equal(like["step"], torch.tensor(2))
 
 

@@ -168,7 +168,7 @@ def test_a_required_option_is_named(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--config", "absent.yaml"], "--config: absent.yaml cannot be read: No such file or directory\n"),
         (["--config", "bad.yaml"], "naem: did you mean name?"),
         (["--data.seq-lenn", "4"], "--data.seq-len INT"),
         (["--seq-len", "4"], "--data.seq-len INT"),

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -257,7 +258,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         list(records(tmp_path / name))
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="none.jsonl: no such file; give a file, folder, glob or a dataset"):
         sources.files("none.jsonl")
     (tmp_path / "dataset_info.json").write_text("{}")  # what `datasets` writes beside its .arrow files
@@ -269,6 +270,12 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "deep").mkdir()
     WRITERS["k.arrow"](tmp_path / "deep" / "data-0.arrow", ALPACA)
     assert [f.name for f in sources.files(tmp_path)] == ["data-0.arrow"]
+    monkeypatch.chdir(tmp_path / "deep")
+    for _ in range(20):  # deeper than a path may be long
+        Path("x" * 250).mkdir()
+        os.chdir("x" * 250)
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*xxx.* in it cannot be read: File name too long; give"):
+        sources.files(tmp_path)
 
 
 def test_a_dataset_of_the_hub_comes_from_its_cache_or_is_an_error_that_says_how(tmp_path, monkeypatch):
@@ -376,5 +383,13 @@ def test_sources_from_flags_and_from_a_file(tmp_path):
         with pytest.raises(ValueError, match=f"--data.{name} are 2 for 1 of --data.train"):
             DataOptions(train=("a",), **{name: (1, 1)})
     for name, wrong in (("weights", 0.0), ("weights", math.nan), ("epochs", 0.0), ("limits", -1)):
-        with pytest.raises(ValueError, match=f"{name.rstrip('s')}s? is {wrong}; it must"):
+        with pytest.raises(ValueError, match=f"--data.{name}: {name.rstrip('s')}s? is {wrong}; it must"):
             DataOptions(train=("a",), **{name: (wrong,)})
+    for name in ("train", "eval"):
+        with pytest.raises(ValueError, match=f"--data.{name}: path is empty; give a file, folder"):
+            DataOptions(**{"train": ("a",), name: ("a", "")})
+    (tmp_path / "mix.yaml").write_text("datasets: []")
+    with pytest.raises(ValueError, match="mix.yaml: datasets is empty; list at least one"):
+        datasets([Source(f"{tmp_path}/mix.yaml")])
+    with pytest.raises(ValueError, match="nope.yaml cannot be read: No such file or directory"):
+        datasets([Source(f"{tmp_path}/nope.yaml")])

@@ -250,6 +250,9 @@ def test_everything_wrong_is_in_one_error(folder):
     ):
         assert f"\n  {line}" in message, message
     assert "5 problem(s)" in error(folder, dtype=torch.float32)
+    rewrite(folder, lambda tensors: tensors.update({f"more.{i}": torch.ones(1) for i in range(30)}))
+    first, *lines = error(folder).splitlines()
+    assert "36 problem(s):" in first and len(lines) == 21 and lines[-1] == "  ... and 16 more"
 
 
 def test_a_tensor_in_two_files_or_not_in_the_index_is_an_error(tmp_path):

@@ -138,6 +138,8 @@ def test_a_named_checkpoint_or_run_is_resumed(tmp_path):
     go(second, counting(), steps=2)
     with pytest.raises(ValueError, match="second already holds a run"):
         claim(named)
+    with pytest.raises(ValueError, match="--init-from other has no effect: --resume .* brings its own weights"):
+        claim(replace(named, out=str(tmp_path / "third"), init_from="other"))
     back = replace(first, resume=str(tmp_path / "first" / "checkpoints" / "step-2"))
     assert claim(back) == tmp_path / "first" / "checkpoints" / "step-2"
 
@@ -216,7 +218,7 @@ def test_skipped_steps_change_nothing_and_too_many_in_a_row_stop(tmp_path, capsy
     options = Options(out=str(tmp_path / "many"), max_skipped=3, save_every=2)
     with pytest.raises(RuntimeError, match=r"gradients of 3 steps in a row, up to 5, .* is .*many/checkpoints/step-4"):
         go(options, counting(bad=(3, 4, 5)))
-    with pytest.raises(RuntimeError, match="the last checkpoint is None"):
+    with pytest.raises(RuntimeError, match="look at the data there; there is no checkpoint yet"):
         go(replace(options, out=str(tmp_path / "none"), save_every=0), counting(bad=(1, 2, 3)))
 
 

@@ -292,6 +292,13 @@ def test_weights_and_biases_gets_the_rows(tmp_path, monkeypatch):
     assert ids == {(folder / "wandb-id").read_text()}
 
 
+def test_what_weights_and_biases_refuses_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="--wandb a/b%: Invalid project name 'a/b%'"):
+        log(tmp_path / "run", 1, 1, wandb="a/b%")
+
+
 def test_weights_and_biases_absent_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--wandb project: wandb is not installed; pip install wandb"):

@@ -357,6 +357,28 @@ def test_wrong_groups_are_named(groups, message):
         OptimOptions(groups=(groups,))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(momentum=0.8), "--optim.momentum has no effect with --optim.name adamw, only with muon or sgd; leave it"),
+        (dict(muon_scale="original", name="lion"), "--optim.muon-scale has no effect with --optim.name lion, only"),
+        (dict(betas=(0.9, 0.99), name="sgd"), "--optim.betas has no effect with --optim.name sgd, only with adamw or"),
+        (dict(eps=1e-6, name="lion", groups=("embed -> sgd",)), "--optim.eps has no effect with --optim.name lion"),
+        (dict(decay=0.5), "--optim.decay has no effect with --optim.schedule cosine, only with wsd; leave it at 0.2"),
+        (dict(floor=0.5, schedule="constant"), "--optim.floor has no effect with --optim.schedule constant"),
+    ],
+)
+def test_options_without_effect_are_named(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        OptimOptions(**options)
+
+
+def test_options_that_a_group_or_the_schedule_reads_are_taken():
+    OptimOptions(momentum=0.8, muon_scale="original", groups=("layers/.*/q -> muon", ".*norm -> frozen"))
+    OptimOptions(name="muon", betas=(0.9, 0.99), eps=1e-6)  # for what is no matrix
+    OptimOptions(name="sgd", eps=1e-6, groups=("embed -> adamw",), schedule="wsd", decay=0.5, floor=0.5)
+
+
 def test_decay_is_what_was_said():
     late = torch.tensor(1)
 
