@@ -131,7 +131,7 @@ def test_accumulation_over_a_part_without_tokens():
 
 
 def test_accumulation_refuses_what_does_not_add_up():
-    with pytest.raises(ValueError, match="product of batch means .balance 'hf'.: it needs micro_batches = 1"):
+    with pytest.raises(ValueError, match="product of batch means .balance 'hf', KTO.: it needs micro_batches = 1"):
         make_train_step(tiny(), losses.sft("hf"), adamw(), micro_batches=2)
     with pytest.raises(ValueError, match="4 rows per device cannot be split into 3 equal micro-batches"):
         run(1, micro_batches=3)
