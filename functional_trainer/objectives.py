@@ -136,7 +136,7 @@ def token_losses(p: Policy, l_BS: torch.Tensor, logp_BS: torch.Tensor, adv_BS: t
         return -adv_BS * mean(clipped_BS).exp()
     r_BS = l_BS.exp()
     if p.form == "sapo":
-        tau_BS = torch.where(adv_BS > 0, p.tau_positive, p.tau_negative)
+        tau_BS = p.tau_negative + (p.tau_positive - p.tau_negative) * (adv_BS > 0).to(r_BS.dtype)
         return -adv_BS * torch.sigmoid(tau_BS * (r_BS - 1)) * 4 / tau_BS
     if p.form in ("cispo", "cispo_max"):
         return -r_BS.detach().clamp(*p.bounds) * adv_BS * logp_BS

@@ -22,6 +22,7 @@ micro-batches do not add up to it. A pair lies in one row, so no mesh splits it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -35,24 +36,37 @@ from functional_trainer.types import Batch, Output, Unembed
 TERMS = ("dpo", "ipo", "bco", "sft", "kto")
 MPO = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 """InternVL's mixture, arxiv 2411.10442."""
-REWARDS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
 
-def preference(
-    coefficients: Mapping[str, float], *, beta: float = 0.1, label_smoothing: float = 0.0, chosen_weight: float = 1.0,
-    rejected_weight: float = 1.0, balance: float = 0.0,
-) -> Loss:  # fmt: skip
-    """Build the sum of some of `TERMS` with these coefficients, as {"dpo": 1.0} or `MPO`.
+@dataclass(frozen=True)
+class Preference:
+    """What a preference loss minimizes."""
 
-    `chosen_weight` and `rejected_weight` are KTO's; `balance` is the coefficient of the router's per-sequence loss. A
-    state for "bco" needs `running_mean` among its buffers. ValueError for an unknown term.
+    coefficients: Mapping[str, float]
+    """Of some of `TERMS`: {"dpo": 1.0}, or `MPO`."""
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    """DPO's e: how often labels are taken to be wrong."""
+    chosen_weight: float = 1.0
+    rejected_weight: float = 1.0
+    """KTO's w."""
+    balance: float = 0.0
+    """Coefficient of the router's per-sequence balance loss; with 0 there is none."""
+
+
+def preference(coefficients: Mapping[str, float], **settings) -> Loss:
+    """Build the loss of a `Preference`. A state for "bco" needs `running_mean` among its buffers.
+
+    ValueError for a term that there is not.
     """
+    p = Preference(coefficients, **settings)
     if unknown := [name for name in coefficients if name not in TERMS] or not coefficients:
-        raise ValueError(f"terms of a preference loss are {', '.join(TERMS)}, not {unknown or 'none'}")
-    how = {"beta": beta, "smoothing": label_smoothing, "sides": (chosen_weight, rejected_weight)}
+        raise ValueError(
+            f"terms of a preference loss are {', '.join(TERMS)}, not {unknown if coefficients else 'none'}"
+        )
     return Loss(
-        partial(_terms, tuple(coefficients), how, bool(balance)), partial(_weights, tuple(coefficients)),
-        {**coefficients, "balance": balance}, accumulates="kto" not in coefficients, whole_sequences=True,
+        partial(_terms, p), partial(_weights, p), {**coefficients, "balance": p.balance},
+        accumulates="kto" not in coefficients, whole_sequences=True,
         update=_update if "bco" in coefficients else lambda buffers, reported: buffers,
     )  # fmt: skip
 
@@ -71,66 +85,72 @@ def _update(buffers: dict, reported: Sums) -> dict:
     }
 
 
-def _sides(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights that add up to 1 over each chosen sequence, and over each rejected one."""
+def _sides(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Return weights that add up to 1 over each chosen, each rejected and each mismatched sequence, and are 0 else."""
     share_BS = per_sequence(batch["weights"], batch)
-    return share_BS * (batch["preferred"] > 0), share_BS * (batch["preferred"] < 0)
+    return tuple(share_BS * (batch["preferred"] == sign) for sign in (1, -1, 0))
 
 
-def _weights(names: tuple[str, ...], batch: Batch) -> Sums:
-    wanted = {"ref_logprobs", "lengths", "preferred"} | ({"pairs"} if {"dpo", "ipo"} & {*names} else set())
+def _weights(p: Preference, batch: Batch) -> Sums:
+    wanted = {"ref_logprobs", "lengths", "preferred"} | ({"pairs"} if {"dpo", "ipo"} & p.coefficients.keys() else set())
     if missing := sorted(wanted - batch.keys()):
         raise ValueError(f"the batch has no column {', '.join(missing)}, which this preference loss needs")
-    chosen, rejected = (side_BS.sum() for side_BS in _sides(batch))
-    found = {name: {"kto": chosen + rejected}.get(name, chosen) for name in names}
-    if "sft" in names:
-        found["sft"] = (batch["weights"] * (batch["preferred"] > 0)).sum(dtype=torch.float64)
-    found |= {name: chosen if name.endswith("chosen") else rejected for name in REWARDS}
-    found |= {"rewards/accuracies": chosen, "rewards/margins": chosen} if "pairs" in batch else {}
+    chosen, rejected, mismatched = (side_BS.sum() for side_BS in _sides(batch))
+    found = {"dpo": chosen, "ipo": chosen, "bco": chosen, "kto": chosen + rejected, "kl": mismatched}
+    found["sft"] = (batch["weights"] * (batch["preferred"] == 1)).sum(dtype=torch.float64)
+    for name in ("rewards", "logps"):
+        found |= {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
+    found |= {"rewards/accuracies": chosen, "rewards/margins": chosen}
     return found | {"balance": (batch["segment_ids"] != 0).sum()}
 
 
-def _terms(
-    names: tuple[str, ...], how: dict, balance: bool, output: Output, unembed: Unembed, batch: Batch, shard
-) -> tuple[Sums, Sums]:
-    trained_BS = batch["weights"] != 0
+def _terms(p: Preference, output: Output, unembed: Unembed, batch: Batch, shard) -> tuple[Sums, Sums]:
+    trained_BS, sign_BS = batch["weights"] != 0, batch["preferred"]
     logp_BS, _ = logprobs(output, unembed, batch, shard, mask=trained_BS)
-    sign_BS, beta = batch["preferred"], how["beta"]
-    chosen_BS, rejected_BS = _sides(batch)
     gap_BS = torch.where(trained_BS, logp_BS.to(torch.float64) - batch["ref_logprobs"], 0)
-    log_BS = gap_BS * batch["weights"]
-    sum_BS = segment_sum(log_BS, batch["segment_ids"], shard)
-    sums: Sums = {}
+    sum_BS = segment_sum(gap_BS * batch["weights"], batch["segment_ids"], shard)
+    sums, reported = _unpaired(p, sum_BS, output.buffers, batch, shard)
     if "pairs" in batch:
-        margin_BS = segment_sum(sign_BS * log_BS, batch["pairs"], shard)
-    if "dpo" in names:
-        right_BS, wrong_BS = F.logsigmoid(beta * margin_BS), F.logsigmoid(-beta * margin_BS)
-        sums["dpo"] = -(chosen_BS * ((1 - how["smoothing"]) * right_BS + how["smoothing"] * wrong_BS)).sum()
-    if "ipo" in names:
-        mean_BS = segment_sum(gap_BS * (chosen_BS - rejected_BS), batch["pairs"], shard)
-        sums["ipo"] = (chosen_BS * (mean_BS - 1 / (2 * beta)).square()).sum()
-    if "bco" in names:
-        shifted_BS = beta * sum_BS - output.buffers["bco"]["mean"]
-        sums["bco"] = -((chosen_BS + rejected_BS) * F.logsigmoid(sign_BS * shifted_BS)).sum()
-    if "sft" in names:
-        sums["sft"] = -(logp_BS * batch["weights"] * (sign_BS > 0)).sum()
-    if "kto" in names:
-        shift_BS = sign_BS * beta * (sum_BS - _baseline(sum_BS.detach(), batch, shard))
-        sums["kto"] = ((how["sides"][0] * chosen_BS + how["sides"][1] * rejected_BS) * torch.sigmoid(-shift_BS)).sum()
-    if balance and output.aux:
+        pairs, more = _paired(p, gap_BS, batch, shard)
+        sums, reported = sums | pairs, reported | more
+    if "sft" in p.coefficients:
+        sums["sft"] = -(logp_BS * batch["weights"] * (sign_BS == 1)).sum()
+    if p.balance and output.aux:
         sums["balance"] = output.aux["balance"].mean()
-    reported = {"pairs": chosen_BS.sum(), **{k: v.detach() for k, v in output.aux.items() if k == "load"}}
+    for name, sign in (("chosen", 1), ("rejected", -1)):
+        reported[f"logps/{name}"] = (batch["weights"] * (sign_BS == sign) * logp_BS.detach()).sum()
+    return sums, reported | {k: v.detach() for k, v in output.aux.items() if k == "load"}
+
+
+def _unpaired(p: Preference, sum_BS: torch.Tensor, buffers, batch: Batch, shard) -> tuple[Sums, Sums]:
+    """Return the sums of KTO and BCO, which look at one answer at a time, given D at every token, and rewards."""
+    chosen_BS, rejected_BS, mismatched_BS = _sides(batch)
+    sign_BS, reward_BS, sums = batch["preferred"], p.beta * sum_BS, {}
+    reported = {"pairs": chosen_BS.sum()}
     for name, side_BS in (("chosen", chosen_BS), ("rejected", rejected_BS)):
-        reported[f"rewards/{name}"] = beta * (side_BS * sum_BS.detach()).sum()
-        reported[f"logps/{name}"] = (batch["weights"] * (side_BS != 0) * logp_BS.detach()).sum()
-    if "pairs" in batch:
-        reported["rewards/accuracies"] = (chosen_BS * (margin_BS > 0)).sum()
-        reported["rewards/margins"] = beta * (chosen_BS * margin_BS.detach()).sum()
+        reported[f"rewards/{name}"] = (side_BS * reward_BS.detach()).sum()
+    if "bco" in p.coefficients:
+        shifted_BS = reward_BS - buffers["bco"]["mean"]
+        sums["bco"] = -((chosen_BS + rejected_BS) * F.logsigmoid(sign_BS * shifted_BS)).sum()
+    if "kto" in p.coefficients:
+        reported["kl"] = (mismatched_BS * sum_BS.detach()).sum()
+        z = shard.replicate(reported["kl"]) / shard.replicate(mismatched_BS.sum()).clamp_min(1)
+        side_BS = p.chosen_weight * chosen_BS + p.rejected_weight * rejected_BS
+        sums["kto"] = (side_BS * torch.sigmoid(-sign_BS * (reward_BS - p.beta * z.clamp_min(0)))).sum()
     return sums, reported
 
 
-def _baseline(sum_BS: torch.Tensor, batch: Batch, shard) -> torch.Tensor:
-    """Return KTO's z of the whole batch, 0 without mismatched answers."""
-    share_BS = per_sequence(batch["weights"], batch) * (batch["preferred"] == 0)
-    total, count = shard.replicate((share_BS * sum_BS).sum()), shard.replicate(share_BS.sum())
-    return (total / torch.where(count > 0, count, 1)).clamp_min(0)
+def _paired(p: Preference, gap_BS: torch.Tensor, batch: Batch, shard) -> tuple[Sums, Sums]:
+    """Return the sums of losses that compare the two answers of a pair, each counted on the chosen one's tokens."""
+    chosen_BS, rejected_BS, _ = _sides(batch)
+    margin_BS = p.beta * segment_sum(gap_BS * batch["weights"] * batch["preferred"], batch["pairs"], shard)
+    sums, e = {}, p.label_smoothing
+    if "dpo" in p.coefficients:
+        loss_BS = -(1 - e) * F.logsigmoid(margin_BS) - e * F.logsigmoid(-margin_BS)
+        sums["dpo"] = (chosen_BS * loss_BS).sum()
+    if "ipo" in p.coefficients:
+        apart_BS = segment_sum(gap_BS * (chosen_BS - rejected_BS), batch["pairs"], shard)
+        sums["ipo"] = (chosen_BS * (apart_BS - 1 / (2 * p.beta)).square()).sum()
+    margin_BS = margin_BS.detach()
+    right = (chosen_BS * (margin_BS > 0)).sum()
+    return sums, {"rewards/accuracies": right, "rewards/margins": (chosen_BS * margin_BS).sum()}
