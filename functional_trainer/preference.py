@@ -71,18 +71,16 @@ def preference(coefficients: Mapping[str, float], **settings) -> Loss:
     )  # fmt: skip
 
 
-def running_mean(device=None) -> dict[str, dict[str, torch.Tensor]]:
-    """Return BCO's buffers before the first step: the mean of rewards, and of how many answers it is."""
-    return {"bco": {k: torch.zeros((), dtype=torch.float64, device=device) for k in ("mean", "count")}}
+def running_mean(device=None) -> dict[str, torch.Tensor]:
+    """Return BCO's buffer before the first step: the mean of rewards, and of how many answers it is."""
+    return {"bco": torch.zeros(2, dtype=torch.float64, device=device)}
 
 
 def _update(buffers: dict, reported: Sums) -> dict:
-    old, answers = buffers["bco"], 2 * reported["pairs"]
-    mean = (reported["rewards/chosen"] + reported["rewards/rejected"]) / 2
-    count = old["count"] + answers
-    return buffers | {
-        "bco": {"mean": old["mean"] + (mean - old["mean"]) * answers / count.clamp_min(1), "count": count}
-    }
+    (mean, count), answers = buffers["bco"].unbind(), 2 * reported["pairs"]
+    new = (reported["rewards/chosen"] + reported["rewards/rejected"]) / 2
+    mean = mean + (new - mean) * answers / (count + answers).clamp_min(1)
+    return buffers | {"bco": torch.stack([mean, count + answers])}
 
 
 def _sides(batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -130,7 +128,7 @@ def _unpaired(p: Preference, sum_BS: torch.Tensor, buffers, batch: Batch, shard)
     for name, side_BS in (("chosen", chosen_BS), ("rejected", rejected_BS)):
         reported[f"rewards/{name}"] = (side_BS * reward_BS.detach()).sum()
     if "bco" in p.coefficients:
-        shifted_BS = reward_BS - buffers["bco"]["mean"]
+        shifted_BS = reward_BS - buffers["bco"][0]
         sums["bco"] = -((chosen_BS + rejected_BS) * F.logsigmoid(sign_BS * shifted_BS)).sum()
     if "kto" in p.coefficients:
         reported["kl"] = (mismatched_BS * sum_BS.detach()).sum()

@@ -1,9 +1,11 @@
-"""Sequences one by one, their log-probabilities differentiable, and the same sequences packed into rows."""
+"""Sequences one by one, their log-probabilities differentiable, and the same packed into rows; columns for a model."""
 
 import torch
 import torch.nn.functional as F
 
 from functional_trainer.data.columns import lengths
+from functional_trainer.policy import policy
+from functional_trainer.preference import MPO, preference
 from functional_trainer.step import total_weights
 from functional_trainer.types import ONE_DEVICE, Output, Unembed
 
@@ -82,3 +84,34 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, sequences, tolerance=1
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance)
     for a, b in zip(gradients(ours, sequences), gradients(theirs, sequences), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def with_columns(batch, seed=0) -> dict[str, torch.Tensor]:
+    """Add columns of reinforcement learning and of preferences: sequences 1 and 2 of a row are a pair, 3 mismatched."""
+    gen, ids = torch.Generator().manual_seed(seed), batch["segment_ids"]
+    normal = lambda: torch.randn(ids.shape, generator=gen, dtype=F64)  # noqa: E731
+    of_segment = lambda x_BN: x_BN.gather(1, ids)  # noqa: E731
+    columns = {name: -3 + normal() / 3 for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")}
+    columns["rollout_logprobs"] = columns["old_logprobs"] + normal() / 10
+    columns |= {
+        "advantages": of_segment(normal()),
+        "sft_weights": 1.0 * (ids == 2),
+        "distill_weights": 1.0 * (ids == 1),
+    }
+    columns["lengths"] = torch.from_numpy(lengths(batch["weights"].numpy(), ids.numpy()))
+    columns["preferred"] = (ids == 1).long() - (ids == 2).long()
+    return batch | columns | {"pairs": torch.where(ids == 3, 2, (ids != 0).long())}
+
+
+LOSSES = {
+    "policy of sequences": lambda: policy(
+        "gspo", beta=0.1, kl="k3_unbiased", entropy=0.01, correction="sequence_mask", opsm=0.1, sft=0.5, distill=0.2,
+        balance=0.1,
+    ),
+    "policy of tokens": lambda: policy("dapo", delta=1.5, correction="token_mask", balance=0.1),
+    "policy by sequence": lambda: policy("gmpo", correction="geometric_mask", correction_range=(0.9, 1.1)),
+    "mpo": lambda: preference(MPO, balance=0.1),
+    "ipo": lambda: preference({"ipo": 1.0}),
+    "kto": lambda: preference({"kto": 1.0}, balance=0.1),
+}  # fmt: skip
+"""What a model is trained with."""

@@ -411,6 +411,11 @@ def test_a_non_finite_gradient_changes_nothing(form):
         assert all(not torch.equal(before[k], after[k]) for k in before if k.startswith(("params", "buffers")))
 
 
+def test_a_buffer_without_a_dim_is_refused():
+    with pytest.raises(ValueError, match="buffers a/mean have no dim, .*: add one"):
+        init_state(tiny().init(0), adamw(), {"a": {"mean": torch.zeros(())}, "b": torch.zeros(1)})
+
+
 def test_an_overflowing_norm_is_skipped_too():
     """Every gradient is finite in float32, the sum of their squares is not."""
     huge = replace(LOSS, coefficients={"nll": 1e30})
