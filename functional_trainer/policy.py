@@ -96,7 +96,7 @@ def _terms(p: Policy, output: Output, unembed: Unembed, batch: Batch, shard) -> 
         sums["nll"] = -(logp_BS * batch["sft_weights"]).sum()
     if p.balance and output.aux:
         sums["balance"] = output.aux["balance"].mean()
-    reported = {k: (v.detach() * batch["weights"]).sum() for k, v in values.items()}
+    reported = {k: (v.detach() * batch["weights"]).sum(dtype=torch.float64) for k, v in values.items()}
     return sums, reported | {k: v.detach() for k, v in output.aux.items() if k == "load"}
 
 

@@ -105,9 +105,7 @@ CASES = {
     "dense, padded, some ranks store nothing": Case(DENSE | {"hidden_size": 5}, rows=PADDED),
     "moe, policy of sequences, uneven": Case(MOE | SHORT, loss="policy of sequences", uneven=True),
     "moe, policy of tokens, 2 micro-batches": Case(MOE | SHORT, loss="policy of tokens", options={"micro_batches": 2}),
-    "dense, policy by sequence, uneven": Case(DENSE | SHORT, loss="policy by sequence", uneven=True),
     "dense, mpo, 2 micro-batches": Case(DENSE | SHORT, loss="mpo", options={"micro_batches": 2}),
-    "dense, ipo, uneven": Case(DENSE | SHORT, loss="ipo", uneven=True),
     "moe, kto, uneven": Case(MOE | SHORT, loss="kto", uneven=True),
 }
 WIDE = (
@@ -144,6 +142,9 @@ COMPILED = {
     ),
     "dense, layer compiled": Case(DENSE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
     "moe, by Inductor": Case(MOE | SHORT, options={"compile": "layer"}, uneven=True),
+    "moe, policy of sequences, step compiled": Case(
+        MOE | SHORT, loss="policy of sequences", options={"compile": "step", "backend": "aot_eager"}, uneven=True
+    ),
     "moe, step compiled": Case(MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True),
     "dense, step by Inductor": Case(DENSE | SHORT, options={"compile": "step"}, uneven=True),
     "moe, blocks, step compiled": Case(
