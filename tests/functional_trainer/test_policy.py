@@ -144,8 +144,10 @@ def estimate(kl: str, s) -> torch.Tensor:
 @settings(max_examples=10, deadline=None)
 def test_kl_estimators(kl, sizes, seed):
     sequences = draw(sizes, seed)
-    terms, _ = parts(policy("dapo", beta=0.3, kl=kl), pack(sequences, [[*range(len(sizes))]]))
-    assert_same(terms["kl"], aggregate("token_mean", [estimate(kl, s) for s in sequences]), sequences)
+    estimates, batch = [estimate(kl, s) for s in sequences], pack(sequences, [[*range(len(sizes))]])
+    for how in AGGREGATES:
+        terms, _ = parts(policy("dapo", aggregate=how, beta=0.3, kl=kl, **LENGTH), batch)
+        assert_same(terms["kl"], aggregate(how, estimates), sequences)
 
 
 def expected(loss, term):
