@@ -24,7 +24,8 @@ class Loss:
     `terms(output, unembed, batch, shard)` returns (sums by term, further sums to report). `weights(batch)` returns what
     each term (and each reported sum that is a mean) is divided by, if by anything. All are sums over the tokens at
     hand, on a mesh each rank's share, and the step adds the shares up. `coefficients` default to 1.
-    `update(buffers, sums)` returns the next buffers from the reported sums of the whole batch.
+    `update(buffers, reported)` returns the next buffers from what is reported of the whole batch, divided; the terms
+    find them in `output.buffers`.
     """
 
     terms: Callable[[Output, Unembed, Batch, object], tuple[Sums, Sums]]
@@ -32,6 +33,8 @@ class Loss:
     coefficients: Mapping[str, float] = field(default_factory=dict)
     accumulates: bool = True
     """Whether sums over micro-batches add up; a product of batch means does not."""
+    whole_sequences: bool = False
+    """Whether something is pooled over a sequence, so that none may be cut in two; see `data.columns`."""
     update: Callable[[dict, Sums], dict] = lambda buffers, sums: buffers
 
 

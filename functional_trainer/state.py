@@ -40,12 +40,17 @@ def init_state(
     params: tree.Tree, optimizer: Optimizer, buffers: tree.Tree | None = None, offload: bool = False
 ) -> TrainState:
     """Make the state before the first step; `params` are taken over, not copied. Moments are in host memory if
-    `offload`."""
+    `offload`. ValueError if nothing is trained, or for a buffer without a dim: torch 2.13 compiled on a host loses
+    what is copied into one in float64."""
     device = tree.leaves(params)[0].device
     zero = torch.zeros((), dtype=torch.int64, device=device)
     groups = {path: optimizer.group(path) for path in tree.flatten(params)}
     if all(group is None for group in groups.values()):
         raise ValueError("every parameter is frozen: nothing would be trained")
+    if odd := [path for path, x in tree.flatten(buffers or {}).items() if not x.ndim]:
+        raise ValueError(
+            f"buffers {', '.join(odd)} have no dim, and a compiled step may lose what they are set to: add one"
+        )
     moments = {k: optimizer.init(p, groups[k]) for k, p in tree.flatten(params).items() if groups[k] is not None}
     if offload:
         moments = {path: {k: _at_home(v) for k, v in leaf.items()} for path, leaf in moments.items()}

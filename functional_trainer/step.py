@@ -33,7 +33,7 @@ IN_ORDER = {"reorder_for_peak_memory": False}
 
 def evaluate(model: Any, loss: Loss, params: tree.Tree, batch: Batch, buffers: tree.Tree, shard=ONE_DEVICE):
     """Return the loss's sums by term and its reported sums, over all ranks."""
-    output = model.apply(params, batch, shard, buffers)
+    output = model.apply(params, batch, shard, buffers)._replace(buffers=buffers)
     sums, reported = loss.terms(output, model.unembed(params, shard), batch, shard)
     return tree.map(shard.replicate, sums), tree.map(shard.replicate, reported)
 
@@ -45,9 +45,10 @@ def total_weights(loss: Loss, batch: Batch, shard=ONE_DEVICE) -> Metrics:
 
 
 def objective(model: Any, loss: Loss, shard, params: tree.Tree, batch: Batch, weights: Metrics, buffers: tree.Tree):
-    """Return the sum of coefficient * sum / weight, each sum / weight, and the loss's reported sums."""
+    """Return the sum of coefficient * sum / weight, each sum / weight, and what the loss reports, likewise."""
     sums, reported = evaluate(model, loss, params, batch, buffers, shard)
     means = {k: v / weights.get(k, 1) for k, v in sums.items()}
+    reported = {k: v / weights[k] if k in weights else v for k, v in reported.items()}
     return sum(loss.coefficients.get(k, 1.0) * v for k, v in means.items()), means, reported
 
 
@@ -77,7 +78,7 @@ def compiled(fn: Callable, when: bool, backend: str, exchanges: bool) -> Callabl
 def refuse(loss: Loss, optimizer: Optimizer, shard, micro_batches: int, compile: str, remat: str, offload: tuple):
     """Raise a ValueError for what does not go together."""
     if micro_batches > 1 and not loss.accumulates:
-        raise ValueError("this loss is a product of batch means (balance 'hf'): it needs micro_batches = 1")
+        raise ValueError("this loss is a product of batch means (balance 'hf', KTO): it needs micro_batches = 1")
     if optimizer.whole and shard.world > 1:
         raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
     budget(remat)

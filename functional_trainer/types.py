@@ -25,11 +25,15 @@ again there, a layer ahead too; or inside of the layer."""
 
 
 class Output(NamedTuple):
-    """What a model returns: hidden states (B, S, D) after the final norm, router statistics, and the new KV cache."""
+    """What a model returns: hidden states (B, S, D) after the final norm, router statistics, and the new KV cache.
+
+    In a step the state's buffers come with it, for losses that keep something from step to step.
+    """
 
     hidden: Any
     aux: dict[str, Any]
     cache: Any = None
+    buffers: Any = None
 
 
 class Unembed(NamedTuple):

@@ -131,7 +131,7 @@ def test_accumulation_over_a_part_without_tokens():
 
 
 def test_accumulation_refuses_what_does_not_add_up():
-    with pytest.raises(ValueError, match="product of batch means .balance 'hf'.: it needs micro_batches = 1"):
+    with pytest.raises(ValueError, match="product of batch means .balance 'hf', KTO.: it needs micro_batches = 1"):
         make_train_step(tiny(), losses.sft("hf"), adamw(), micro_batches=2)
     with pytest.raises(ValueError, match="4 rows per device cannot be split into 3 equal micro-batches"):
         run(1, micro_batches=3)
@@ -409,6 +409,11 @@ def test_a_non_finite_gradient_changes_nothing(form):
         after = flat(state)
         assert all(x.isfinite().all() for x in after.values())
         assert all(not torch.equal(before[k], after[k]) for k in before if k.startswith(("params", "buffers")))
+
+
+def test_a_buffer_without_a_dim_is_refused():
+    with pytest.raises(ValueError, match="buffers a/mean have no dim, .*: add one"):
+        init_state(tiny().init(0), adamw(), {"a": {"mean": torch.zeros(())}, "b": torch.zeros(1)})
 
 
 def test_an_overflowing_norm_is_skipped_too():

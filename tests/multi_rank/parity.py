@@ -8,11 +8,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import models
 from functional_trainer import losses, optimizers, tree
+from functional_trainer.preference import running_mean
 from functional_trainer.state import ema, init_state
 from functional_trainer.step import make_train_step
 from functional_trainer.types import ONE_DEVICE
 from sharding_rules import P, Rules, Sharder, padded, qwen3, qwen3_moe, zero
 from sharding_rules.mesh import Mesh, make
+from tests.functional_trainer.packed import LOSSES, with_columns
 
 ROWS, LENGTH, STEPS = 8, 12, 3
 CPU = torch.device("cpu")
@@ -64,6 +66,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     mixed: bool = False
     """Muon on matrices, Lion on some leaves, others frozen, and an average of the weights."""
+    loss: str = ""
+    """One of `LOSSES` in place of supervised fine-tuning."""
 
     def uncompiled(self) -> "Case":
         return replace(self, options={})
@@ -99,6 +103,10 @@ CASES = {
     "moe, several optimizers, 2 micro-batches": Case(MOE, options={"micro_batches": 2}, mixed=True),
     "moe, padded, several optimizers": Case(MOE | {"hidden_size": 27}, rows=PADDED, mixed=True, uneven=True),
     "dense, padded, some ranks store nothing": Case(DENSE | {"hidden_size": 5}, rows=PADDED),
+    "moe, policy of sequences, uneven": Case(MOE | SHORT, loss="policy of sequences", uneven=True),
+    "moe, policy of tokens, 2 micro-batches": Case(MOE | SHORT, loss="policy of tokens", options={"micro_batches": 2}),
+    "dense, mpo, 2 micro-batches": Case(DENSE | SHORT, loss="mpo", options={"micro_batches": 2}),
+    "moe, kto, uneven": Case(MOE | SHORT, loss="kto", uneven=True),
 }
 WIDE = (
     (r"params/layers/\w+/moe/gate_up", P(("ep", "cp"), None, None, zero("fsdp", "tp"))),
@@ -134,6 +142,9 @@ COMPILED = {
     ),
     "dense, layer compiled": Case(DENSE | SHORT, options={"compile": "layer", "backend": "aot_eager"}, uneven=True),
     "moe, by Inductor": Case(MOE | SHORT, options={"compile": "layer"}, uneven=True),
+    "moe, policy of sequences, step compiled": Case(
+        MOE | SHORT, loss="policy of sequences", options={"compile": "step", "backend": "aot_eager"}, uneven=True
+    ),
     "moe, step compiled": Case(MOE | SHORT, options={"compile": "step", "backend": "aot_eager"}, uneven=True),
     "dense, step by Inductor": Case(DENSE | SHORT, options={"compile": "step"}, uneven=True),
     "moe, blocks, step compiled": Case(
@@ -157,7 +168,8 @@ def batch(case: Case) -> dict[str, torch.Tensor]:
     start = torch.tensor([0, 5, 7, 11])[segments.sub(1).clamp_min(0)]
     columns = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": torch.arange(LENGTH) - start}
     columns = {k: torch.where(segments == 0, 0, v) for k, v in columns.items()}
-    return columns | {"segment_ids": segments, "weights": (weights * (segments != 0)).float()}
+    columns |= {"segment_ids": segments, "weights": (weights * (segments != 0)).float()}
+    return with_columns(columns) if case.loss else columns
 
 
 def own_rows(case: Case, shard) -> dict[str, torch.Tensor]:
@@ -203,8 +215,10 @@ def start(case: Case, shard):
         rules = ("embed|.*/attn/k", None), (".*/moe/router|.*/q_norm", optimizers.lion(rate))
         more = (".*/moe/.*|.*/attn/[qvo]", muon), (".*", optimizer)
         optimizer = optimizers.with_ema(optimizers.by_path(*rules, *more), 0.9)
-    optimizer, loss, buffers = recording(optimizer), losses.sft(case.balance, 0.1), {}
-    if "num_experts" in case.config:  # a buffer keeps which experts were chosen
+    optimizer = recording(optimizer)
+    loss = LOSSES[case.loss]() if case.loss else losses.sft(case.balance, 0.1)
+    buffers = running_mean() if case.loss == "mpo" else {}
+    if not case.loss and "num_experts" in case.config:  # a buffer keeps which experts were chosen
         loss = replace(loss, update=lambda buffers, sums: {"chosen": buffers["chosen"] + sums["load"].sum(0)})
         buffers = {"chosen": torch.zeros(case.config["num_experts"], dtype=torch.int64)}
     torch._dynamo.reset()

@@ -25,6 +25,7 @@ COMPILED = [
     *((mesh, "moe, blocks, step compiled") for mesh in ("ep2", "ep2 x tp2")),
     *((mesh, "moe, by Inductor") for mesh in ("ep2", "cp2 x tp2")),
     ("fsdp2", "dense, step by Inductor"),
+    ("cp2", "moe, policy of sequences, step compiled"),
     *((mesh, "moe, recomputed selectively, layer compiled") for mesh in ("fsdp2", "fsdp2 x ep2")),
     *((mesh, "dense, recomputed, layer compiled, 2 micro-batches") for mesh in ("fsdp2", "dp2 x fsdp2")),
 ]
