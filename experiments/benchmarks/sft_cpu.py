@@ -284,8 +284,8 @@ def memory(o: Options) -> list[Callable[[], Any]]:
     return [call for sizes in passes for call in stream(*sizes)]
 
 
-def floor(o: Options, passes: bool) -> Callable[[], float]:
-    """Build the calls that a step cannot avoid, with or without the passes over memory between the products."""
+def unavoidable(o: Options) -> dict[str, list[Callable[[], Any]]]:
+    """Return the products and attention calls that a step cannot avoid, by what they are of."""
     import torch
 
     from functional_trainer import flops
@@ -294,15 +294,21 @@ def floor(o: Options, passes: bool) -> Callable[[], float]:
     c, T, dtype = model.config, o.rows * o.seq_len, getattr(torch, o.dtype)
     with torch.no_grad():
         load_LE = model.apply(params, batch).aux["load"].to(torch.int64).tolist()
-    calls: list[Callable[[], Any]] = linear(int((batch["weights"] != 0).sum()), c.dim, c.vocab, dtype)
+    found: dict[str, list[Callable[[], Any]]] = {"experts": [], "attention": [], "other products": []}
+    found["head"] = linear(int((batch["weights"] != 0).sum()), c.dim, c.vocab, dtype)
     for load_E in load_LE:
-        calls += linear(T, c.dim, (c.heads + 2 * c.kv_heads) * c.head_dim, dtype)
-        calls += [attend(n, c.heads, c.head_dim) for n in flops.lengths(batch["segment_ids"]).tolist()]
-        calls += linear(T, c.heads * c.head_dim, c.dim, dtype) + linear(T, c.dim, c.experts, dtype)
+        found["other products"] += linear(T, c.dim, (c.heads + 2 * c.kv_heads) * c.head_dim, dtype)
+        found["attention"] += [attend(n, c.heads, c.head_dim) for n in flops.lengths(batch["segment_ids"]).tolist()]
+        found["other products"] += linear(T, c.heads * c.head_dim, c.dim, dtype) + linear(T, c.dim, c.experts, dtype)
         for rows in filter(None, load_E):
-            calls += linear(rows, c.dim, 2 * c.expert_hidden, dtype) + linear(rows, c.expert_hidden, c.dim, dtype)
+            found["experts"] += linear(rows, c.dim, 2 * c.expert_hidden, dtype)
+            found["experts"] += linear(rows, c.expert_hidden, c.dim, dtype)
+    return found
 
-    calls += memory(o) if passes else []
+
+def floor(o: Options, passes: bool) -> Callable[[], float]:
+    """Build the calls that a step cannot avoid, with or without the passes over memory between the products."""
+    calls = [call for part in unavoidable(o).values() for call in part] + (memory(o) if passes else [])
 
     def step() -> float:
         for call in calls:

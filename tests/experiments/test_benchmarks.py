@@ -414,6 +414,7 @@ def test_routing_is_as_skewed_as_its_name():
         ("loading.py", "--layers 1 --hidden 64 --experts 4 --vocab 512", "largest"),
         ("distributed_cpu.py", "--rounds 1 --rows 2 --seq-len 32 --layers 1", "fsdp2"),
         ("newton_schulz.py", "--layers 1 --rounds 1", "by shape"),
+        ("step_ops.py", "--layers 1 --rows 2 --seq-len 48 --steps 1", "experts: products"),
     ],
 )
 def test_what_docs_quote_runs_at_small_sizes(script, flags, says):
