@@ -330,6 +330,7 @@ def test_a_trainer_that_fails_is_an_error_with_its_own_words(tmp_path):
         runs.watch([sys.executable, "-c", script], tmp_path / "run", dict(os.environ))
 
 
+@pytest.mark.slow
 def test_startup_splits_the_time_to_the_first_step(tmp_path):
     names = ("help", "import torch", "ours-off")
     result = run(

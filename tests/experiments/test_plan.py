@@ -32,6 +32,7 @@ def test_a_plan_is_printed_and_drawn(tmp_path, capsys):
     assert "fits: " in text and (tmp_path / "plan.png").exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_the_cheapest_change(monkeypatch, capsys):
     """Room for the state and few activations: layers are recomputed before rows are split."""
     held = {remat: estimate(replace(TINY, remat=remat)).held for remat in ("none", "layer")}

@@ -44,7 +44,7 @@ def test_accumulation_changes_nothing(name, parts, plain):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("compile", ["step", "layer"])
+@pytest.mark.parametrize("compile", [pytest.param("step", marks=pytest.mark.slow), "layer"])
 def test_compilation_changes_nothing(name, compile, plain):
     assert_same(run(name, with_columns(small.batch(ROWS)), compile=compile), plain[name])
 

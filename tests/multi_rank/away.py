@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from functional_trainer import checkpoint, tree
 from tests.multi_rank import ahead, parity
@@ -69,7 +70,7 @@ def resumed(folder: str, saves: parity.Case, loads: parity.Case, mesh: str = "fs
     _, step, state = parity.start(loads, shard)
     checkpoint.load(path, tree.flatten(state))
     step(state, rows)
-    return {path: shard.full(x) if x.ndim else x for path, x in tree.flatten(state).items()}
+    return {path: shard.full(x) if isinstance(x, DTensor) else x for path, x in tree.flatten(state).items()}
 
 
 def two_ranks(folder: str) -> dict:
