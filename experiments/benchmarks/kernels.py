@@ -6,10 +6,10 @@
 Contestants of a case share one process, take turns, one run each a round in an order that is drawn, and must agree with
 ours before they are timed: results and gradients, within the type's error. Times are medians.
 
-    floor     the vendor's matrix products alone, each once forward and twice backward, on buffers made before, those of
-              rows shared by all: of the experts with their actual numbers of rows, of the head for all tokens; of
-              attention PyTorch's kernel for each document (float32 on the CPU); of an element-wise op (rms_norm,
-              add_norm, rope, swiglu: `kernel_cases.py`) copies of its bytes
+    floor     the vendor's matrix products alone, each once forward and twice backward, on buffers made before: of the
+              experts with their actual numbers of rows, sorted; of the head for all tokens; of attention PyTorch's
+              kernel for each document (float32 on the CPU); of an element-wise op (rms_norm, add_norm, rope, swiglu:
+              `kernel_cases.py`) copies of its bytes
     ours-X    `kernels` with backend X
     ...*      compiled by Inductor
     plain     our RMSNorm without its own gradient of the scale
@@ -106,20 +106,20 @@ class Options:
 
 
 def products(*sizes: tuple[int, int, int], dtype: str, device: torch.device) -> Callable[[], None]:
-    """Return what runs the three products of each (rows, in, out), every one with a weight of its own.
-
-    Rows come from and go to one place, as if all that a product needs but its weight were still in the caches.
-    """
+    """Return what runs the three products of each (rows, in, out), every one with a weight of its own; the rows of all
+    of a kind are one after the other."""
     make = partial(torch.randn, dtype=getattr(torch, dtype), device=device)
-    most = {n: max(rows for rows, *ends in sizes if n in ends) for size in sizes for n in size[1:]}
-    a, b = ({n: make(rows, n) for n, rows in most.items()} for _ in range(2))
-    weights = [(make(o, i), make(o, i)) for _, i, o in sizes]
+    calls: list[list[torch.Tensor]] = []
+    for i, o in dict.fromkeys((i, o) for _, i, o in sizes):
+        rows = [n for n, *kind in sizes if kind == [i, o]]
+        parts = zip(*(make(sum(rows), width).split(rows) for width in (i, i, o, o)), strict=True)
+        calls += [[*part, make(o, i), make(o, i)] for part in parts]
 
     def run() -> None:
-        for (rows, i, o), (w, dw) in zip(sizes, weights, strict=True):
-            torch.mm(a[i][:rows], w.T, out=b[o][:rows])
-            torch.mm(a[o][:rows], w, out=b[i][:rows])
-            torch.mm(a[o][:rows].T, a[i][:rows], out=dw)
+        for x, dx, y, dy, w, dw in calls:
+            torch.mm(x, w.T, out=y)
+            torch.mm(dy, w, out=dx)
+            torch.mm(dy.T, x, out=dw)
 
     return run
 
