@@ -93,7 +93,7 @@ def traced(step: Callable[[], Any], steps: int) -> Counter[str]:
 
 
 def main(o: Options) -> None:
-    device = backend.setup("cpu")
+    device = backend.setup(torch.get_default_device().type)
     backend.keep_host_memory()
     given = sft_cpu.Options(dtype=o.dtype, layers=o.layers, rows=o.rows, seq_len=o.seq_len)
     floor = {

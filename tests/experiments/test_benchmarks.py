@@ -87,6 +87,7 @@ def test_packed_batch_holds_whole_documents():
     assert 0.4 < batch["weights"].mean() < 0.6
 
 
+@pytest.mark.slow
 def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
     result = run(
         "gpu_suite.py", "--device", "cpu", "--rounds", "1", "--steps", "1", "--json", str(tmp_path / "out.json")
