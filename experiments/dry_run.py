@@ -37,7 +37,8 @@ def main(o: Options) -> None:
 
     import models
     from functional_trainer import backend
-    from sharding_rules import Sharder, mesh, plan
+    from sharding_rules import mesh, plan
+    from sharding_rules.sharder import Sharder
     from sharding_rules.watch import Watch
 
     model, build, rules, sizes = pieces(o)

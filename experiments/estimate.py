@@ -8,11 +8,13 @@ import torch
 
 from experiments.plan import Options, eight, pieces
 from functional_trainer import backend, flops
-from sharding_rules import plan, roofline
+from sharding_rules import roofline
 
 
 def estimate(o: Options, model: Any = None) -> Any:
     """Return the `roofline.Estimate` of a step (of a model other than --model's, if given)."""
+    from sharding_rules import plan  # with DTensors, whose import takes a second
+
     model, _, rules, sizes = pieces(o, model)
     peaks, fp8 = backend.PEAKS[o.gpu], eight(o, model)
     if o.rows % o.micro_batches:

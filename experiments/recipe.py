@@ -14,9 +14,7 @@ from functional_trainer import backend, checkpoint, exact_match, losses, optimiz
 from functional_trainer.data import Loader, Record, Tokenizer
 from functional_trainer.loop import agree, claim
 from functional_trainer.state import TrainState, ema
-from sharding_rules import Sharder, mesh
-
-HERE = Path(__file__).parent
+from sharding_rules import mesh
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,6 @@ class Run:
     resume: Path | None
     tokenizer: Tokenizer
     hf: dict[str, Any]
-    """Hugging Face config."""
     model: Any
     loss: losses.Loss
     loader: Loader
@@ -84,8 +81,7 @@ class Run:
 
 
 def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Loss]) -> Run:
-    """Join the other processes, claim the run folder, refuse what cannot be, read the data and as many questions as
-    `answers`; `objective` makes the loss for a Hugging Face config."""
+    """Join the other processes, claim the folder, refuse what cannot be, read the data and `answers` questions."""
     device = backend.setup(o.device)
     if o.compile != "off":
         backend.probe_compiler(device)
@@ -94,14 +90,18 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     agree({flag: value for flag, value in flags.items() if flag not in ("--device", "--data.cache")})
     resume = claim(o, main=rank == 0)
     given = models.read_config(o.model.path) if o.model.path else {}
-    tokenizer = Tokenizer(o.data.tokenizer or o.model.path or HERE / "first_light" / "tokenizer")
+    tokenizer = Tokenizer(o.data.tokenizer or o.model.path or Path(__file__).with_name("first_light") / "tokenizer")
     hf = given or models.preset(o.model.preset, tokenizer)
     model = models.from_config(hf)
     grid = mesh.make(mesh.Mesh(**auto.sizes(o, model, device, rank, world)), device, world)
     axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}
     table = rules.chosen(o.rules, model, axes)
     fp8 = precision.fp8(o.fp8, model.specs) if o.precision == "fp8" else {}
-    shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch, fp8) if grid else types.OneDevice(fp8)
+    shard: Any = types.OneDevice(fp8)
+    if grid:
+        from sharding_rules.sharder import Sharder  # with DTensors, whose import takes a second
+
+        shard = Sharder.of(table, grid, model.specs, o.mesh.dispatch, fp8)
     loss, passes = objective(hf), o.micro_batches(shard.data[1])
     step.refuse(loss, optimizers.from_options(o.optim, 1000, model.specs), shard, passes, o.compile, o.remat, o.offload)
     samples = (0 if grid else 4) if o.samples is None else o.samples

@@ -66,7 +66,11 @@ def setup(name: str = "auto", deterministic: bool | None = None) -> torch.device
         torch.cuda.set_device(device)
     if kind == "cpu":
         keep_host_memory()
-    torch.use_deterministic_algorithms(kind == "cpu" if deterministic is None else deterministic, warn_only=True)
+    deterministic = kind == "cpu" if deterministic is None else deterministic
+    if kind == "cpu":  # the other function imports Inductor, 2 s, for choices that it makes by measuring: not on a CPU
+        torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+    else:
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
 

@@ -5,7 +5,8 @@ rank), kept as `extra.json`. A checkpoint is written as `step-N.tmp`, synced, an
 renamed before it is deleted. So a folder called `step-N` is whole at every instant, whatever is killed; `best` too, the
 one with the lowest held-out loss. Ranks share the file system; the mesh that loads may differ from the one that saved.
 
-`Behind` does this in a thread, from a copy of the state, while the run goes on.
+`Behind` does this in a thread, from a copy of the state, while the run goes on. DCP is imported when it is needed: with
+the DTensors that it knows of, that takes more than a second.
 """
 
 import base64
@@ -15,17 +16,13 @@ import math
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from functional_trainer import backend
 from functional_trainer.errors import listed
@@ -42,15 +39,6 @@ HINTS = {
 }
 
 
-class _Writer(dcp.FileSystemWriter):
-    def write_data(self, plan, planner):
-        """Write this rank's files; torch.save hides an OSError behind a RuntimeError, this digs it out."""
-        try:
-            return super().write_data(plan, planner)
-        except BaseException as error:
-            raise _os_error(error) or error from error
-
-
 class Behind:
     """Call writers of checkpoints in a thread, each with a copy of the state in host memory, one after another.
 
@@ -58,9 +46,8 @@ class Behind:
     """
 
     def __init__(self):
-        fast = torch.accelerator.is_available()
-        how = StagingOptions(fast, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=fast)
-        self.stager, self.threads = DefaultStager(how), ThreadPoolExecutor(1, "checkpoint")
+        self.stager: Any = None
+        self.threads = ThreadPoolExecutor(1, "checkpoint")
         self.group = backend.host_group()  # its exchanges must not mix with those of the step
         self.writing: Future | None = None
 
@@ -69,8 +56,11 @@ class Behind:
 
     def __call__(self, write: Writer, tensors: Mapping[str, Tensor]) -> None:
         """Wait for the writer before, copy the tensors, and return while `write` writes the copy."""
+        from functional_trainer import dcp
+
         self.wait()
-        copy: Any = self.stager.stage(dict(tensors))
+        self.stager = self.stager or dcp.stager()
+        copy = self.stager.stage(dict(tensors))
         self.writing = self.threads.submit(write, copy, self.group)
 
     def wait(self) -> None:
@@ -165,23 +155,22 @@ def load(path: str | Path, like: Mapping[str, Tensor], below: str = "") -> tuple
     if problems:
         count = f"{len(problems)} of {len(had | want)} tensors"
         raise ValueError(f"{path} does not fit the model in {count}:{listed(problems)}")
+    from functional_trainer import dcp
+
     tensors, extra = dict(like), _extra(path)
-    _expect_no_group()
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=not dist.is_initialized())
-    except (Exception, dcp.CheckpointException) as error:
+        dcp.read(path, tensors)
+    except Exception as error:
         raise _damaged(f"{path}: its tensors", error) from None
     return tensors, extra
 
 
 def _saved(path: Path) -> dict[str, str]:
     """Describe the tensors that a checkpoint's index lists: type and shape by path."""
+    from functional_trainer import dcp
+
     try:
-        found: dict[str, Any] = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        partial = [p for p, m in found.items() if sum(math.prod(c.sizes) for c in m.chunks) != math.prod(m.size)]
-        if partial:
-            raise ValueError(f"it lists a part of {partial[0]}")
-        return {p: f"{m.properties.dtype} {list(m.size)}" for p, m in found.items()}
+        return dcp.index(path)
     except Exception as error:  # it is a pickle
         raise _damaged(f"{path}/.metadata", error) from None
 
@@ -197,9 +186,8 @@ def _extra(path: Path) -> dict[str, Any]:
 
 
 def _damaged(what: str, error: BaseException) -> ValueError:
-    cause = _cause(error)
-    why = str(cause).strip().partition("\n")[0][:200]
-    return ValueError(f"{what} cannot be read ({type(cause).__name__}: {why}); copy it again or take another one")
+    why = str(error).strip().partition("\n")[0][:200]
+    return ValueError(f"{what} cannot be read ({type(error).__name__}: {why}); copy it again or take another one")
 
 
 def _present(path: Path) -> Path | None:
@@ -214,13 +202,13 @@ def _all(root: Path) -> list[tuple[int, bool, Path]]:
 
 
 def _write(final: Path, tensors: Mapping[str, Tensor], extra: dict, group: Any) -> Path:
+    from functional_trainer import dcp
+
     text = _encode(extra)
     partial = final.with_name(f"{final.name}.tmp")
     try:
         _on_main(lambda: _prepare(final.parent, partial), group)
-        _expect_no_group()
-        how: dict[str, Any] = {"process_group": group, "no_dist": not dist.is_initialized()}
-        dcp.save(dict(tensors), storage_writer=_Writer(partial), **how)
+        dcp.write(partial, tensors, group)
         _on_main(lambda: _publish(partial, final, text), group)
     except BaseException as error:
         if _is_main():
@@ -275,11 +263,6 @@ def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _expect_no_group() -> None:
-    """Silence DCP about one process alone; for good, since filters that a thread sets for a while reach the others."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")
-
-
 def _on_main(action: Callable[[], None], group: Any) -> None:
     """Run `action` on rank 0; what it raises is raised on every rank."""
     error: list[BaseException | None] = [None]
@@ -294,22 +277,8 @@ def _on_main(action: Callable[[], None], group: Any) -> None:
         raise error[0]
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """Find the OSError that `error` is or was raised from."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what failed on some rank, an OSError if there is one."""
-    causes = [c for c, _ in error.failures.values()] if isinstance(error, dcp.CheckpointException) else [error]
-    return next((c for c in causes if isinstance(c, OSError)), causes[0])
-
-
 def _explain(error: BaseException, final: Path, size: int) -> BaseException:
     """Turn whatever a failed save raised into the error to raise."""
-    error = _cause(error)
     if not isinstance(error, OSError):
         return error
     where = next(p for p in final.parents if p.exists())

@@ -131,6 +131,8 @@ def make_train_step(
     flags |= {"trace_autograd_ops": True} if one_graph else {}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if compile == "off":  # importing the compiler takes seconds
+            return state, run(state, batch)
         with torch._dynamo.config.patch(flags), kernels.kept_on_disk(), budgeted(remat):
             return state, run(state, batch)
 

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kernels.ops import op
+
 DENSE = 256
 """Longest document whose scores are computed whole (in a tile with others of about its length), not by flash calls."""
 TILE = 2**18
@@ -203,7 +205,7 @@ def _long_band(plan: Plan, start: int, n: int, dtype: torch.dtype) -> tuple[torc
     return band.view(n, n), False
 
 
-@torch.library.custom_op("functional_trainer::attention_documents", mutates_args=())
+@op("functional_trainer::attention_documents", gradient=True)
 def _documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, window: int | None, scale: float,
     causal: bool = True, softcap: float | None = None, sinks: torch.Tensor | None = None,
@@ -255,12 +257,12 @@ def _flash(q, k, v, out, lse, sinks, plan: Plan, here: slice, scale: float) -> N
     lses[..., 0].copy_(m)
 
 
-@_documents.register_fake
+@torch.library.register_fake("functional_trainer::attention_documents")
 def _(q, k, v, segments, window, scale, causal=True, softcap=None, sinks=None, prefix=None):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
 
 
-@torch.library.custom_op("functional_trainer::attention_documents_grad", mutates_args=())
+@op("functional_trainer::attention_documents_grad")
 def _documents_grad(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, window: int | None, scale: float, causal: bool = True, softcap: float | None = None,
@@ -316,7 +318,7 @@ def _flash_grad(grad, q, k, v, out, lse, dq, dk, dv, plan: Plan, here: slice, sc
         torch.sum(parts[..., : whole.shape[3]], 0, out=_by_group(whole, 1, 1)[0, :, here])
 
 
-@_documents_grad.register_fake
+@torch.library.register_fake("functional_trainer::attention_documents_grad")
 def _(grad, q, k, v, segments, out, lse, window, scale, causal=True, softcap=None, sinks=None, prefix=None):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -339,4 +341,4 @@ def _backward(ctx, grad, _):
     return *grads, None, None, None, None, None, dsinks, None
 
 
-_documents.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("functional_trainer::attention_documents", _backward, setup_context=_setup)

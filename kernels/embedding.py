@@ -7,23 +7,25 @@ it stays ATen's own kernel, in which one thread owns each row of the table.
 import torch
 import torch.nn.functional as F
 
+from kernels.ops import op
 
-@torch.library.custom_op("functional_trainer::embedding", mutates_args=())
+
+@op("functional_trainer::embedding", gradient=True)
 def _embedding(weight_VD: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.embedding(tokens, weight_VD)
 
 
-@_embedding.register_fake
+@torch.library.register_fake("functional_trainer::embedding")
 def _(weight_VD, tokens):
     return weight_VD.new_empty(*tokens.shape, weight_VD.shape[1])
 
 
-@torch.library.custom_op("functional_trainer::embedding_grad", mutates_args=())
+@op("functional_trainer::embedding_grad")
 def _embedding_grad(grad: torch.Tensor, tokens: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.ops.aten.embedding_dense_backward(grad, tokens, rows, -1, False)
 
 
-@_embedding_grad.register_fake
+@torch.library.register_fake("functional_trainer::embedding_grad")
 def _(grad, tokens, rows):
     return grad.new_empty(rows, grad.shape[-1])
 
@@ -38,7 +40,7 @@ def _backward(ctx, grad):
     return _embedding_grad(grad, ctx.saved_tensors[0], ctx.rows), None
 
 
-_embedding.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("functional_trainer::embedding", _backward, setup_context=_setup)
 
 
 def embedding(weight_VD: torch.Tensor, tokens: torch.Tensor, part: tuple[int, int] = (0, 1)) -> torch.Tensor:

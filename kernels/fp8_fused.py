@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.fp8 import E4M3, RECIPES, Recipe
+from kernels.ops import op
 
 BLOCK = RECIPES["tile"].tile
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -36,7 +37,7 @@ def _empty(x, order, form: str, columns: int, tiles: int) -> Four:
     return data, scale, turned, turned_scale
 
 
-@torch.library.custom_op("functional_trainer::fp8_quantise", mutates_args=())
+@op("functional_trainer::fp8_quantise")
 def _quantise(
     x: torch.Tensor, scale: torch.Tensor | None, order: torch.Tensor | None, ends: torch.Tensor, slots: int, form: str,
     columns: int, tiles: int,
@@ -47,12 +48,12 @@ def _quantise(
     return made
 
 
-@_quantise.register_fake
+@torch.library.register_fake("functional_trainer::fp8_quantise")
 def _(x, scale, order, ends, slots, form, columns, tiles):
     return _empty(x, order, form, columns, tiles)
 
 
-@torch.library.custom_op("functional_trainer::fp8_product", mutates_args=())
+@op("functional_trainer::fp8_product")
 def _product(
     a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, order: torch.Tensor | None,
     ends: torch.Tensor, slots: int, summed: str, dtype: torch.dtype,
@@ -64,7 +65,7 @@ def _product(
     return y
 
 
-@_product.register_fake
+@torch.library.register_fake("functional_trainer::fp8_product")
 def _(a, a_scale, b, b_scale, order, ends, slots, summed, dtype):
     return _result(a, b, order, ends, summed, dtype)
 

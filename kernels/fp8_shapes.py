@@ -8,9 +8,10 @@ import torch
 
 from kernels import fp8, grouped_matmul
 from kernels.fp8 import Quantised
+from kernels.ops import op
 
 
-@torch.library.custom_op("functional_trainer::fp8_matmul", mutates_args=())
+@op("functional_trainer::fp8_matmul")
 def _multiply(
     a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, blocks: list[int],
     dtype: torch.dtype,
@@ -18,12 +19,12 @@ def _multiply(
     return fp8.matmul(Quantised(a, a_scale, *blocks[:2]), Quantised(b, b_scale, *blocks[2:]), dtype)
 
 
-@_multiply.register_fake
+@torch.library.register_fake("functional_trainer::fp8_matmul")
 def _(a, a_scale, b, b_scale, blocks, dtype):
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("functional_trainer::fp8_grouped_matmul", mutates_args=())
+@op("functional_trainer::fp8_grouped_matmul")
 def _multiply_rows(
     a: torch.Tensor, a_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, counts: torch.Tensor,
     blocks: list[int], dtype: torch.dtype,
@@ -32,7 +33,7 @@ def _multiply_rows(
     return grouped_matmul.blas(x, w, counts)
 
 
-@_multiply_rows.register_fake
+@torch.library.register_fake("functional_trainer::fp8_grouped_matmul")
 def _(a, a_scale, w, w_scale, counts, blocks, dtype):
     return a.new_empty(a.shape[0], w.shape[1], dtype=dtype)
 

@@ -16,6 +16,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from kernels.ops import op
+
 
 def reference(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
     """Multiply every row by every expert and keep the right product; any device, differentiable."""
@@ -66,7 +68,7 @@ def _slots(y_RO: torch.Tensor, end: int, inverse_R: torch.Tensor | None, slots: 
     return y_RO if inverse_R is None else F.embedding_bag(inverse_R.view(-1, slots), y_RO, mode="sum")
 
 
-@torch.library.custom_op("functional_trainer::grouped_matmul", mutates_args=())
+@op("functional_trainer::grouped_matmul", gradient=True)
 def _multiply(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -88,13 +90,13 @@ def _multiply(
     return _slots(y[:R], end, inverse if combine else None, slots)
 
 
-@_multiply.register_fake
+@torch.library.register_fake("functional_trainer::grouped_matmul")
 def _(x, w, counts, order, inverse, slots, gather, combine):
     rows = x.shape[0] * slots if gather else x.shape[0]
     return x.new_empty(rows // slots if combine else rows, w.shape[1])
 
 
-@torch.library.custom_op("functional_trainer::grouped_matmul_grad", mutates_args=())
+@op("functional_trainer::grouped_matmul_grad")
 def _multiply_grad(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -123,7 +125,7 @@ def _multiply_grad(
     return _slots(dx[:R], end, inverse if gather else None, slots), dw
 
 
-@_multiply_grad.register_fake
+@torch.library.register_fake("functional_trainer::grouped_matmul_grad")
 def _(grad, x, w, counts, order, inverse, slots, gather, combine):
     return torch.empty_like(x), torch.empty_like(w)
 
@@ -137,7 +139,7 @@ def _backward(ctx, grad):
     return *_multiply_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.layout), *(None,) * 6
 
 
-_multiply.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("functional_trainer::grouped_matmul", _backward, setup_context=_setup)
 
 
 def blas(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
@@ -155,14 +157,14 @@ def matmul_combine(x_RI, w_EOI, counts_E, order_R, inverse_R, slots: int) -> tor
     return _multiply(x_RI.contiguous(), w_EOI.contiguous(), counts_E, order_R, inverse_R, slots, False, True)
 
 
-@torch.library.custom_op("functional_trainer::grouped_mm", mutates_args=())
+@op("functional_trainer::grouped_mm", gradient=True)
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Call `F.grouped_mm` of rows, (R, I) (E, I, O), or along them, (O, R) (R, I): as it is, compilers refuse all but
     bfloat16."""
     return F.grouped_mm(a, b, offs=ends).contiguous()
 
 
-@_grouped_mm.register_fake
+@torch.library.register_fake("functional_trainer::grouped_mm")
 def _(a, b, ends):
     return a.new_empty(*((len(ends), a.shape[0]) if b.ndim == 2 else a.shape[:1]), b.shape[-1])
 
@@ -174,8 +176,10 @@ def _grouped_mm_backward(ctx, grad):
     return da, _grouped_mm(a.mT, grad, ends), None
 
 
-_grouped_mm.register_autograd(
-    _grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+torch.library.register_autograd(
+    "functional_trainer::grouped_mm",
+    _grouped_mm_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
@@ -195,7 +199,7 @@ def grouped_mm(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) 
 # g (R, O)^T x (R, I) of each expert's rows, alone: in 8 bits the two gradients have operands of their own --
 
 
-@torch.library.custom_op("functional_trainer::grouped_weight_grad", mutates_args=())
+@op("functional_trainer::grouped_weight_grad")
 def weight_grad(grad: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Call the vendor's matmul once per expert; return (E, O, I)."""
     dw = x.new_zeros(counts.shape[0], grad.shape[1], x.shape[1])
@@ -205,7 +209,7 @@ def weight_grad(grad: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> to
     return dw
 
 
-@weight_grad.register_fake
+@torch.library.register_fake("functional_trainer::grouped_weight_grad")
 def _(grad, x, counts):
     return x.new_empty(counts.shape[0], grad.shape[1], x.shape[1])
 

@@ -24,6 +24,7 @@ their number would have to be read back, they are computed and cleared.
 import torch
 
 from kernels.elementwise import promote
+from kernels.ops import op
 
 CHUNK_HOST, CHUNK_DEVICE = 256, 2048
 """Tokens whose logits are held at a time: on the host as many as stay in its caches, on a device enough to fill it."""
@@ -77,7 +78,7 @@ def _inside(targets: torch.Tensor, first: int, rows: int) -> tuple[torch.Tensor,
     return torch.where(inside, local, 0)[:, None], inside
 
 
-@torch.library.custom_op("functional_trainer::linear_logprob", mutates_args=())
+@op("functional_trainer::linear_logprob", gradient=True)
 def _forward(
     hidden: torch.Tensor,
     w: torch.Tensor,
@@ -110,7 +111,7 @@ def _forward(
     return _put_back(lse, rows, mask), _put_back(target, rows, mask), _put_back(mean, rows, mask), kept
 
 
-@_forward.register_fake
+@torch.library.register_fake("functional_trainer::linear_logprob")
 def _(hidden, w, targets, bias, mask, first, softcap, temperature, entropy, keep):
     lse, target, mean = (
         hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)) for _ in range(3)
@@ -118,7 +119,7 @@ def _(hidden, w, targets, bias, mask, first, softcap, temperature, entropy, keep
     return lse, target, mean, hidden.new_empty(hidden.shape[0] if keep else 0, w.shape[0])
 
 
-@torch.library.custom_op("functional_trainer::linear_logprob_grad", mutates_args=())
+@op("functional_trainer::linear_logprob_grad")
 def _grad(
     dlse: torch.Tensor,
     dtarget: torch.Tensor,
@@ -163,7 +164,7 @@ def _grad(
     return _put_back(dhidden, rows, mask), dw.to(w.dtype), dbias.to(w.dtype)
 
 
-@_grad.register_fake
+@torch.library.register_fake("functional_trainer::linear_logprob_grad")
 def _(dlse, dtarget, dmean, kept, hidden, w, targets, bias, mask, first, softcap, temperature, entropy, keep):
     return torch.empty_like(hidden), torch.empty_like(w), w.new_empty(w.shape[0])
 
@@ -181,7 +182,7 @@ def _backward(ctx, *grads):
     return dhidden, dw, None, (None if bias is None else dbias), *(None,) * 6
 
 
-_forward.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("functional_trainer::linear_logprob", _backward, setup_context=_setup)
 
 
 def vocabulary_part(

@@ -9,6 +9,7 @@ import importlib
 import torch
 
 from kernels.elementwise import Activation
+from kernels.ops import op
 
 
 def _kernels(name: str = "moe"):
@@ -16,7 +17,7 @@ def _kernels(name: str = "moe"):
     return importlib.import_module(f"kernels.{name}_triton")
 
 
-@torch.library.custom_op("functional_trainer::moe", mutates_args=())
+@op("functional_trainer::moe", gradient=True)
 def _moe(
     x: torch.Tensor, scale: torch.Tensor | None, order: torch.Tensor, inverse: torch.Tensor, counts: torch.Tensor,
     gate_up: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, slots: int, act: str, limit: float,
@@ -28,12 +29,12 @@ def _moe(
     return run.forward(x, scale, rows, gate_up, bias, down, Activation(act, limit, alpha))
 
 
-@_moe.register_fake
+@torch.library.register_fake("functional_trainer::moe")
 def _(x, scale, order, inverse, counts, gate_up, bias, down, slots, act, limit, alpha):
     return torch.empty_like(x), x.new_empty(order.shape[0], 2 * gate_up.shape[2])
 
 
-@torch.library.custom_op("functional_trainer::moe_grad", mutates_args=())
+@op("functional_trainer::moe_grad")
 def _moe_grad(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None, order: torch.Tensor, inverse: torch.Tensor,
     counts: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, h: torch.Tensor,
@@ -45,7 +46,7 @@ def _moe_grad(
     return run.backward(grad, x, scale, h, rows, gate_up, bias, down, Activation(act, limit, alpha))
 
 
-@_moe_grad.register_fake
+@torch.library.register_fake("functional_trainer::moe_grad")
 def _(grad, x, scale, order, inverse, counts, gate_up, bias, down, h, slots, act, limit, alpha):
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     return torch.empty_like(x), x.new_empty(order.shape[0]), torch.empty_like(gate_up), dbias, torch.empty_like(down)
@@ -64,7 +65,7 @@ def _backward(ctx, grad, _):
     return dx, *given, ddown, *(None,) * 4
 
 
-_moe.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("functional_trainer::moe", _backward, setup_context=_setup)
 
 
 def layer(
@@ -75,12 +76,12 @@ def layer(
     return _moe(*(None if t is None else t.contiguous() for t in tensors), slots, *activation)[0]
 
 
-@torch.library.custom_op("functional_trainer::sort_by_expert", mutates_args=())
+@op("functional_trainer::sort_by_expert")
 def _sort(expert: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _kernels("sort").sort(expert, experts)
 
 
-@_sort.register_fake
+@torch.library.register_fake("functional_trainer::sort_by_expert")
 def _(expert, experts):
     order = expert.new_empty(expert.shape[0], dtype=torch.int64)
     return order, torch.empty_like(order), expert.new_empty(experts, dtype=torch.int64)

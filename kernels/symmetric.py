@@ -9,6 +9,8 @@ import importlib
 
 import torch
 
+from kernels.ops import op
+
 
 def product(x: torch.Tensor, add: torch.Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> torch.Tensor:
     """Compute all of it."""
@@ -16,13 +18,13 @@ def product(x: torch.Tensor, add: torch.Tensor | None = None, alpha: float = 1.0
     return made if add is None else beta * add + made
 
 
-@torch.library.custom_op("functional_trainer::symmetric_product", mutates_args=())
+@op("functional_trainer::symmetric_product")
 def _halves(x: torch.Tensor, add: torch.Tensor | None, alpha: float, beta: float) -> torch.Tensor:
     """Return alpha X X^T + beta A of matrices (B, M, C) and (B, M, M)."""
     return importlib.import_module("kernels.symmetric_triton").product(x, add, alpha, beta)
 
 
-@_halves.register_fake
+@torch.library.register_fake("functional_trainer::symmetric_product")
 def _(x, add, alpha, beta):
     return x.new_empty(*x.shape[:2], x.shape[1])
 

@@ -39,8 +39,8 @@ import models
 from experiments.benchmarks import sft_cpu
 from experiments.rules import RULES
 from functional_trainer import backend, config, init_state, losses, make_train_step, optimizers, tree
-from sharding_rules import Sharder
 from sharding_rules.mesh import Mesh, make
+from sharding_rules.sharder import Sharder
 
 RANKS = 2
 OURS: dict[str, dict[str, Any]] = {

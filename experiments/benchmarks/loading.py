@@ -108,8 +108,8 @@ def rank(number: int, o: Options, port: int, folder: str, write: bool) -> None:
     import models
     from experiments.rules import RULES
     from functional_trainer import backend
-    from sharding_rules import Sharder
     from sharding_rules.mesh import Mesh, make
+    from sharding_rules.sharder import Sharder
 
     torch.set_num_threads(1)
     device = backend.setup()

@@ -9,8 +9,8 @@ import models
 from functional_trainer import precision
 from functional_trainer.options import Fp8Options
 from functional_trainer.types import OneDevice
-from sharding_rules import Sharder
 from sharding_rules.mesh import make
+from sharding_rules.sharder import Sharder
 from tests.multi_rank import parity
 
 WIDE = {

@@ -7,8 +7,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import models
 from functional_trainer import checkpoint, tree
-from sharding_rules import P, Rules, Sharder, zero
+from sharding_rules import P, Rules, zero
 from sharding_rules.mesh import make
+from sharding_rules.sharder import Sharder
 from tests.multi_rank.parity import CPU, MESHES, MOE, PADDED, Case, sharder
 
 CONFIG = MOE | {"attention_bias": True, "mlp_only_layers": [0]}

@@ -11,10 +11,11 @@ from unittest import mock
 import torch
 
 import models
-from sharding_rules import P, Rules, Sharder
+from sharding_rules import P, Rules
 from sharding_rules.exchange import Step
 from sharding_rules.mesh import make
 from sharding_rules.rules import axes_of, repeat, zero
+from sharding_rules.sharder import Sharder
 from tests.multi_rank.parity import CPU, FULL, MESHES, MOE, RULES, Case, own_rows, start
 
 CASE = Case(MOE | FULL | {"num_hidden_layers": 2}, uneven=True)

@@ -12,8 +12,9 @@ from functional_trainer.preference import running_mean
 from functional_trainer.state import ema, init_state
 from functional_trainer.step import make_train_step
 from functional_trainer.types import ONE_DEVICE
-from sharding_rules import P, Rules, Sharder, padded, qwen3, qwen3_moe, zero
+from sharding_rules import P, Rules, padded, qwen3, qwen3_moe, zero
 from sharding_rules.mesh import Mesh, make
+from sharding_rules.sharder import Sharder
 from tests.functional_trainer.packed import LOSSES, with_columns
 
 ROWS, LENGTH, STEPS = 8, 12, 3

@@ -8,8 +8,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import models
 from experiments import rules
-from sharding_rules import Sharder
 from sharding_rules.mesh import Mesh, make
+from sharding_rules.sharder import Sharder
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = {

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 import models
 from experiments import rules
 from functional_trainer import config, tree
-from sharding_rules import Sharder, explain
+from sharding_rules import explain
 from sharding_rules.mesh import AXES, Mesh, parse
+from sharding_rules.sharder import Sharder
 from tests.sharding_rules import golden
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "rules.py"

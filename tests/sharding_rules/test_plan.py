@@ -16,9 +16,9 @@ from functional_trainer import flops, losses, optimizers, param, precision, tree
 from functional_trainer.options import Fp8Options
 from functional_trainer.state import init_state
 from functional_trainer.step import make_train_step
-from sharding_rules import Sharder
 from sharding_rules.mesh import Mesh, make
 from sharding_rules.plan import Grid, Planner, columns, observed, plan
+from sharding_rules.sharder import Sharder
 from sharding_rules.watch import Costs, Watch
 from tests.multi_rank import eight_bits, launch, parity
 

@@ -10,9 +10,10 @@ from torch.distributed.tensor import Shard
 import models
 from experiments.rules import RULES
 from functional_trainer import tree
-from sharding_rules import P, Rules, Sharder, explain, optional, padded, zero
+from sharding_rules import P, Rules, explain, optional, padded, zero
 from sharding_rules.mesh import Mesh, make
 from sharding_rules.rules import chunk, held, route
+from sharding_rules.sharder import Sharder
 from tests.sharding_rules import golden
 
 PRESETS = {name: config | {"num_hidden_layers": 2} for name, config in models.PRESETS.items()}
