@@ -10,6 +10,7 @@ two, gradient and update. "layer" compiles one block and its update, so its cost
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
@@ -27,8 +28,6 @@ from functional_trainer.types import ONE_DEVICE, Batch
 Compile = Literal["step", "layer", "off"]
 Reduce = Literal["compute", "master"]
 Offload = Literal["activations", "optimizer"]
-IN_ORDER = {"reorder_for_peak_memory": False}
-"""Options of Inductor that leave a layer's gather where the model begins it, a layer ahead."""
 
 
 def evaluate(model: Any, loss: Loss, params: tree.Tree, batch: Batch, buffers: tree.Tree, shard=ONE_DEVICE):
@@ -70,9 +69,17 @@ def add(total: tuple, more: tuple) -> tuple:
     return total[0], *tree.map(torch.add, total[1:], more[1:])
 
 
-def compiled(fn: Callable, when: bool, backend: str, exchanges: bool) -> Callable:
-    options: Any = IN_ORDER if exchanges and backend == "inductor" else None
-    return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options) if when else fn
+def compiled(fn: Callable, when: bool, backend: str, shard) -> Callable:
+    if not when:
+        return fn
+    options = shard.inductor() if backend == "inductor" else None
+    return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+def settings(one_graph: bool) -> AbstractContextManager:
+    """Return the compiler's settings: an all-to-all's splits are read back to the host; layers are of many kinds."""
+    flags = {"capture_scalar_outputs": True, "recompile_limit": 64}
+    return torch._dynamo.config.patch(flags | ({"trace_autograd_ops": True} if one_graph else {}))
 
 
 def refuse(loss: Loss, optimizer: Optimizer, shard, micro_batches: int, compile: str, remat: str, offload: tuple):
@@ -102,7 +109,7 @@ def make_train_step(
     model = wrap_layer(
         model, compile=compile == "layer", remat=remat, backend=backend, offload="activations" in offload
     )
-    jit = partial(compiled, backend=backend, exchanges=shard.world > 1)
+    jit = partial(compiled, backend=backend, shard=shard)
     squares, update = (jit(f, compile == "layer") for f in (sums_of_squares, partial(update_block, optimizer.update)))
     two_graphs = compile == "step" and not one_graph
     value_of = jit(partial(objective, model, loss, shard), two_graphs)
@@ -126,14 +133,11 @@ def make_train_step(
         return finish(state, *gradients(state, batch))  # the weights as they were cast are gone by then
 
     run = jit(step, one_graph)
-    # An all-to-all's splits are read back to the host. There may be more kinds of layers than the default of 8.
-    flags: dict[str, Any] = {"capture_scalar_outputs": True, "recompile_limit": 64}
-    flags |= {"trace_autograd_ops": True} if one_graph else {}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if compile == "off":  # importing the compiler takes seconds
             return state, run(state, batch)
-        with torch._dynamo.config.patch(flags), kernels.kept_on_disk(), budgeted(remat):
+        with settings(one_graph), kernels.kept_on_disk(), budgeted(remat):
             return state, run(state, batch)
 
     return train_step

@@ -73,6 +73,10 @@ class OneDevice:
     def settle(self) -> None:
         """Wait for gradients that backward left on their way."""
 
+    def inductor(self) -> dict[str, Any]:
+        """Return options with which Inductor compiles what has exchanges."""
+        return {}
+
     def weights(self, params: tree.Tree, prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
         """Return the parameters below `prefix` as the maths uses them: cast to `dtype`, gathered over storage axes."""
         return params if dtype is None else tree.map(lambda w: w.to(dtype), params)

@@ -125,6 +125,12 @@ class Gathering(Layout):
     def settle(self) -> None:
         self.late.settle()
 
+    def inductor(self) -> dict[str, Any]:
+        """Leave a layer's gather where the model begins it, a layer ahead; wait for gradients a layer late."""
+        from sharding_rules.overlap import Overlap  # imports the compiler
+
+        return {"reorder_for_peak_memory": False, "post_grad_custom_post_pass": Overlap()}
+
     def weights(self, params: "tree.Tree | Fetched", prefix: str, dtype: torch.dtype | None = None) -> tree.Tree:
         if not isinstance(params, Fetched):
             params = self._bound(self._fetch(params, prefix, dtype), prefix, dtype)

@@ -19,14 +19,23 @@ NAMES = {
     "CompiledFunctionBackward": "backward",
 }
 """Events of a trace that matter."""
+ONE_GRAPH = {
+    "_c10d_functional::all_gather_into_tensor": "begin",
+    "_c10d_functional::reduce_scatter_tensor": "scatter",
+    "_c10d_functional::all_reduce": "begin",
+    "_c10d_functional::all_reduce_": "begin",
+    "_c10d_functional::wait_tensor": "wait",
+    "aten::mm": "product",
+}
+"""The same where a step is one graph."""
 
 
-def events(step: Any, *args: Any) -> list[str]:
+def events(step: Any, *args: Any, names: dict[str, str] = NAMES) -> list[str]:
     """Return what a step does, by the clock of its trace."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         step(*args)
     found = sorted(trace.events(), key=lambda e: e.time_range.start)
-    return [NAMES[e.name] for e in found if e.name in NAMES]
+    return [names[e.name] for e in found if e.name in names]
 
 
 def alive(refs: list[weakref.ref], most: int) -> int:
@@ -96,3 +105,13 @@ def traced(remat: str) -> dict[str, Any]:
 
 def all_traced() -> dict[str, dict[str, Any]]:
     return {remat: traced(remat) for remat in ("none", "selective", "layer")}
+
+
+def one_graph() -> list[str]:
+    """Return the events of a step on fsdp2 that Inductor made one graph of."""
+    case = parity.Case(parity.DENSE | {"num_hidden_layers": DEPTH}, options={"compile": "step"})
+    shard = parity.sharder(case, "fsdp2")
+    _, step, state = parity.start(case, shard)
+    rows = shard.put_batch(parity.own_rows(case, shard))
+    step(state, rows)
+    return events(step, state, rows, names=ONE_GRAPH)

@@ -17,7 +17,7 @@ import torch.multiprocessing
 
 from functional_trainer import backend
 
-PRELOAD = ["torch", "torch.distributed.tensor", "models", "functional_trainer.step", "sharding_rules"]
+PRELOAD = ["torch", "torch.distributed.tensor", "models", "functional_trainer.step", "sharding_rules.sharder"]
 PATIENCE = timedelta(seconds=120)
 
 

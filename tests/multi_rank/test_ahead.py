@@ -1,4 +1,4 @@
-"""What compiled layers exchange is on its way while another layer computes: read from traces of two ranks."""
+"""What layers exchange is on its way while another layer computes: read from traces of two ranks."""
 
 import pytest
 
@@ -59,3 +59,12 @@ def test_gradients_are_on_their_way_when_the_layer_before_computes(remat, traces
 
 def test_without_recomputation_backward_gathers_nothing(traces):
     assert all("gather" not in span for span in spans(traces["none"]["events"], "backward")[1:])
+
+
+@pytest.mark.slow
+def test_in_one_graph_gradients_are_on_their_way_when_the_layer_before_computes():
+    """What is waited for after a scatter is the one before it: after the first nothing is. See test_overlap.py too."""
+    after = spans(launch.run(2, ahead.one_graph), "scatter")[1:]
+    assert len(after) > DEPTH and "wait" not in after[0]
+    assert all("wait" in span for span in after[1:])
+    assert sum("product" in span for span in after) >= DEPTH
