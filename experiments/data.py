@@ -1,6 +1,6 @@
 """From a recipe's data options to loaders: rows to tokens and loss mask, to packed rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from experiments.first_light import tasks
 from functional_trainer import backend
 from functional_trainer.data import Loader, Record, Rows, Share, Tokenizer, Within, datasets, rows_of, tokenized
 from functional_trainer.data.stream import WIDTHS
+from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.options import Source
 
 
@@ -22,12 +23,7 @@ def load(
     """
     _check_width(o.data.seq_len, o.data.packing, shard.part("batch/columns", 1)[1])
     rank, world = shard.data
-    train, held_out = o.data.train, o.data.eval
-    if not train:
-        train, held_out = (f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)
-        if rank == 0:
-            tasks.write(f"{o.out}/data", seed=o.seed)
-        backend.barrier()
+    train, held_out = (o.data.train, o.data.eval) if o.data.train else shipped(o, shard)
     kept, held = (Within(o.data.split, 1), Within(0, o.data.split)) if o.data.split else (None, None)
     rows: dict[str, Any] = {"rows": o.batch, "rank": rank, "world": world, "seq_len": o.data.seq_len}
     rows |= {"packing": o.data.packing, "overlong": o.data.overlong}
@@ -61,6 +57,38 @@ def load(
     chats = (part for part, counts in zip(asked, found, strict=True) if counts.keys() - {"text"})
     records = (record for part in chats for record in rows_of(part, held) if record.messages)
     return loader, loaders, list(islice(records, questions))
+
+
+def prompts(
+    o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, questions: int, say: Callable = print
+) -> tuple[Prompts, dict, list[Record]]:
+    """Return the questions of the training rows, nothing, and held-out rows; `o` has the fields of `PromptOptions`."""
+    _check_width(o.data.seq_len, "first_fit", shard.part("batch/columns", 1)[1])
+    train, held_out = shipped(o, shard) if not o.data.train else (o.data.train, o.data.eval)
+    kept, held = (Within(o.data.split, 1), Within(0, o.data.split)) if o.data.split else (None, None)
+
+    def rows(paths: tuple[str, ...], keep: Within | None) -> Iterator[Record]:
+        found = (row for path in paths for row in rows_of(Source(path, o.data.type, o.data.columns), keep))
+        return (row for row in found if row.messages)
+
+    asked = []
+    for row in rows(train, kept):
+        ids = tokenizer.prompt(row.messages[:-1], row.tools)
+        if max(ids) >= vocab:
+            raise ValueError(f"{row.where}: token {max(ids)} is none of the model's {vocab}; use the model's tokenizer")
+        *_, question, answer = row.messages
+        columns = {**row.row, "answer": row.row.get("answer", answer["content"])}
+        asked.append(Prompt(ids, str(question["content"]), columns))
+    say(f"training data: {', '.join(train)}: {len(asked):,} questions")
+    return Prompts(asked), {}, list(islice(rows(train if o.data.split else held_out, held), questions))
+
+
+def shipped(o: Any, shard: Any) -> tuple[tuple[str], tuple[str]]:
+    """Write the project's own tasks to the run folder; return the files to train on and to hold out."""
+    if shard.rank == 0:
+        tasks.write(f"{o.out}/data", seed=o.seed)
+    backend.barrier()
+    return (f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)
 
 
 def _check_width(seq_len: int, packing: str, ways: int) -> None:

@@ -80,7 +80,7 @@ class Run:
                 self.tokenizer.save(f"{self.o.out}/{name}")
 
 
-def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Loss]) -> Run:
+def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Loss], read: Callable = data.load) -> Run:
     """Join the other processes, claim the folder, refuse what cannot be, read the data and `answers` questions."""
     device = backend.setup(o.device)
     if o.compile != "off":
@@ -106,15 +106,15 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     step.refuse(loss, optimizers.from_options(o.optim, 1000, model.specs), shard, passes, o.compile, o.remat, o.offload)
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
-    read = data.load(o, tokenizer, model.config.vocab, shard, max(answers, samples), say)
-    agree(_facts(hf, table.table, {"training data": read[0], **read[1]}))
+    loader, others, questions = read(o, tokenizer, model.config.vocab, shard, max(answers, samples), say)
+    agree(_facts(hf, table.table, {"training data": loader, **others}))
     for flag, asked in (("--answers", answers), ("--samples", o.samples)):
-        if asked and not read[2]:
+        if asked and not questions:
             raise ValueError(f"{flag} {asked}: no held-out conversation to answer (--data.eval, --data.split)")
-    return Run(o, device, world, shard, resume, tokenizer, hf, model, loss, *read, samples)
+    return Run(o, device, world, shard, resume, tokenizer, hf, model, loss, loader, others, questions, samples)
 
 
 def _facts(hf: dict[str, Any], table: Any, loaders: dict[str, Loader]) -> dict[str, Any]:
     """Return what ranks must have alike besides options: the model's config, the rules, what is in the data."""
     found = {f"config.json {key}": value for key, value in hf.items()} | {f"rule {k}": str(v) for k, v in table}
-    return found | {f"{name}: {k}": v for name, loader in loaders.items() for k, v in loader.stream.identity.items()}
+    return found | {f"{name}: {k}": v for name, loader in loaders.items() for k, v in loader.identity.items()}

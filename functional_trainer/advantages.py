@@ -33,7 +33,7 @@ def _mean(r_PG: np.ndarray) -> np.ndarray:
     return np.nansum(r_PG, 1, keepdims=True) / np.maximum(_count(r_PG), 1)
 
 
-def _deviation(r_PG: np.ndarray) -> np.ndarray:
+def deviation(r_PG: np.ndarray) -> np.ndarray:
     """Return each group's standard deviation (P, 1) with n - 1 degrees of freedom, 0 of a single one."""
     return np.sqrt(np.nansum((r_PG - _mean(r_PG)) ** 2, 1, keepdims=True) / np.maximum(_count(r_PG) - 1, 1))
 
@@ -43,7 +43,7 @@ def whiten(x: Any, mask: Any = None, epsilon: float = EPSILON) -> np.ndarray:
     x = np.asarray(x, np.float64)
     kept = ~np.isnan(x) if mask is None else ~np.isnan(x) & (np.asarray(mask) != 0)
     flat = np.where(kept, x, np.nan).reshape(1, -1)
-    return np.where(kept, np.nan_to_num((x - _mean(flat).item()) / (_deviation(flat).item() + epsilon)), 0.0)
+    return np.where(kept, np.nan_to_num((x - _mean(flat).item()) / (deviation(flat).item() + epsilon)), 0.0)
 
 
 def grpo(rewards: Any, scale: Scale = "group", epsilon: float = EPSILON) -> np.ndarray:
@@ -57,7 +57,7 @@ def grpo(rewards: Any, scale: Scale = "group", epsilon: float = EPSILON) -> np.n
     centred_PG = r_PG - _mean(r_PG)
     if scale != "none":
         over = r_PG if scale == "group" else r_PG.reshape(1, -1)
-        centred_PG = centred_PG / (_deviation(over) + epsilon)
+        centred_PG = centred_PG / (deviation(over) + epsilon)
     return np.nan_to_num(centred_PG)
 
 
@@ -112,7 +112,7 @@ def pass_at_k(rewards: Any) -> np.ndarray:
 
 def has_spread(rewards: Any, least: float = 1e-6) -> np.ndarray:
     """Return for each group (P,) whether its rewards differ: the others teach nothing and are drawn anew (DAPO)."""
-    return _deviation(table(rewards))[:, 0] > least
+    return deviation(table(rewards))[:, 0] > least
 
 
 def overlong_penalty(lengths: Any, max_length: int, buffer: int, factor: float = 1.0) -> np.ndarray:

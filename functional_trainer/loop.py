@@ -129,12 +129,14 @@ def train(
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]], state: TrainState, loader: Loader, *, model: Any,
     loss: Loss, options: Any, total_steps: int, resume: Path | None = None,
     held_out: Mapping[str, Loader] | None = None,
-    sample: Callable[[tree.Tree], Sequence[Mapping[str, str]]] | None = None, shard=ONE_DEVICE, device: torch.device,
+    sample: Callable[[tree.Tree], Sequence[Mapping[str, str]]] | None = None,
+    measure: Callable[[tree.Tree], Mapping[str, Any]] | None = None, shard=ONE_DEVICE, device: torch.device,
 ) -> tuple[TrainState, bool]:  # fmt: skip
     """Run `step` until `total_steps`; return the state and whether it got there.
 
     `options` are `RunOptions`; metrics and checkpoints go to its `out`. At every evaluation come the loss of each of
-    the `held_out` loaders, and what `sample(params)` returns to be shown. Ctrl-C finishes the step, saves and returns.
+    the `held_out` loaders, what `measure(params)` returns, and what `sample(params)` returns to be shown. Ctrl-C
+    finishes the step, saves and returns.
     """
     start, stopped = _restored(resume, state, loader, total_steps), False
     best = _best_so_far(options, held_out)
@@ -159,6 +161,7 @@ def train(
             evaluated = due(done, options.eval_every)
             if evaluated:
                 row |= _evaluated(model, loss, state, held_out, shard, device)
+                row |= measure(state.params) if measure else {}
             metrics.log(done, row)
             if evaluated and sample:
                 metrics.samples(done, sample(state.params))
@@ -206,7 +209,7 @@ def _one(
     seconds, peak = now - clock, backend.peak_flops(device, getattr(torch, options.dtype), shard.world)
     row |= {"tokens": int(tokens), "trained_tokens": int(trained_tokens), "tokens_per_s": tokens / seconds}
     row |= {"padding": 1 - tokens / (batch["tokens"].numel() * shard.data[1]), "mfu": flops.mfu(cost, seconds, peak)}
-    row |= {"memory_bytes": backend.peak_memory(device)}
+    row |= {"memory_bytes": backend.peak_memory(device)} | loader.report()
     row |= {"time": {"data": fed - begun, "step": now - fed, "other": begun - clock}}
     return row, now, stop > 0
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from functional_trainer.rollout_correction import LARGEST, METRICS, Correction
+from functional_trainer.rollout_correction import LARGEST, Correction
 
 Form = Literal["reinforce", "clip", "sequence", "sequence_token", "cispo", "cispo_max", "sapo", "gmpo"]
 Aggregate = Literal["token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
@@ -97,8 +97,7 @@ class Policy:
         """What is reported beside the terms: means over policy tokens."""
         names: tuple[str, ...] = ("ratio/mean", "ppo_kl", "clip_ratio/low", "clip_ratio/high", "clip_ratio/region")
         names += () if self.delta is None else ("clip_ratio/dual",)
-        names += ("entropy",) if self.entropy == 0 else ()
-        return names + (METRICS if self.corrects else ())
+        return names + (("entropy",) if self.entropy == 0 else ())
 
 
 OBJECTIVES: dict[str, Policy] = {

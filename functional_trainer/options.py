@@ -279,6 +279,110 @@ class Fp8Options:
 
 
 @dataclass(frozen=True)
+class PromptOptions:
+    train: tuple[str, ...] = ()
+    """Files, folders, globs, datasets of the hub with questions (none: the project's own tasks); docs/rl.md."""
+    eval: tuple[str, ...] = ()
+    """The same, held out; only with --data.train."""
+    split: float = 0.0
+    """Share of the questions to hold out instead of --data.eval, by a hash of their content."""
+    type: Shape = "auto"
+    """What rows look like (docs/data.md); their last answer is the right one, the column `answer` of rewards."""
+    columns: tuple[str, ...] = ()
+    """Names of columns, OURS=THEIRS: prompt=question completion=answer."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer and chat template (default: the model's)."""
+    seq_len: int = 256
+    """Tokens in a packed row; a question and its longest answer must fit."""
+    answer_tokens: int = 32
+    """Most tokens of a greedy answer to a held-out question."""
+
+    def __post_init__(self):
+        within("data.", self, seq_len=(1, ""), answer_tokens=(1, ""))
+        if not 0 <= self.split < 1 or self.split and (self.eval or not self.train):
+            raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")
+        if (self.type != "auto" or self.columns or self.eval) and not self.train:
+            raise ValueError("--data.type, --data.columns and --data.eval go with --data.train, which is not given")
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    num_generations: int = 16
+    """Answers to each prompt: a group."""
+    max_completion_length: int = 32
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """What logits are divided by, in sampling and in the loss."""
+    top_k: int = 0
+    """Sample among so many tokens, the likeliest (0: all)."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that are so likely together."""
+    steps_per_generation: int = 1
+    """Optimizer steps that a rollout is split into."""
+    num_iterations: int = 1
+    """Times that a rollout is trained on."""
+    filter_groups: bool = False
+    """Draw others for prompts whose answers have all the same reward (DAPO's dynamic sampling)."""
+    max_num_gen_batches: int = 10
+    """Rollouts that are drawn for one at most with --rollout.filter-groups; then such groups fill it."""
+    mask_truncated_completions: bool = False
+    """Train on no answer that was cut off."""
+    overlong_buffer: int = 0
+    """Tokens before the longest answer over which a penalty of the reward grows to 1 (DAPO; 0: none)."""
+    max_disagreement: float = 0.01
+    """Mean |log-probability, as sampled - as trained| of the first rollout above which the run is refused."""
+
+    def __post_init__(self):
+        ones = ("max_completion_length", "steps_per_generation", "num_iterations", "max_num_gen_batches")
+        within("rollout.", self, num_generations=(2, ""), **dict.fromkeys(ones, (1, "")))
+        within(
+            "rollout.", self, top_k=(0, ""), top_p=(0, "at most 1"), overlong_buffer=(0, ""), max_disagreement=(0, "")
+        )
+        if not self.temperature > 0 or not self.top_p > 0:
+            raise ValueError(
+                "--rollout.temperature and --rollout.top-p must be above 0: answers of a group must differ"
+            )
+        if self.max_num_gen_batches != RolloutOptions.max_num_gen_batches and not self.filter_groups:
+            raise ValueError("--rollout.max-num-gen-batches has no effect without --rollout.filter-groups")
+        if self.overlong_buffer > self.max_completion_length:
+            raise ValueError(f"--rollout.overlong-buffer {self.overlong_buffer} is more than the longest answer")
+
+
+LossType = Literal[
+    "reinforce", "ppo", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "cispo", "cispo_max", "sapo", "gmpo"
+]
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    loss_type: LossType = "dapo"
+    """Objective (docs/rl.md), with its paper's clipping and mean unless these are given:"""
+    advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "pass_at_k"] = "grpo"
+    """What an answer is worth beside the others of its group."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that grpo's advantages are divided by."""
+    epsilon: float | None = None
+    """Lower end of clipping, below 1."""
+    epsilon_high: float | None = None
+    """Upper end of clipping, above 1."""
+    delta: float | None = None
+    """Dual clip: where the advantage is negative a ratio counts at most this much."""
+    entropy_coef: float = 0.0
+    """Coefficient of the entropy, which is maximized."""
+    correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
+    ] = "none"
+    """Weights for what the rollout engine says differently (TIS, MIS; docs/rl.md); one step per rollout only."""
+    balance: float = 0.0
+    """Coefficient of the router's balance loss within each sequence."""
+
+    def __post_init__(self):
+        within("loss.", self, epsilon=(0, ""), epsilon_high=(0, ""), delta=(1, ""), balance=(0, ""))
+        if self.scale_rewards != "group" and self.advantage != "grpo":
+            raise ValueError(f"--loss.scale-rewards has no effect with --loss.advantage {self.advantage}")
+
+
+@dataclass(frozen=True)
 class RunOptions:
     out: str = "runs/run"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""

@@ -1,4 +1,4 @@
-"""Pictures of a run: loss.png, experts.png, norms.png, and several runs in one, from the rows of `metrics.jsonl`."""
+"""Pictures of a run: loss.png, experts.png, norms.png, reward.png; and several runs in one, from `metrics.jsonl`."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -65,6 +65,22 @@ def norms(folder: str | Path, rows: list[dict[str, Any]]) -> None:
     axis.set(yscale="log", ylabel="norm of the gradient, smoothed", title=Path(folder).resolve().name)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="x-small")
     figure.savefig(Path(folder) / "norms.png")
+
+
+def reward(folder: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Draw `<folder>/reward.png`: mean reward of rollouts, raw and smoothed, and held-out accuracy; nothing without."""
+    rewards, right = _column(rows, "reward"), _column(rows, "accuracy")
+    if not rewards:
+        return
+    figure, axis = _figure()
+    steps, values = zip(*rewards, strict=True)
+    axis.plot(steps, values, color="tab:green", alpha=0.3, linewidth=0.8, label="_")
+    axis.plot(steps, _smooth(values), color="tab:green", linewidth=1.8, label="reward of rollouts, smoothed")
+    if right:
+        axis.plot(*zip(*right, strict=True), "o-", color="tab:purple", markersize=4, label="held-out accuracy, greedy")
+    axis.set(ylabel="mean reward", title=Path(folder).resolve().name)
+    axis.legend(loc="lower right")
+    figure.savefig(Path(folder) / "reward.png")
 
 
 def runs(folders: Sequence[str | Path], path: str | Path) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from functional_trainer.losses import Loss, Sums, logprobs
 from functional_trainer.objectives import OBJECTIVES, Policy, clipping, divergence, log_ratio, token_losses
-from functional_trainer.rollout_correction import LARGEST, correct, per_sequence, sequence_mean
+from functional_trainer.rollout_correction import LARGEST, METRICS, correct, per_sequence, sequence_mean
 from functional_trainer.types import Batch, Output, Unembed
 
 
@@ -68,11 +68,17 @@ def _check(p: Policy, batch: Batch) -> None:
         raise ValueError(f"the batch has no column {', '.join(missing)}, which this policy loss needs{hint}")
 
 
+def _compares(p: Policy, batch: Batch) -> bool:
+    """Say whether the engine's log-probabilities are compared with the trainer's: where both are known."""
+    return p.corrects or p.old != "rollout_logprobs" and "rollout_logprobs" in batch
+
+
 def _weights(p: Policy, batch: Batch) -> Sums:
     _check(p, batch)
     found = {term: batch[column].sum(dtype=torch.float64) for term, column in _streams(p).items()}
     tokens = found["pg_loss"]
     found |= dict.fromkeys((*p.reports, *(["entropy"] if p.entropy else [])), tokens)
+    found |= dict.fromkeys(METRICS, tokens) if _compares(p, batch) else {}
     found |= {"balance": (batch["segment_ids"] != 0).sum()} if p.balance else {}
     if p.aggregate == "token_sum":
         del found["pg_loss"]
@@ -112,7 +118,7 @@ def _policy(p: Policy, logp_BS: torch.Tensor, batch: Batch, shard) -> tuple[Sums
     used_BS = log_ratio(p, l_BS, logp_BS, mean)
     loss_BS, r_BS = token_losses(p, used_BS, logp_BS, adv_BS, mean), used_BS.detach().exp()
     values = {"ratio/mean": r_BS, "ppo_kl": -l_BS} | clipping(p, r_BS, adv_BS)
-    if p.corrects:
+    if _compares(p, batch):
         weight_BS, more = correct(logp_BS, old_BS, p.correction, p.correction_range, p.opsm, batch, shard)
         loss_BS, values = loss_BS * weight_BS, values | more
     by_token = p.aggregate != "seq_mean_token_mean"

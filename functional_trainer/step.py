@@ -95,17 +95,18 @@ def refuse(loss: Loss, optimizer: Optimizer, shard, micro_batches: int, compile:
 def make_train_step(
     model: Any, loss: Loss, optimizer: Optimizer, *, shard=ONE_DEVICE, micro_batches: int = 1, clip: float = 1.0,
     compile: Compile = "off", remat: str = "none", reduce: Reduce = "compute", backend: str = "inductor",
-    offload: tuple[Offload, ...] = (),
+    offload: tuple[Offload, ...] = (), rows: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Build `step(state, batch) -> (state, metrics)`. The state is donated: the result lives in its storage.
 
-    Columns of `batch` are (B, S), split along B into `micro_batches`. Metrics: 0-d loss, each term, lr, grad_norm,
-    skipped; grad_norms, as `state.kinds`; the loss's reported sums. `clip` is the largest gradient norm, 0 for none.
-    Devices add gradients in the compute dtype, or, if `reduce` is "master", where each layer casts, in the masters'.
-    `remat` is one of `functional_trainer.remat`; `offload` says what lives in host memory, of a state made for it.
+    Columns of `batch` are (B, S), split along B into `micro_batches`, or into passes of `rows` on each device. Metrics:
+    0-d loss, each term, lr, grad_norm, skipped; grad_norms, as `state.kinds`; the loss's reported sums. `clip` is the
+    largest gradient norm, 0 for none. Devices add gradients in the compute dtype, or, if `reduce` is "master", where
+    each layer casts, in the masters'. `remat` is one of `functional_trainer.remat`; `offload`: what is in host memory.
     """
-    refuse(loss, optimizer, shard, micro_batches, compile, remat, offload)
-    one_graph, cast = compile == "step" and micro_batches == 1 and remat == "none", reduce == "compute" and model.dtype
+    refuse(loss, optimizer, shard, 2 if rows else micro_batches, compile, remat, offload)
+    one_graph = compile == "step" and micro_batches == 1 and not rows and remat == "none"
+    cast = reduce == "compute" and model.dtype
     model = wrap_layer(
         model, compile=compile == "layer", remat=remat, backend=backend, offload="activations" in offload
     )
@@ -120,7 +121,7 @@ def make_train_step(
     def gradients(state: TrainState, batch: Batch):
         weights = total_weights(loss, batch, shard)
         params = tree.map(lambda p: shard.storage(p).to(cast or p.dtype), state.params)
-        first, *others = shard.micro(batch, micro_batches)
+        first, *others = shard.micro(batch, batch["tokens"].shape[0] // rows if rows else micro_batches)
         grad = partial(gradient, shard, value_of, params, trained(state), weights=weights, buffers=state.buffers)
         grads, means, reported = grad(batch=first)
         if others:  # summed in the masters' precision and in storage of their own

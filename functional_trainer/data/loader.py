@@ -83,12 +83,21 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs to go on after the last batch taken, JSON-able and equal on all ranks."""
         state = {"next": self.cursor.next, "held": list(self.cursor.held), "seen": dict(self.seen)}
-        return state | self.stream.identity
+        return state | self.identity
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common."""
+        return self.stream.identity
+
+    def report(self) -> dict[str, Any]:
+        """Return what a step's row of metrics says beside what the loop counts: nothing."""
+        return {}
 
     def restore(self, state: Any) -> None:
         """Go on after the batch at which `state` was taken; ValueError if data or settings are not the same."""
         self._check(state)
-        odd = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in self.stream.identity.items() if state.get(k) != v]
+        odd = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in self.identity.items() if state.get(k) != v]
         if odd:
             raise ValueError(f"cannot resume the data stream: {'; '.join(odd)}. Use the run's settings or start anew")
         self.close()

@@ -10,7 +10,7 @@ a piece costs twice the time or more.
 
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -166,8 +166,14 @@ def plan(
     return table, Cursor(drawn, tuple(held))
 
 
-def fill(documents: Documents, pieces: Pieces, table: list[list[int]], seq_len: int) -> dict[str, np.ndarray]:
-    """Write the pieces of each row one after the other: the batch columns, (R, S) each, zeros for padding."""
+def fill(
+    documents: Documents, pieces: Pieces, table: list[list[int]], seq_len: int,
+    more: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Write the pieces of each row one after the other: the batch columns, (R, S) each, zeros for padding.
+
+    `more` has values of tokens (T,) by name, for columns that are aligned with targets.
+    """
     shape = (len(table), seq_len)
     batch = {name: np.zeros(shape, np.int64) for name in ("tokens", "targets", "segment_ids", "positions")}
     batch["weights"] = np.zeros(shape, np.float32)
@@ -189,4 +195,7 @@ def fill(documents: Documents, pieces: Pieces, table: list[list[int]], seq_len: 
     batch["weights"].flat[place] = documents.mask[token + 1]
     batch["segment_ids"].flat[place] = spread(segment)
     batch["positions"].flat[place] = spread(pieces.position[flat]) + within
+    for name, values in (more or {}).items():
+        batch[name] = np.zeros(shape, values.dtype)
+        batch[name].flat[place] = values[token + 1]
     return batch

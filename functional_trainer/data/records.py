@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ class Record:
     tools: list[dict] | None
     text: str | None = None
     shape: str = "messages"
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """All columns, as in the file, for reward functions."""
 
 
 AFTER = {
@@ -147,7 +149,7 @@ def _record(row: Mapping[str, Any], shape: str, where: str) -> Record:
         raise ValueError(f"expected an object with {SHAPES[shape].needs} ({why}); it has {str(list(row))[:200]}")
     given = SHAPES[shape].convert(row)
     if isinstance(given, str):
-        return Record(where, [], None, given, shape)
+        return Record(where, [], None, given, shape, row)
     tools = row.get("tools")
     tools = _json(tools) if isinstance(tools, str) and tools.strip() else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -160,7 +162,7 @@ def _record(row: Mapping[str, Any], shape: str, where: str) -> Record:
             raise ValueError(f"message {index}: {error}") from error
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last message must be the assistant's, it is of role {messages[-1]['role']!r}")
-    return Record(where, messages, tools or None, shape=shape)
+    return Record(where, messages, tools or None, None, shape, row)
 
 
 def _json(text: str) -> Any:

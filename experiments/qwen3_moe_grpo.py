@@ -1,0 +1,109 @@
+"""Reinforcement learning of Qwen3 and Qwen3-MoE from rewards: GRPO and its family.
+
+    make grpo                                                        # shipped tasks, on a laptop
+    python experiments/qwen3_moe_grpo.py --model.path HF_FOLDER --data.train questions.jsonl --out runs/mine
+    torchrun --nproc-per-node 8 experiments/qwen3_moe_grpo.py --model.path HF_FOLDER ...
+
+The step is that of supervised fine-tuning; its loss and where its rows come from are others.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
+
+from functional_trainer import config
+from functional_trainer.options import (
+    MeshOptions,
+    ModelOptions,
+    OptimOptions,
+    PolicyOptions,
+    PromptOptions,
+    RolloutOptions,
+    RunOptions,
+    within,
+)
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PromptOptions = field(default_factory=PromptOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    loss: PolicyOptions = field(default_factory=PolicyOptions)
+    optim: OptimOptions = field(default_factory=lambda: OptimOptions(lr=1e-4, weight_decay=0.0, schedule="constant"))
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    steps: int = 100
+    """Optimizer steps (0: what --epochs takes)."""
+    batch: int = 32
+    """Prompts of a rollout, over all devices."""
+    micro_batch: int = 16
+    """Packed rows of a pass on each device; a step has as many passes as its answers need."""
+    eval_every: int = 20
+    """Steps between evaluations (0: only at the end)."""
+    out: str = "runs/qwen3_moe_grpo"
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""
+    answers: int = 512
+    """Held-out questions to answer greedily before, at evaluations and after."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        within("", self, answers=(0, ""), micro_batch=(1, ""))
+        if self.batch < self.rollout.steps_per_generation:
+            said = f"--rollout.steps-per-generation {self.rollout.steps_per_generation}"
+            raise ValueError(f"--batch {self.batch} prompts cannot be split into {said} steps")
+        if not self.model.path and not self.init_from:
+            raise ValueError("--model.path is missing: a model with random weights gets no reward to learn from")
+
+    def micro_batches(self, world: int) -> int:
+        """Return some passes: a step has as many as its answers need."""
+        return 2
+
+
+def main(o: Options) -> None:
+    from experiments import data, recipe, rl
+    from functional_trainer import backend, exact_match, init_state, make_train_step, optimizers, train
+
+    # Where the run lives, what it asks, what it begins with.
+    run = recipe.start(o, o.answers, lambda hf: rl.loss(o), data.prompts)
+    model, params = run.begin()
+    questions = run.questions[: o.answers]
+
+    # How the objective is optimized, and the step: as in supervised fine-tuning.
+    steps = o.steps or rl.plan(o).total_steps(len(run.loader), o.epochs)
+    optimizer = optimizers.from_options(o.optim, steps, model.specs)
+    how: dict[str, Any] = {"rows": o.micro_batch, "clip": o.optim.max_grad_norm, "remat": o.remat, "offload": o.offload}
+    how |= {"compile": "layer" if o.compile == "auto" else o.compile, "reduce": o.mesh.reduce}
+    step = make_train_step(model, run.loss, optimizer, shard=run.shard, **how)
+    began = init_state(params, optimizer, offload="optimizer" in o.offload)
+
+    # What it learns from: its own answers.
+    rollouts = rl.experience(o, run, model, began.params)
+    if not run.resume:
+        rl.agree(o, run, model, began.params, rollouts)
+
+    def measure(params) -> dict[str, float]:
+        answers = run.answer(model, params, questions)
+        return {"accuracy": exact_match.score(answers)} if answers else {}
+
+    def sample(params) -> list[dict[str, str]]:
+        return [answer._asdict() for answer in run.answer(model, params, run.questions[: run.samples])]
+
+    if questions and not run.resume:
+        run.say(f"before training {measure(began.params).get('accuracy', 0):.1%} of {len(questions)} answers are right")
+    state, finished = train(
+        step, began, rollouts, model=model, loss=run.loss, options=o, total_steps=steps, resume=run.resume,
+        sample=sample if run.samples else None, measure=measure if questions else None, shard=run.shard,
+        device=run.device,
+    )  # fmt: skip
+    if finished:
+        run.hand_back(model, state)
+        exact_match.show(run.answer(model, state.params, questions))
+        run.say(f"metrics.jsonl, index.html, checkpoints/ and hf/ are in {o.out}")
+    backend.leave()
+
+
+if __name__ == "__main__":
+    config.run(main, Options, doc=__doc__)

@@ -1,0 +1,82 @@
+"""From a recipe's options of reinforcement learning to its loss and its rollouts."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from experiments.recipe import Run
+from functional_trainer import advantages, backend, tree
+from functional_trainer.agreement import differences
+from functional_trainer.experience import Experience, Plan, Prompt, Scores
+from functional_trainer.generate import Completion, generate
+from functional_trainer.losses import Loss
+from functional_trainer.objectives import OBJECTIVES
+from functional_trainer.policy import policy
+
+
+def loss(o: Any) -> Loss:
+    """Return the loss that options ask for.
+
+    With one step per rollout ratios are to the policy itself, and exactly 1; with several, to what the engine said.
+    """
+    once = o.rollout.steps_per_generation * o.rollout.num_iterations == 1
+    changes = {"old": "current" if once else "rollout_logprobs", "temperature": o.rollout.temperature}
+    given = {"epsilon_low": o.loss.epsilon, "epsilon_high": o.loss.epsilon_high, "delta": o.loss.delta}
+    changes |= {k: v for k, v in given.items() if v is not None}
+    changes |= {"entropy": o.loss.entropy_coef, "balance": o.loss.balance, "correction": o.loss.correction}
+    return policy(OBJECTIVES[o.loss.loss_type], max_length=o.rollout.max_completion_length, **changes)
+
+
+def advantage(o: Any) -> Callable:
+    """Return the function from rewards and lengths, (P, G) each, to advantages."""
+    if o.loss.advantage == "grpo":
+        return lambda rewards, sizes: advantages.grpo(rewards, o.loss.scale_rewards)
+    if o.loss.advantage == "opo":
+        return advantages.opo
+    return lambda rewards, sizes: getattr(advantages, o.loss.advantage)(rewards)
+
+
+def plan(o: Any) -> Plan:
+    """Return how rollouts are drawn, filtered and split."""
+    r = o.rollout
+    overlong = (r.max_completion_length, r.overlong_buffer) if r.overlong_buffer else None
+    drawn = r.filter_groups, r.max_num_gen_batches, r.mask_truncated_completions, overlong
+    return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn)
+
+
+def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
+    """Return the rollouts of `params`, which the step changes in place.
+
+    On a mesh every rank gathers the weights and answers its share of the prompts.
+    """
+    ask = {"max_new_tokens": o.rollout.max_completion_length, "temperature": o.rollout.temperature}
+    ask |= {"top_k": o.rollout.top_k, "top_p": o.rollout.top_p, "eos_ids": run.tokenizer.eos_ids}
+
+    def draw(prompts: list[list[int]], seed: int) -> list[Completion]:
+        whole, rank, world = tree.map(run.shard.full, params), run.shard.rank, run.shard.world
+        share = -(-len(prompts) // world)
+        own = prompts[rank * share : (rank + 1) * share]
+        found = generate(model, whole, own, seed=seed + rank, **ask) if own else []
+        return [answer for answers in backend.everyone(found) for answer in answers]
+
+    rank, world = run.shard.data
+    rows = {"seq_len": o.data.seq_len, "rows": o.micro_batch * world, "rank": rank, "world": world}
+    rows |= {"longest": o.rollout.max_completion_length}
+    return Experience(run.loader, draw, partial(exact, run.tokenizer), advantage(o), plan(o), seed=o.seed, **rows)
+
+
+def exact(tokenizer: Any, prompts: list[Prompt], answers: list[Completion]) -> Scores:
+    given = [tokenizer.decode(a.tokens) for a in answers]
+    return Scores([float(g.strip() == p.columns["answer"].strip()) for p, g in zip(prompts, given, strict=True)], {})
+
+
+def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:
+    """Compare what engine and trainer say about the first rollout; ValueError if they differ too much."""
+    batch = run.shard.put_batch({k: v.to(run.device) for k, v in rollouts.peek().items()})
+    mean, most = differences(model, params, batch, o.micro_batch, run.shard, o.rollout.temperature)
+    run.say(f"log-probabilities as sampled and as trained differ by {mean:.2g} in the mean, {most:.2g} at most")
+    if not mean <= o.rollout.max_disagreement:
+        raise ValueError(
+            f"the rollout engine and the trainer disagree: their log-probabilities differ by {mean:.3g} in the mean, "
+            f"--rollout.max-disagreement is {o.rollout.max_disagreement}. Weights, precision or ids are not the same"
+        )

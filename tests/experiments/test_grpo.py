@@ -1,0 +1,91 @@
+"""The recipe of reinforcement learning as users run it: what it says, resuming, several processes."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.experiments import sft_runs
+
+RECIPE = sft_runs.RECIPE.with_stem("qwen3_moe_grpo")
+FLAGS = (
+    *("--batch", 4, "--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--micro-batch", 2),
+    *("--data.seq-len", 64, "--answers", 6, "--data.answer-tokens", 5, "--compile", "off", "--eval-every", 2),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("grpo")
+    sft_runs.folder(place / "model")
+    return place
+
+
+def run(place: Path, *flags, status: int = 0) -> str:
+    return sft_runs.run(place, "--model.path", "model", *FLAGS, *flags, recipe=RECIPE.stem, status=status)
+
+
+def test_a_short_run_says_what_happened(place):
+    said = run(place, "--steps", 3, "--out", "short")
+    assert "20,000 questions" in said and "before training 0.0% of 6 answers are right" in said
+    assert "log-probabilities as sampled and as trained differ by" in said
+    rows = sft_runs.rows(place / "short")
+    for row in rows:
+        assert row["reward"] == 0 and row["frac_reward_zero_std"] == 1 and row["pg_loss"] == row["loss"] == 0
+        assert row["ratio/mean"] == 1 and row["clip_ratio/region"] == 0
+        assert 0 < row["sampling_logp_difference/mean"] < 1e-5 and row["entropy"] > 1
+        assert 1 <= row["completions"]["mean_length"] <= 5 and row["rollout_s"] > 0
+    assert [("accuracy" in row) for row in rows] == [False, True, True]
+    out = place / "short"
+    assert (out / "reward.png").stat().st_size > 1000 and "reward.png" in (out / "index.html").read_text()
+    assert transformers.AutoModelForCausalLM.from_pretrained(out / "hf").num_parameters() > 0
+
+
+def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
+    several = (
+        "--steps",
+        5,
+        "--rollout.steps-per-generation",
+        2,
+        "--rollout.num-iterations",
+        2,
+        "--loss.loss-type",
+        "grpo",
+    )
+    run(place, *several, "--save-every", 1, "--keep", 5, "--out", "straight")
+    run(place, *several, "--resume", "straight/checkpoints/step-3", "--out", "resumed")
+    sft_runs.same_state(place / "straight", place / "resumed")
+    assert sft_runs.learned(place / "straight")[3:] == sft_runs.learned(place / "resumed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--rollout.steps-per-generation", 5), 2, "--batch 4 prompts cannot be split into"),
+        (("--data.seq-len", 12), 1, "prompts do not fit into rows of 12 with an answer of 5"),
+        (("--rollout.max-disagreement", 0), 1, "the rollout engine and the trainer disagree"),
+        (("--loss.correction", "token_mask", "--rollout.num-iterations", 2), 1, "correction must be 'none'"),
+        (("--loss.advantage", "rloo", "--loss.scale-rewards", "none"), 2, "has no effect with"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, message):
+    said = run(place, "--steps", 2, "--out", tmp_path / "run", *flags, status=status)
+    assert message in said and "Traceback" not in said
+
+
+def test_the_recipe_holds_no_code_of_a_training_step():
+    """It differs from supervised fine-tuning in data, loss and rollouts; the step is the same function."""
+    names = {node.attr for node in ast.walk(ast.parse(RECIPE.read_text())) if isinstance(node, ast.Attribute)}
+    called = {node.id for node in ast.walk(ast.parse(RECIPE.read_text())) if isinstance(node, ast.Name)}
+    assert "make_train_step" in called and "train" in called and "torch" not in called
+    assert not names & {"backward", "grad", "zero_grad", "autograd", "update", "clip_grad_norm_"}
+
+
+@pytest.mark.slow
+def test_two_processes(place):
+    flags = "--model.path", "model", *FLAGS, "--steps", 3, "--out", "two", "--mesh.fsdp", 2
+    said = sft_runs.run_ranks(place, 2, *flags, recipe=RECIPE.stem)
+    assert "right" in said
+    rows = sft_runs.rows(place / "two")
+    assert all(row["ratio/mean"] == 1 and row["sampling_logp_difference/mean"] < 1e-5 for row in rows)

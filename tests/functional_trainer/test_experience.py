@@ -1,0 +1,181 @@
+"""Rollouts as batches: every answer's tokens with its own advantage, filters, splits, and a place to resume from."""
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from functional_trainer import advantages
+from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
+from functional_trainer.generate import Completion
+
+QUESTIONS = Prompts(Prompt([10 + i, 3], f"question {i}", {"answer": str(i)}) for i in range(7))
+LONGEST = 6
+
+
+def draw(prompts, seed):
+    """Answer with tokens that say which prompt, place and seed they are of; lengths 1 to `LONGEST`."""
+    rng, answers = np.random.default_rng(seed), []
+    for ids in prompts:
+        tokens = [int(x) for x in rng.integers(100, 10_000, rng.integers(1, LONGEST + 1))]
+        logprobs = [-float(t) / 1e4 for t in tokens]
+        answers.append(Completion([ids[0], *tokens][:LONGEST], [-ids[0] / 100, *logprobs][:LONGEST],
+                                  "length" if len(tokens) >= LONGEST else "stop"))  # fmt: skip
+    return answers
+
+
+def reward(prompts, answers):
+    """Reward the answer's length; none for those of question 3 that are of one token."""
+    lost = [p.ids[0] == 13 and len(a.tokens) == 2 for p, a in zip(prompts, answers, strict=True)]
+    return Scores([None if x else float(len(a.tokens)) for x, a in zip(lost, answers, strict=True)], {"rewards/n": 1.0})
+
+
+def grpo(rewards, sizes):
+    return advantages.grpo(rewards)
+
+
+USUAL = Plan(3, 4)
+
+
+def made(how=USUAL, prompts=QUESTIONS, **changes) -> Experience:
+    settings: dict[str, Any] = {"seq_len": 16, "longest": LONGEST, "rows": 2, "seed": 5} | changes
+    return Experience(prompts, settings.pop("generate", draw), settings.pop("reward", reward), grpo, how, **settings)
+
+
+def documents(batch) -> list[dict[str, list]]:
+    """Return the columns of every sequence of a batch."""
+    found = []
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, int(batch["segment_ids"][row].max()) + 1):
+            here = batch["segment_ids"][row] == segment
+            found.append({k: v[row][here].tolist() for k, v in batch.items()})
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 5), st.integers(1, 3), st.integers(8, 30), st.integers(0, 99))
+def test_every_answer_is_there_once_with_its_own_numbers(prompts, group, rows, seq_len, seed):
+    rollouts = made(Plan(prompts, group), seq_len=seq_len, rows=rows, seed=seed)
+    batch = next(rollouts)
+    last = rollouts.last
+    assert batch["tokens"].shape[0] % rows == 0 and batch["tokens"].shape[1] == seq_len
+    wanted = []
+    for p, a, adv in zip(last.prompts, last.answers, last.advantages.reshape(-1), strict=True):
+        ids, before, n = p.ids + a.tokens, len(p.ids) - 1, len(a.tokens)
+        wanted.append({
+            "tokens": ids[:-1], "targets": ids[1:], "positions": list(range(len(ids) - 1)),
+            "weights": [0.0] * before + [1.0] * n, "advantages": [0.0] * before + [np.float32(adv).item()] * n,
+            "rollout_logprobs": [0.0] * before + np.float32(a.logprobs).tolist(), "lengths": [float(n)] * len(ids[:-1]),
+        })  # fmt: skip
+    found = [{k: v for k, v in d.items() if k != "segment_ids"} for d in documents(batch)]
+    assert sorted(map(str, found)) == sorted(str({k: w[k] for k in found[0]}) for w in wanted)
+
+
+def test_advantages_are_those_of_the_groups():
+    rollouts = made()
+    next(rollouts)
+    last = rollouts.last
+    np.testing.assert_array_equal(last.advantages, advantages.grpo(last.rewards))
+    assert all(len({p.text for p in last.prompts[i : i + 4]}) == 1 for i in range(0, 12, 4))
+
+
+def test_ranks_share_a_batch_and_all_of_its_passes():
+    whole = next(made(rows=4))
+    parts = [next(made(rows=4, rank=rank, world=2)) for rank in range(2)]
+    passes = len(whole["tokens"]) // 4
+    assert passes > 1
+    for name, column in whole.items():
+        both = torch.stack([part[name].view(passes, 2, -1) for part in parts], 1)
+        assert torch.equal(both.reshape(column.shape), column), name
+
+
+def test_a_rollout_is_split_into_steps_and_trained_on_again():
+    rollouts = made(Plan(3, 4, steps=2, iterations=2))
+    first, second, third, fourth, fifth = islice(rollouts, 5)
+    assert torch.equal(first["tokens"], third["tokens"]) and torch.equal(second["tokens"], fourth["tokens"])
+    assert rollouts.count == 2 and len(documents(first)) + len(documents(second)) == 12
+    assert str(documents(fifth)) != str(documents(first))
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 5])
+def test_it_goes_on_in_the_middle_of_a_rollout(taken):
+    how = Plan(3, 4, steps=2, iterations=2)
+    straight, cut = made(how), made(how)
+    wanted = list(islice(straight, 8))
+    list(islice(cut, taken))
+    resumed = made(how)
+    resumed.restore(cut.state())
+    for a, b in zip(islice(resumed, 8 - taken), wanted[taken:], strict=True):
+        assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in b)
+    with pytest.raises(ValueError, match="cannot resume the rollouts: seed was 5, is 6"):
+        made(how, seed=6).restore(cut.state())
+
+
+def test_looking_at_the_next_batch_takes_nothing():
+    rollouts = made()
+    seen, taken = rollouts.peek(), next(rollouts)
+    assert all(torch.equal(seen[k], taken[k]) for k in seen) and rollouts.count == 1
+    assert rollouts.report()["reward"] > 0 and rollouts.report() == {}
+
+
+def uniform(prompts, answers):
+    """Only groups of even questions have rewards that differ."""
+    return Scores([float(len(a.tokens)) * (p.ids[0] % 2 == 0) for p, a in zip(prompts, answers, strict=True)], {})
+
+
+def test_groups_without_spread_are_drawn_anew():
+    rollouts = made(Plan(3, 4, filter_groups=True), reward=uniform)
+    next(rollouts)
+    said = rollouts.report()
+    assert said["frac_reward_zero_std"] == 0 and said["rollouts"] > 1 and len(rollouts.last.rewards) == 3
+    assert all(p.ids[0] % 2 == 0 for p in rollouts.last.prompts)
+
+
+def test_a_rollout_is_filled_where_none_teaches_anything():
+    none = made(Plan(3, 4, filter_groups=True, most=4), reward=lambda p, a: Scores([1.0] * len(a), {}))
+    batch = next(none)
+    assert none.report()["rollouts"] == 4 and len(none.last.rewards) == 3
+    assert not batch["advantages"].any() and batch["weights"].any()
+
+
+def test_what_was_cut_off_is_not_trained_on():
+    whole, kept = made(), made(Plan(3, 4, mask_truncated=True))
+    next(whole)
+    batch = next(kept)
+    ended = [a for a in whole.last.answers if a.finish_reason == "stop"]
+    assert 0 < len(ended) < 12
+    assert len(documents(batch)) == len(ended) and batch["weights"].sum() == sum(len(a.tokens) for a in ended)
+
+
+def test_the_penalty_of_long_answers_changes_advantages_and_not_what_is_reported():
+    plain, punished = made(), made(Plan(3, 4, overlong=(LONGEST, 3)))
+    next(plain), next(punished)
+    a, b = plain.last, punished.last
+    sizes = np.array([len(x.tokens) for x in a.answers]).reshape(3, 4)
+    np.testing.assert_array_equal(a.rewards, b.rewards)
+    wanted = advantages.grpo(a.rewards + advantages.overlong_penalty(sizes, LONGEST, 3))
+    np.testing.assert_array_equal(b.advantages, wanted)
+
+
+def test_all_answers_without_a_reward():
+    rollouts = made(reward=lambda p, a: Scores([None] * len(a), {}))
+    batch = next(rollouts)
+    assert not batch["advantages"].any() and rollouts.report()["reward"] is None
+
+
+def test_prompts_that_do_not_fit_are_refused():
+    with pytest.raises(
+        ValueError, match="7 of 7 prompts do not fit into rows of 6 with an answer of 6; .*'question 0'"
+    ):
+        made(seq_len=6)
+    with pytest.raises(ValueError, match="no prompts"):
+        made(prompts=Prompts())
+    assert made(seq_len=7).peek()["tokens"].shape[1] == 7
+
+
+def test_total_steps():
+    assert Plan(3, 4, steps=2, iterations=2).total_steps(prompts=7, epochs=2) == 20  # 14 prompts are 5 rollouts
