@@ -8,7 +8,7 @@ What holds it, in the kernel, so that no Python gets around it:
     no other file than Python's own and the system's  Landlock; kernels without it let files be read, and emptied
     no privileges                                     capabilities are dropped, if this is root
 
-The environment is the worker's own. Linux on x86-64 or AArch64.
+The environment is the worker's: for `rewards.code` none of the user's. Linux on x86-64 or AArch64.
 """
 
 import ctypes
