@@ -1,6 +1,8 @@
 """Files that may be broken: read them, and say in one short message what is wrong. Imports no torch."""
 
 import json
+import runpy
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,3 +30,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file}: wanted a JSON object, found {type(value).__name__}")
     return value
+
+
+def run_python(file: Path) -> dict[str, Any]:
+    """Run a Python file and return what it defines; ValueError names the file and the line where it fails."""
+    try:
+        return runpy.run_path(str(file))
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 0
+        raise ValueError(f"{file}, line {line}: {error}") from error

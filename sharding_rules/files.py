@@ -7,13 +7,12 @@
 Regexes of YAML stand in single quotes, where backslashes are themselves.
 """
 
-import runpy
-import traceback
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from functional_trainer.errors import run_python
 from sharding_rules.rules import P, Rules, optional, padded, repeat, zero
 
 
@@ -28,13 +27,7 @@ def load(given: str) -> Rules:
 
 def _python(file: Path, name: str) -> Rules:
     """Run a file and take the table that it calls `name`."""
-    try:
-        scope = runpy.run_path(str(file))
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 0
-        raise ValueError(f"{file}, line {line}: {error}") from error
+    scope = run_python(file)
     if not isinstance(scope.get(name), Rules):
         tables = [key for key, value in scope.items() if isinstance(value, Rules)]
         raise ValueError(f"{file}: {name} is no Rules(...); the tables in it: {', '.join(tables) or 'none'}")

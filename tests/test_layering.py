@@ -12,15 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "functional_trainer", "models", "sharding_rules", "experiments")
+PLAIN = ("tree", "param", "flops", "types", "errors")  # modules of functional_trainer that tables may use
 BELOW = {  # our modules that each room may import
     "kernels": ("kernels",),
     "functional_trainer": ("kernels", "functional_trainer"),
     "models": ("kernels", "functional_trainer", "models"),
-    "sharding_rules": ("sharding_rules", *(f"functional_trainer.{m}" for m in ("tree", "param", "flops", "types"))),
+    "sharding_rules": ("sharding_rules", *(f"functional_trainer.{m}" for m in PLAIN)),
     "experiments": ROOMS,
 }
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "einops", "flash_attn", "flash_attn_interface"}
 OPTIONAL = {"flash_attn", "flash_attn_interface", "torch_npu", "torch_xla", "orbax", "wandb"}  # imported where used
+OPTIONAL |= {"math_verify"}
 COMPARED = {
     "transformers",
     "liger_kernel",

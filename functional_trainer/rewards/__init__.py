@@ -1,0 +1,210 @@
+"""Rewards of answers: functions called as TRL calls them, and what those that fail cost. Imports no torch.
+
+    f(prompts, completions, completion_ids, **columns) -> [number or None of each completion]
+
+Everything is a list with an element for each completion, columns of the data set too. A prompt or a completion is a
+text, or a list of messages of which the last one's content counts. None says that a function has no opinion.
+"""
+
+import importlib.util
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from functional_trainer.errors import brief, run_python
+from functional_trainer.rewards.programs import check, code, code_share
+from functional_trainer.rewards.shipped import (
+    Function,
+    Values,
+    exact,
+    format,
+    length,
+    load_math_verify,
+    maths,
+    repetition,
+)
+from functional_trainer.workers import Outcome, Pool
+
+SLACK = 10.0
+"""Seconds beyond its own limit after which a process that runs code is itself taken to hang."""
+
+
+class Scores(NamedTuple):
+    """What the functions said of each completion."""
+
+    total: Values
+    """Sum of weight times value over the functions that gave a value, None where none did."""
+    each: dict[str, Values]
+    """By function, not weighed."""
+    failures: dict[str, Counter[str]]
+    """By function, how many completions it failed on, by reason."""
+    errors: dict[str, str]
+    """By function, the first thing that went wrong."""
+
+    def report(self) -> dict[str, float]:
+        """Return mean and deviation (n - 1) of each function's values under TRL's names, and its failures by reason."""
+        found = {}
+        for name, given in self.each.items():
+            if values := [value for value in given if value is not None]:
+                found[f"rewards/{name}/mean"] = fmean(values)
+                found[f"rewards/{name}/std"] = stdev(values) if len(values) > 1 else 0.0
+            found |= {f"rewards/{name}/{reason}": n for reason, n in self.failures[name].items()}
+        return found
+
+
+class Rewards:
+    """Several functions by name, each with a weight (none: 1).
+
+    The total is TRL's (GRPOTrainer): a function that gives None for a completion is left out of its sum, not counted
+    as 0, and one that no function values has no reward. A function that raises is asked again for one completion at a
+    time, so only those that it raises for are lost. What is lost counts as None: "raised", "wrong length" or "not a
+    number" (nan and infinity are none), and for the functions in `isolate`, `maths` and `code`, which run in `workers`
+    processes of their own with `memory` bytes, "timed out" (after `seconds` for one completion) or "died".
+
+    ValueError if functions and weights do not fit, or if a function wants a column that there is not.
+    """
+
+    def __init__(
+        self, functions: Mapping[str, Function], weights: Sequence[float] | None = None, *,
+        isolate: Iterable[str] = (), workers: int = 2, seconds: float = 10.0, memory: int = 4 << 30,
+    ):  # fmt: skip
+        isolate = {*isolate}
+        if unknown := isolate - functions.keys():
+            raise ValueError(f"isolate names {sorted(unknown)}; the functions are {sorted(functions)}")
+        if weights is not None and len(weights) != len(functions):
+            raise ValueError(f"{len(weights)} weights for {len(functions)} reward functions: {', '.join(functions)}")
+        self.functions = dict(functions)
+        self.weights = dict(zip(functions, weights or [1.0] * len(functions), strict=True))
+        isolated = {name for name, function in functions.items() if function in ISOLATED} | isolate
+        self.pools = {name: _pool(functions[name], workers, seconds, memory) for name in sorted(isolated)}
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> Scores:  # fmt: skip
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        lengths = {name: len(values) for name, values in given.items()}
+        if len({*lengths.values()}) > 1:
+            raise ValueError(f"every argument has an element for each completion, but their lengths are {lengths}")
+        for name, function in self.functions.items():
+            _check(name, function, given)
+        found = {name: self._outcomes(name, given, len(completions)) for name in self.functions}
+        each = {name: [outcome.value for outcome in outcomes] for name, outcomes in found.items()}
+        total = [self._sum({name: values[i] for name, values in each.items()}) for i in range(len(completions))]
+        failed = {name: [outcome for outcome in outcomes if outcome.failed] for name, outcomes in found.items()}
+        failures = {name: Counter(outcome.failed for outcome in outcomes) for name, outcomes in failed.items()}
+        errors = {name: f"{lost[0].failed}: {lost[0].details}" for name, lost in failed.items() if lost}
+        return Scores(total, each, failures, errors)
+
+    def _sum(self, values: Mapping[str, float | None]) -> float | None:
+        some = [self.weights[name] * value for name, value in values.items() if value is not None]
+        return sum(some) if some else None
+
+    def _outcomes(self, name: str, given: Mapping[str, Sequence[Any]], n: int) -> list[Outcome]:
+        """Return a number or None, or why there is none, for each of n completions."""
+        function = self.functions[name]
+        single = [{key: [values[i]] for key, values in given.items()} for i in range(n)]
+        if name in self.pools:
+            return [outcome if outcome.failed else outcome.value for outcome in self.pools[name].map(single)]
+        with suppress(Exception, SystemExit):  # what went wrong is found below
+            values = list(function(**{key: list(values) for key, values in given.items()}))
+            if len(values) == n:
+                return [_number(value) for value in values]
+        return [_single(function, **sample) for sample in single]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for pool in self.pools.values():
+            pool.close()
+
+    def __enter__(self) -> "Rewards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check(name: str, function: Function, given: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        said = f"reward function {name} cannot be called with {', '.join(given)}: {error}"
+        raise ValueError(f"{said}; it takes the columns that it names, and the others as **columns") from None
+
+
+def _single(function: Function, **sample: Any) -> Outcome:
+    """Return the number that a function gives for one completion."""
+    try:
+        found = function(**sample)
+    except (Exception, SystemExit) as error:
+        return Outcome(None, "raised", brief(f"{type(error).__name__}: {error}"))
+    try:
+        (value,) = found
+    except Exception:
+        return Outcome(None, "wrong length", f"returned {brief(repr(found))} for one completion")
+    return _number(value)
+
+
+def _number(value: Any) -> Outcome:
+    try:
+        number = None if value is None else float(value)
+    except Exception:
+        number = math.nan
+    if number is None or math.isfinite(number) and not isinstance(value, str):
+        return Outcome(number)
+    return Outcome(None, "not a number", f"returned {brief(repr(value))}")
+
+
+# by name -------------------------------------------------------------------------------------------------------------
+
+SHIPPED: dict[str, Function] = {
+    "exact": exact, "maths": maths, "code": code, "code_share": code_share, "format": format(),
+    "repetition": repetition(),
+}  # fmt: skip
+MADE: dict[str, tuple[type, Callable[[Any], Function]]] = {
+    "format": (str, format), "length": (int, length), "repetition": (int, repetition),
+}  # fmt: skip
+"""What takes an argument behind a colon, and of which type."""
+ISOLATED = (maths, code, code_share)
+
+
+def load(given: str) -> tuple[str, Function]:
+    """Return name and function of `FILE.py:NAME`, or of one that ships: `maths`, `length:512`, `format:REGEX`.
+
+    ValueError says what there is.
+    """
+    head, _, name = given.rpartition(":")
+    if head.endswith(".py"):
+        found = run_python(Path(head)).get(name)
+        if not callable(found):
+            raise ValueError(f"reward function {given}: {head} defines no function {name}")
+        return name, found
+    name, colon, argument = given.partition(":")
+    if given in SHIPPED:
+        return name, SHIPPED[name]
+    if not colon or name not in MADE:
+        made = [f"{name}:{kind.__name__}" for name, (kind, _) in MADE.items()]
+        raise ValueError(f"reward function {given!r}: it can be FILE.py:NAME, {', '.join([*SHIPPED, *made])}")
+    kind, make = MADE[name]
+    try:
+        return name, make(kind(argument))
+    except ValueError as error:
+        raise ValueError(f"reward function {given}: {error}") from None
+
+
+def _pool(function: Function, workers: int, seconds: float, memory: int) -> Pool:
+    if function is maths:
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError("maths needs math-verify, which is not installed: pip install '.[rl]'")
+        return Pool(partial(_single, function), workers, seconds, memory, prepare=load_math_verify)
+    if function in (code, code_share):  # they end what runs too long themselves: it fails, and is not without a reward
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # or numpy has threads, and a fork wants none
+        confined = partial(_single, partial(function, seconds=seconds, memory=memory))
+        return Pool(confined, workers, seconds + SLACK, memory, prepare=check, environment=threads)
+    return Pool(partial(_single, function), workers, seconds, memory)
