@@ -21,6 +21,7 @@ from functional_trainer.options import (
     OptimOptions,
     PolicyOptions,
     PromptOptions,
+    RewardOptions,
     RolloutOptions,
     RunOptions,
     within,
@@ -32,6 +33,7 @@ class Options(RunOptions):
     model: ModelOptions = field(default_factory=ModelOptions)
     data: PromptOptions = field(default_factory=PromptOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    reward: RewardOptions = field(default_factory=RewardOptions)
     loss: PolicyOptions = field(default_factory=PolicyOptions)
     optim: OptimOptions = field(default_factory=lambda: OptimOptions(lr=1e-4, weight_decay=0.0, schedule="constant"))
     mesh: MeshOptions = field(default_factory=MeshOptions)

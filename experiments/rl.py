@@ -1,7 +1,6 @@
 """From a recipe's options of reinforcement learning to its loss and its rollouts."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from experiments.recipe import Run
@@ -12,6 +11,7 @@ from functional_trainer.generate import Completion, generate
 from functional_trainer.losses import Loss
 from functional_trainer.objectives import OBJECTIVES
 from functional_trainer.policy import policy
+from functional_trainer.rewards import Rewards, load
 
 
 def loss(o: Any) -> Loss:
@@ -62,12 +62,33 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     rank, world = run.shard.data
     rows = {"seq_len": o.data.seq_len, "rows": o.micro_batch * world, "rank": rank, "world": world}
     rows |= {"longest": o.rollout.max_completion_length}
-    return Experience(run.loader, draw, partial(exact, run.tokenizer), advantage(o), plan(o), seed=o.seed, **rows)
+    return Experience(run.loader, draw, rewards(o, run), advantage(o), plan(o), seed=o.seed, **rows)
 
 
-def exact(tokenizer: Any, prompts: list[Prompt], answers: list[Completion]) -> Scores:
-    given = [tokenizer.decode(a.tokens) for a in answers]
-    return Scores([float(g.strip() == p.columns["answer"].strip()) for p, g in zip(prompts, given, strict=True)], {})
+def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Completion]], Scores]:
+    """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
+    found = [load(given) for given in o.reward.functions]
+    if len({name for name, _ in found}) < len(found):
+        raise ValueError(f"--reward.functions {' '.join(o.reward.functions)}: two have the same name")
+    r = o.reward
+    how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds}
+    functions = Rewards(dict(found), r.weights or None, **how) if run.shard.rank == 0 else None
+
+    def score(prompts: list[Prompt], answers: list[Completion]) -> Scores:
+        made = None
+        if functions is not None:
+            names = {name for prompt in prompts for name in prompt.columns} - {
+                "prompts",
+                "completions",
+                "completion_ids",
+            }
+            columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+            texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
+            found = functions([p.text for p in prompts], texts, ids, **columns)
+            made = Scores(found.total, found.report())
+        return backend.everyone(made)[0]
+
+    return score
 
 
 def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:

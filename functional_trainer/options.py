@@ -348,6 +348,25 @@ class RolloutOptions:
             raise ValueError(f"--rollout.overlong-buffer {self.overlong_buffer} is more than the longest answer")
 
 
+@dataclass(frozen=True)
+class RewardOptions:
+    functions: tuple[str, ...] = ("exact",)
+    """Reward functions: FILE.py:NAME, or one that ships, as exact, maths, code, length:N (docs/rewards.md)."""
+    weights: tuple[float, ...] = ()
+    """Weight of each (none: 1)."""
+    isolate: tuple[str, ...] = ()
+    """Names of functions of your own to run in processes that are killed when they hang."""
+    workers: int = 2
+    """Processes for each isolated function."""
+    seconds: float = 10.0
+    """Longest time for one answer in an isolated function."""
+
+    def __post_init__(self):
+        within("reward.", self, workers=(1, ""), seconds=(0, ""))
+        if not self.functions or self.weights and len(self.weights) != len(self.functions):
+            raise ValueError(f"--reward.weights: {len(self.weights)} for {len(self.functions)} of --reward.functions")
+
+
 LossType = Literal[
     "reinforce", "ppo", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "cispo", "cispo_max", "sapo", "gmpo"
 ]
