@@ -11,7 +11,7 @@ import torch
 import models
 from experiments import auto, data, rules
 from functional_trainer import backend, checkpoint, exact_match, losses, optimizers, precision, step, tree, types
-from functional_trainer.data import Loader, Record, Tokenizer
+from functional_trainer.data import Form, Loader, Record, Tokenizer
 from functional_trainer.loop import agree, claim
 from functional_trainer.state import TrainState, ema
 from sharding_rules import mesh
@@ -51,15 +51,15 @@ class Run:
         if self.shard.rank == 0:
             print(text)
 
-    def begin(self) -> tuple[Any, tree.Tree]:
-        """Return the model and its weights: read from a folder or drawn; a new run has those of --init-from instead."""
+    def begin(self, again: bool = False) -> tuple[Any, tree.Tree]:
+        """Return the model and its weights: read or drawn; a new run, any with `again`, has --init-from's instead."""
         o, compute = self.o, getattr(torch, self.o.dtype)
         at = {"dtype": torch.promote_types(compute, torch.float32), "device": self.device, "shard": self.shard}
         if o.model.path:
             model, params = models.from_pretrained(o.model.path, **at)
         else:
             model, params = self.model, self.model.init(o.seed, **at)
-        if o.init_from and not self.resume:  # it may be gone by then
+        if o.init_from and (again or not self.resume):  # it may be gone by then
             source = checkpoint.find(o.init_from, "--init-from")
             checkpoint.load(source, tree.flatten({"params": params}), "params/")
         return replace(model, dtype=compute), params
@@ -80,7 +80,7 @@ class Run:
                 self.tokenizer.save(f"{self.o.out}/{name}")
 
 
-def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Loss]) -> Run:
+def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Loss], form: Form = "chats") -> Run:
     """Join the other processes, claim the folder, refuse what cannot be, read the data and `answers` questions."""
     device = backend.setup(o.device)
     if o.compile != "off":
@@ -106,7 +106,7 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     step.refuse(loss, optimizers.from_options(o.optim, 1000, model.specs), shard, passes, o.compile, o.remat, o.offload)
     samples = (0 if grid else 4) if o.samples is None else o.samples
     say = print if rank == 0 else lambda text: None
-    read = data.load(o, tokenizer, model.config.vocab, shard, max(answers, samples), say)
+    read = data.load(o, tokenizer, model.config.vocab, shard, max(answers, samples), say, form)
     agree(_facts(hf, table.table, {"training data": read[0], **read[1]}))
     for flag, asked in (("--answers", answers), ("--samples", o.samples)):
         if asked and not read[2]:
