@@ -1,5 +1,6 @@
-"""Runs of the SFT recipe as a user's command, quickly: each in a process forked from one that has imported torch."""
+"""Runs of recipes as a user's command, quickly: each in a process forked from one that has imported torch."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -28,7 +29,8 @@ EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_inte
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["tests.experiments.sft_runs", "experiments.qwen3_moe_sft", "experiments.rules", "functional_trainer.loop"]
-    + ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+    + ["functional_trainer.reference", "torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure"]
+    + ["matplotlib.backends.backend_agg"]
 )
 
 
@@ -70,12 +72,14 @@ class Run:
         return self.log.read_text()
 
 
-def start(cwd: Path, *flags: Any, env: dict[str, str] | None = None, setup: Any = None) -> Run:
-    """Start the recipe with `flags` in the folder `cwd`; `setup` is a picklable function called in it first."""
+def start(
+    cwd: Path, *flags: Any, env: dict[str, str] | None = None, setup: Any = None, recipe: str = RECIPE.stem
+) -> Run:
+    """Start a recipe with `flags` in the folder `cwd`; `setup` is a picklable function called in it first."""
     number = len(list(cwd.glob("log-*")))
     log = cwd / f"log-{number}"
     log.touch()
-    process = FORKS.Process(target=_child, args=(cwd, [str(f) for f in flags], log, env or {}, setup))
+    process = FORKS.Process(target=_child, args=(cwd, [str(f) for f in flags], log, env or {}, setup, recipe))
     process.start()
     return Run(process, log)
 
@@ -95,16 +99,17 @@ def announced(world: int) -> dict[str, str]:
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
 
 
-def start_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = ()) -> list[Run]:
-    """Start the recipe in `world` processes, as torchrun would; `setups` are each one's `setup`."""
+def start_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = (), recipe: str = RECIPE.stem) -> list[Run]:
+    """Start a recipe in `world` processes, as torchrun would; `setups` are each one's `setup`."""
     shared = announced(world)
-    each = zip_longest(range(world), setups)
-    return [start(cwd, *flags, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, setup=s) for r, s in each]
+    envs = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    each = zip_longest(envs, setups)
+    return [start(cwd, *flags, env=env, setup=setup, recipe=recipe) for env, setup in each]
 
 
-def run_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = ()) -> str:
-    """Run the recipe in `world` processes to its end; return what rank 0 printed."""
-    ranks = start_ranks(cwd, world, *flags, setups=setups)
+def run_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = (), recipe: str = RECIPE.stem) -> str:
+    """Run a recipe in `world` processes to its end; return what rank 0 printed."""
+    ranks = start_ranks(cwd, world, *flags, setups=setups, recipe=recipe)
     codes = [rank.wait() for rank in ranks]
     assert not any(codes), "\n".join(rank.output for rank in ranks)
     return ranks[0].output
@@ -157,7 +162,7 @@ def same_checkpoint(a: Path, b: Path) -> None:
     assert not [k for k in bits if not torch.equal(bits[k], others[k])]
 
 
-def _child(cwd: Path, flags: list[str], log: Path, env: dict[str, str], setup: Any) -> None:
+def _child(cwd: Path, flags: list[str], log: Path, env: dict[str, str], setup: Any, recipe: str) -> None:
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -166,11 +171,11 @@ def _child(cwd: Path, flags: list[str], log: Path, env: dict[str, str], setup: A
     torch.set_num_threads(1)
     if setup is not None:
         setup()
-    from experiments import qwen3_moe_sft
     from functional_trainer import config
 
-    sys.argv = [str(RECIPE), *flags]
+    module = importlib.import_module(f"experiments.{recipe}")
+    sys.argv = [str(RECIPE.with_stem(recipe)), *flags]
     try:
-        config.run(qwen3_moe_sft.main, qwen3_moe_sft.Options, doc=qwen3_moe_sft.__doc__ or "")
+        config.run(module.main, module.Options, doc=module.__doc__ or "")
     finally:
         sys.stdout.flush()
