@@ -70,7 +70,7 @@ def load(
             loaders[name] = Loader(documents.between(first, first + n), shuffle=False, epochs=1, **rows)
         first += n
     chats = (part for part, counts in zip(asked, found, strict=True) if counts.keys() - {"text"})
-    records = (record for part in chats for record in rows_of(part, held, form) if record.messages)
+    records = (record for part in chats for record in rows_of(part, held, form) if record.messages and record.label)
     return loader, loaders, list(islice(records, questions))
 
 

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 8 experiments/preference.py --mesh.ep 2 ...       # th
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Options(PreferenceOptions):
     data: DataOptions = field(default_factory=lambda: DataOptions(overlong="drop"))
     optim: OptimOptions = field(default_factory=lambda: OptimOptions(lr=1e-3))
     mesh: MeshOptions = field(default_factory=MeshOptions)
-    steps: int = 100
+    steps: int = 200
     """Optimizer steps (0: what --epochs takes)."""
     batch: int = 8
     """Packed rows per optimizer step, over all devices; the answers of a pair are in one row."""
@@ -36,24 +37,29 @@ class Options(PreferenceOptions):
         within("", self, answers=(0, ""))
 
 
+def objective(o: Options, hf: dict[str, Any]) -> Any:
+    """Return the loss for a model of this config.json."""
+    import models
+    from functional_trainer.data.columns import refuse_cut
+    from functional_trainer.preference import from_options
+
+    given = o.balance_coefficient
+    if given is not None and not getattr(models.from_config(hf).config, "experts", 0):
+        raise ValueError(f"--balance-coefficient {given} has no effect: the model has no experts; leave it away")
+    loss = from_options(o, hf.get("router_aux_loss_coef", 1e-3) if given is None else given)
+    refuse_cut(loss, o.data.overlong)
+    return loss
+
+
 def main(o: Options) -> None:
     import models
     from experiments import recipe
-    from functional_trainer import backend, exact_match, init_state, losses, make_train_step, optimizers, train
-    from functional_trainer.data.columns import refuse_cut
-    from functional_trainer.preference import from_options, running_mean
+    from functional_trainer import backend, exact_match, init_state, make_train_step, optimizers, train
+    from functional_trainer.preference import running_mean
     from functional_trainer.reference import Reference
 
-    def objective(hf: dict[str, Any]) -> losses.Loss:
-        given = o.balance_coefficient
-        if given is not None and not getattr(models.from_config(hf).config, "experts", 0):
-            raise ValueError(f"--balance-coefficient {given} has no effect: the model has no experts; leave it away")
-        loss = from_options(o, hf.get("router_aux_loss_coef", 1e-3) if given is None else given)
-        refuse_cut(loss, o.data.overlong)
-        return loss
-
     # Where the run lives, what it reads, what it begins with: also when it is resumed, for the reference.
-    run = recipe.start(o, o.answers, objective, "answers" if "kto" in o.terms else "pairs")
+    run = recipe.start(o, o.answers, partial(objective, o), "answers" if "kto" in o.terms else "pairs")
     model, params = run.begin(again=True)
 
     # How the objective is optimized, and the step.

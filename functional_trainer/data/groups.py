@@ -32,7 +32,8 @@ def couples(records: Iterable[Record], encode: Encode) -> Documents:
     An odd one is alone, and so are two to the same prompt: to it neither is mismatched.
     """
     answers = [(*encode(record), sign) for one in records for record, sign in sides(one)]
-    half, groups = len(answers) // 2, []
+    half = len(answers) // 2
+    groups: list[list[tuple]] = []
     for a, b in zip(answers[:half], answers[half : 2 * half], strict=True):
         alike = _prompt(a) == _prompt(b)
         groups += [[a], [b]] if alike else [[a, b, _mismatched(a, b), _mismatched(b, a)]]

@@ -176,8 +176,8 @@ def _record(row: Mapping[str, Any], form: Form, shape: str, where: str) -> Recor
                 raise ValueError(f"it begins with role {role!r} behind the prompt; an answer begins with 'assistant'")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    preferred, rejected = checked if len(checked) > 1 else (*checked, None)
-    return Record(where, preferred, tools or None, None, shape, len(given.prompt), rejected, given.label)
+    rejected = checked[1] if len(checked) > 1 else None
+    return Record(where, checked[0], tools or None, None, shape, len(given.prompt), rejected, given.label)
 
 
 def _conversation(given: list[Message]) -> list[Message]:
