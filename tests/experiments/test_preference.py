@@ -12,10 +12,12 @@ import pytest
 import torch
 import transformers
 
+from experiments import docs, qwen3_moe_sft
 from experiments.preference import Options
 from functional_trainer import config
 from tests.experiments import sft_runs
 from tests.experiments.sft_runs import learned, rows, same_state, state
+from tests.test_docs_facts import cells
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 run = partial(sft_runs.run, recipe="preference")
@@ -146,6 +148,36 @@ def test_names_of_losses_are_trls():
     mixed = ("sigmoid", "bco_pair", "sft")
     assert Options(loss_type=mixed, loss_weights=(0.8, 0.2, 1.0)).terms == Options(loss_type=("mpo",)).terms
     assert Options(loss_type=("ipo", "sft")).terms == {"ipo": 1.0, "sft": 1.0}
+
+
+# the page ------------------------------------------------------------------------------------------------------------
+
+
+def own() -> list[list[str]]:
+    """Return a row of the page's table for each option that supervised fine-tuning has not, or with another default."""
+    shared = {name: default for name, _, default, _ in docs.options(qwen3_moe_sft.Options)}
+    rows_of = []
+    for name, hint, default, text in docs.options(Options):
+        if name not in shared or shared[name] != default or name == "balance_coefficient":
+            flag = f"`--{name.replace('_', '-')}`"
+            rows_of.append([flag, config.describe(hint).removesuffix(" or null"), docs.show(default), text])
+    return rows_of
+
+
+def test_the_page_has_every_option_of_its_own():
+    written = [row for row in cells("preference.md") if row[0].startswith("`--") and len(row) == 4]
+    assert written == own()
+
+
+def test_the_page_has_every_key_of_a_run_that_the_glossary_has_not(place):
+    glossary = {key for row in cells("metrics.md") for key in re.findall(r"^`([^`/]+)[`/]", row[0])}
+    entries = {key for row in cells("preference.md") if len(row) == 3 for key in re.findall(r"`([^`]+)`", row[0])}
+    entries -= {"preference", "unpaired", "sigmoid", "bco_pair", "mpo"}
+    assert {*rows(place / "live")[-1]} - glossary - {"time"} <= entries
+    assert entries == {"dpo", "ipo", "bco", "sft", "kto", "pairs", "kl"} | {
+        *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
+        *(f"logps/{name}" for name in ("chosen", "rejected")),
+    }
 
 
 # the others take longer ----------------------------------------------------------------------------------------------
