@@ -7,36 +7,47 @@ from typing import Any
 
 from experiments.first_light import tasks
 from functional_trainer import backend
-from functional_trainer.data import Loader, Record, Rows, Share, Tokenizer, Within, datasets, rows_of, tokenized
+from functional_trainer.data import (
+    Form,
+    Loader,
+    Record,
+    Rows,
+    Share,
+    Tokenizer,
+    Within,
+    datasets,
+    rows_of,
+    tokenized,
+)  # fmt: skip
 from functional_trainer.data.stream import WIDTHS
 from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.options import Source
 
 
 def load(
-    o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, questions: int, say: Callable = print
+    o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, questions: int, say: Callable = print, form: Form = "chats"
 ) -> tuple[Loader, dict[str, Loader], list[Record]]:
     """Return a loader of the training rows, one of each held-out source by its name, and held-out rows with a question.
 
     `o` has the fields of `RunOptions` and `data`. Without `data.train` the first-light tasks are written to the run
-    folder and read from there. `questions` is how many of the latter.
+    folder, with wrong answers where preferences are read, and read from there. `questions` is how many of the latter.
     """
     _check_width(o.data.seq_len, o.data.packing, shard.part("batch/columns", 1)[1])
     rank, world = shard.data
-    train, held_out = (o.data.train, o.data.eval) if o.data.train else shipped(o, shard)
+    train, held_out = (o.data.train, o.data.eval) if o.data.train else shipped(o, shard, form)
     kept, held = (Within(o.data.split, 1), Within(0, o.data.split)) if o.data.split else (None, None)
     rows: dict[str, Any] = {"rows": o.batch, "rank": rank, "world": world, "seq_len": o.data.seq_len}
     rows |= {"packing": o.data.packing, "overlong": o.data.overlong}
 
     parts = datasets(o.data.sources() if o.data.train else [Source(train[0])])
-    documents, found = tokenized(Rows(parts, tokenizer, vocab, kept), o.data.cache, o.data.workers)
+    documents, found = tokenized(Rows(parts, tokenizer, vocab, kept, form), o.data.cache, o.data.workers)
     if not len(documents):
         raise ValueError(f"--data.split {o.data.split} holds out all of so few rows; use a smaller share")
     for part, counts in zip(parts, found, strict=True):
         seen = ", ".join(f"{n:,} rows of shape {shape}" for shape, n in counts.items())
         often = f", weight {part.weight:g}" * (part.weight != 1) + f", epochs {part.epochs:g}" * (part.epochs < 1e99)
         say(f"training data: {part.path}: {seen}{often}")
-    shares = [Share(counts.total(), part.weight, part.epochs) for part, counts in zip(parts, found, strict=True)]
+    shares = [Share(n, part.weight, part.epochs) for part, n in zip(parts, documents.units, strict=True)]
     alike = all(share[1:] == Share(0)[1:] for share in shares)
     epochs, mix = None if o.steps else o.epochs, () if alike else shares
     loader = Loader(documents, workers=o.data.workers, seed=o.seed, epochs=epochs, sources=mix, **rows)
@@ -46,16 +57,16 @@ def load(
     asked = parts if o.data.split else datasets([Source(path, o.data.type, o.data.columns) for path in held_out])
     if not o.data.split and (odd := next((p for p in asked if (p.weight, p.epochs) != (1, float("inf"))), None)):
         raise ValueError(f"--data.eval: {odd.path} has a weight or epochs; held-out rows are seen once")
-    documents, found = tokenized(Rows(asked, tokenizer, vocab, held), o.data.cache, o.data.workers)
+    documents, found = tokenized(Rows(asked, tokenizer, vocab, held, form), o.data.cache, o.data.workers)
     if not len(documents):
         raise ValueError(f"--data.split {o.data.split} holds out none of so few rows; use a larger share")
     loaders, first = {}, 0
-    for name, counts in zip(_names(asked), found, strict=True):
-        if counts.total():
-            loaders[name] = Loader(documents.between(first, first + counts.total()), shuffle=False, epochs=1, **rows)
-        first += counts.total()
+    for name, n in zip(_names(asked), documents.units, strict=True):
+        if n:
+            loaders[name] = Loader(documents.between(first, first + n), shuffle=False, epochs=1, **rows)
+        first += n
     chats = (part for part, counts in zip(asked, found, strict=True) if counts.keys() - {"text"})
-    records = (record for part in chats for record in rows_of(part, held) if record.messages)
+    records = (record for part in chats for record in rows_of(part, held, form) if record.messages and record.label)
     return loader, loaders, list(islice(records, questions))
 
 
@@ -83,10 +94,10 @@ def prompts(
     return Prompts(asked), {}, list(islice(rows(train if o.data.split else held_out, held), questions))
 
 
-def shipped(o: Any, shard: Any) -> tuple[tuple[str], tuple[str]]:
+def shipped(o: Any, shard: Any, form: Form = "chats") -> tuple[tuple[str], tuple[str]]:
     """Write the project's own tasks to the run folder; return the files to train on and to hold out."""
     if shard.rank == 0:
-        tasks.write(f"{o.out}/data", seed=o.seed)
+        (tasks.write if form == "chats" else tasks.write_preferences)(f"{o.out}/data", seed=o.seed)
     backend.barrier()
     return (f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)
 

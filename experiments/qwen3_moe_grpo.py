@@ -67,10 +67,11 @@ class Options(RunOptions):
 def main(o: Options) -> None:
     from experiments import data, recipe, rl
     from functional_trainer import backend, exact_match, init_state, make_train_step, optimizers, train
+    from functional_trainer.reference import Reference
 
-    # Where the run lives, what it asks, what it begins with.
+    # Where the run lives, what it asks, what it begins with: also when it is resumed, for the reference.
     run = recipe.start(o, o.answers, lambda hf: rl.loss(o), data.prompts)
-    model, params = run.begin()
+    model, params = run.begin(again=True)
     questions = run.questions[: o.answers]
 
     # How the objective is optimized, and the step: as in supervised fine-tuning.
@@ -79,6 +80,9 @@ def main(o: Options) -> None:
     how: dict[str, Any] = {"rows": o.micro_batch, "clip": o.optim.max_grad_norm, "remat": o.remat, "offload": o.offload}
     how |= {"compile": "layer" if o.compile == "auto" else o.compile, "reduce": o.mesh.reduce}
     step = make_train_step(model, run.loss, optimizer, shard=run.shard, **how)
+    if o.loss.beta:
+        how = {"compile": how["compile"], "rows": o.micro_batch, "temperature": o.rollout.temperature}
+        step = Reference.of(model, params, run.shard, **how).before(step)
     began = init_state(params, optimizer, offload="optimizer" in o.offload)
 
     # What it learns from: its own answers.

@@ -51,15 +51,15 @@ class Run:
         if self.shard.rank == 0:
             print(text)
 
-    def begin(self) -> tuple[Any, tree.Tree]:
-        """Return the model and its weights: read from a folder or drawn; a new run has those of --init-from instead."""
+    def begin(self, again: bool = False) -> tuple[Any, tree.Tree]:
+        """Return the model and its weights: read or drawn; a new run, any with `again`, has --init-from's instead."""
         o, compute = self.o, getattr(torch, self.o.dtype)
         at = {"dtype": torch.promote_types(compute, torch.float32), "device": self.device, "shard": self.shard}
         if o.model.path:
             model, params = models.from_pretrained(o.model.path, **at)
         else:
             model, params = self.model, self.model.init(o.seed, **at)
-        if o.init_from and not self.resume:  # it may be gone by then
+        if o.init_from and (again or not self.resume):  # it may be gone by then
             source = checkpoint.find(o.init_from, "--init-from")
             checkpoint.load(source, tree.flatten({"params": params}), "params/")
         return replace(model, dtype=compute), params

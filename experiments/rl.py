@@ -23,7 +23,13 @@ def loss(o: Any) -> Loss:
     changes = {"old": "current" if once else "rollout_logprobs", "temperature": o.rollout.temperature}
     given = {"epsilon_low": o.loss.epsilon, "epsilon_high": o.loss.epsilon_high, "delta": o.loss.delta}
     changes |= {k: v for k, v in given.items() if v is not None}
-    changes |= {"entropy": o.loss.entropy_coef, "balance": o.loss.balance, "correction": o.loss.correction}
+    changes |= {
+        "beta": o.loss.beta,
+        "kl": o.loss.kl,
+        "entropy": o.loss.entropy_coef,
+        "balance": o.loss.balance,
+        "correction": o.loss.correction,
+    }
     return policy(OBJECTIVES[o.loss.loss_type], max_length=o.rollout.max_completion_length, **changes)
 
 

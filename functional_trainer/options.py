@@ -43,7 +43,7 @@ def forms(compile: str, remat: str, offload: tuple[str, ...]) -> None:
         raise ValueError(f"--offload {' '.join(offload)} is not for one graph: use --compile layer or off")
 
 
-Shape = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+Shape = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"]
 
 
 @dataclass(frozen=True)
@@ -386,6 +386,10 @@ class PolicyOptions:
     """Upper end of clipping, above 1."""
     delta: float | None = None
     """Dual clip: where the advantage is negative a ratio counts at most this much."""
+    beta: float = 0.0
+    """Coefficient of the KL divergence from the weights at the start, which then run beside every step."""
+    kl: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3"
+    """How the divergence is estimated."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy, which is maximized."""
     correction: Literal[
@@ -396,7 +400,9 @@ class PolicyOptions:
     """Coefficient of the router's balance loss within each sequence."""
 
     def __post_init__(self):
-        within("loss.", self, epsilon=(0, ""), epsilon_high=(0, ""), delta=(1, ""), balance=(0, ""))
+        within("loss.", self, epsilon=(0, ""), epsilon_high=(0, ""), delta=(1, ""), beta=(0, ""), balance=(0, ""))
+        if self.kl != "k3" and not self.beta:
+            raise ValueError(f"--loss.kl {self.kl} has no effect without --loss.beta")
         if self.scale_rewards != "group" and self.advantage != "grpo":
             raise ValueError(f"--loss.scale-rewards has no effect with --loss.advantage {self.advantage}")
 
@@ -479,3 +485,56 @@ class RunOptions:
                 f"{self.micro_batch}; use a multiple of {rows or world}"
             )
         return self.batch // rows if rows else 1
+
+
+MPO = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
+"""InternVL's mixture of terms, arxiv 2411.10442."""
+PreferenceLoss = Literal["sigmoid", "ipo", "bco_pair", "sft", "mpo", "kto"]
+PREFERENCE_TERMS = {"sigmoid": "dpo", "ipo": "ipo", "bco_pair": "bco", "sft": "sft", "kto": "kto"}
+"""Names of losses in TRL, and of the terms of `functional_trainer.preference`."""
+
+
+@dataclass(frozen=True)
+class PreferenceOptions(RunOptions):
+    loss_type: tuple[PreferenceLoss, ...] = ("sigmoid",)
+    """Losses, under TRL's names; sigmoid is DPO, mpo alone is sigmoid, bco_pair and sft with weights 0.8, 0.2 and 1."""
+    loss_weights: tuple[float, ...] = ()
+    """Weight of each of --loss-type (default: 1)."""
+    beta: float = 0.1
+    """How strongly the reference holds the policy; the tau of IPO."""
+    label_smoothing: float = 0.0
+    """Share of the labels that sigmoid takes to be wrong: cDPO."""
+    desirable_weight: float = 1.0
+    """Weight of wanted answers in kto."""
+    undesirable_weight: float = 1.0
+    """Weight of unwanted answers in kto."""
+    reference: Literal["live", "precomputed"] = "live"
+    """The start weights run beside every step, or once over all data before the first, kept in --data.cache."""
+    balance_coefficient: float | None = None
+    """Weight of the router balance loss within each answer (default: the model config's router_aux_loss_coef)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = ("balance_coefficient", "loss_weights", "desirable_weight", "undesirable_weight")
+        within("", self, **dict.fromkeys(names, (0, "")), label_smoothing=(0, "below 1"))
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"--beta is {self.beta}; it must be above 0")
+        given, said = self.loss_type, f"--loss-type {' '.join(self.loss_type)}"
+        if not given or len(given) > 1 and (len({*given}) < len(given) or {"mpo", "kto"} & {*given}):
+            raise ValueError(f"{said}: name at least one, each once; mpo is a mixture already, and kto not of pairs")
+        if self.loss_weights and (given == ("mpo",) or len(self.loss_weights) != len(given)):
+            right = "has its own" if given == ("mpo",) else f"needs {len(given)}"
+            raise ValueError(f"--loss-weights {' '.join(map(str, self.loss_weights))}: {said} {right}")
+        used = {"label_smoothing": ("dpo", "sigmoid or mpo")}
+        used |= dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto", "kto"))
+        for option, (term, users) in used.items():
+            if getattr(self, option) != getattr(PreferenceOptions, option) and term not in self.terms:
+                flag = f"--{option.replace('_', '-')}"
+                raise ValueError(f"{flag} has no effect with {said}, only with {users}; leave it away")
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Coefficients of the terms of the loss."""
+        weights = self.loss_weights or (1.0,) * len(self.loss_type)
+        named = zip(self.loss_type, weights, strict=True)
+        return MPO if self.loss_type == ("mpo",) else {PREFERENCE_TERMS[name]: weight for name, weight in named}

@@ -28,14 +28,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from functional_trainer import options
 from functional_trainer.losses import Loss, Sums, logprobs
 from functional_trainer.rollout_correction import per_sequence
 from functional_trainer.segments import segment_sum
 from functional_trainer.types import Batch, Output, Unembed
 
 TERMS = ("dpo", "ipo", "bco", "sft", "kto")
-MPO = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
-"""InternVL's mixture, arxiv 2411.10442."""
+MPO = options.MPO
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ def preference(coefficients: Mapping[str, float], **settings) -> Loss:
         accumulates="kto" not in coefficients, whole_sequences=True,
         update=_update if "bco" in coefficients else lambda buffers, reported: buffers,
     )  # fmt: skip
+
+
+def from_options(o: options.PreferenceOptions, balance: float) -> Loss:
+    """Build the loss that options ask for, with the router balance loss if it has a weight."""
+    kto = {"chosen_weight": o.desirable_weight, "rejected_weight": o.undesirable_weight}
+    return preference(o.terms, beta=o.beta, label_smoothing=o.label_smoothing, balance=balance, **kto)
 
 
 def running_mean(device=None) -> dict[str, torch.Tensor]:
@@ -110,7 +116,7 @@ def _terms(p: Preference, output: Output, unembed: Unembed, batch: Batch, shard)
     sums, reported = _unpaired(p, sum_BS, output.buffers, batch, shard)
     if "pairs" in batch:
         pairs, more = _paired(p, gap_BS, batch, shard)
-        sums, reported = sums | pairs, reported | more
+        sums, reported = pairs | sums, reported | more
     if "sft" in p.coefficients:
         sums["sft"] = -(logp_BS * batch["weights"] * (sign_BS == 1)).sum()
     if p.balance and output.aux:

@@ -119,6 +119,21 @@ def recipe(words: list[str], place: Path) -> None:
     assert rows(place / out)[-1]["step"] == steps and (place / out / "hf" / "config.json").exists()
 
 
+def preferred(words: list[str], place: Path) -> None:
+    """The recipe for preferences, on a few pairs."""
+    flags = words[words.index("experiments/preference.py") + 1 :]
+    world, out = 2 if words[0] == "torchrun" else 1, place / "preferred" / str(len(flags))
+    pairs, _ = tasks.write_preferences(place / "pairs", n_train=40, n_eval=10)
+    shutil.copy(pairs, place / "pairs.jsonl")
+    data = [] if "--data.train" in flags else ["--data.train", "pairs.jsonl"]
+    few = ["--steps", "2", "--batch", "2", "--data.seq-len", "160", "--compile", "off", "--out", str(out)]
+    if world == 1:
+        sft_runs.run(place, *flags, *data, *few, recipe="preference")
+    else:
+        sft_runs.run_ranks(place, world, *flags, *data, *few, *axes(flags), recipe="preference")
+    assert rows(out)[-1]["step"] == 2 and (out / "hf" / "config.json").exists()
+
+
 def axes(flags: list[str]) -> list[str]:
     """Let two ranks stand for all that the command has."""
     if "--mesh" in flags:
@@ -231,6 +246,7 @@ def accelerated(words: list[str], place: Path) -> None:
 RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"{PYTHON}{RUN}( .*)?": recipe,
     rf"torchrun (--nnodes .* )?--nproc-per-node \d+ .*{RUN} .*": recipe,
+    rf"({PYTHON}|torchrun --nproc-per-node \d+ )experiments/preference\.py( .*)?": preferred,
     rf"accelerate launch .*{RUN} .*": accelerated,
     rf"{PYTHON}experiments/rules\.py .*": ruled,
     rf"{PYTHON}experiments/compare\.py .*": compared,

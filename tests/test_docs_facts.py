@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compare, docs, plan, rules
+from experiments import compare, docs, plan, preference, rules
 from experiments.benchmarks import gpu_suite, memory, sft_cpu
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
@@ -21,9 +21,10 @@ from tests.test_docs import PAGES, ROOT, pip
 
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
 FLAGS = {f"--{name}".replace("_", "-") for at, cls in docs.sections().items() for name, *_ in docs.options(cls, at)}
+PREFERENCE = {f"--{field.name}".replace("_", "-") for field in fields(preference.Options)}
 OTHERS = {"--config", "--help", "--build-arg", "--max-restarts"} | {
     f"--{field.name}".replace("_", "-")
-    for module in (compare, plan, rules, sft_cpu, gpu_suite, memory)
+    for module in (compare, plan, preference, rules, sft_cpu, gpu_suite, memory)
     for field in fields(module.Options)
 }
 """Options that pages name and that are not the recipe's."""
@@ -93,8 +94,9 @@ def test_options_named_beside_those_of_others_exist():
         for span in [*spans, *re.findall(r"`(--[^`]*)`", remark)]:
             if " " in span:
                 data = [] if span.startswith("--data.train") else ["--data.train", "chats.jsonl"]
-                config.cli(Options, doc="", argv=[*shlex.split(span), *data])
-            assert span.split()[0] in FLAGS, (theirs, span)
+                recipe = Options if span.split()[0] in FLAGS else preference.Options
+                config.cli(recipe, doc="", argv=[*shlex.split(span), *data])
+            assert span.split()[0] in FLAGS | PREFERENCE, (theirs, span)
             seen.add(span.split()[0])
     assert len(seen) > 25
 

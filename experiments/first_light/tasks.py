@@ -113,6 +113,30 @@ def make(n_train: int, n_eval: int, seed: int) -> tuple[list[Record], list[Recor
     return train, evaluation
 
 
+def wrong(rng: random.Random, task: str, operands: tuple[str, ...]) -> str:
+    """Return an answer that is near the right one: a sum that is off by 1 or 10, two neighbours in the wrong order."""
+    right = solve(task, operands)
+    if task == "add":
+        return str(int(right) + rng.choice((-10, -1, 1, 10)))
+    at = rng.randrange(len(right) - 1)
+    return right[:at] + right[at + 1] + right[at] + right[at + 2 :]
+
+
+def write_preferences(folder: str | Path, n_train: int = 20_000, n_eval: int = 600, seed: int = 0) -> tuple[Path, Path]:
+    """Write the same questions, each with the right answer chosen and a wrong one rejected, and return both paths."""
+    folder, rng = Path(folder), random.Random(f"wrong {seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.jsonl", folder / "eval.jsonl"
+    for path, records in zip(paths, make(n_train, n_eval, seed), strict=True):
+        rows = []
+        for record in records:
+            question, right = record["messages"]
+            other = {"role": "assistant", "content": wrong(rng, *parse(record))}
+            rows.append({"prompt": [question], "chosen": [right], "rejected": [other]})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return paths
+
+
 def write(folder: str | Path, n_train: int = 20_000, n_eval: int = 600, seed: int = 0) -> tuple[Path, Path]:
     """Write `train.jsonl` and `eval.jsonl` into a folder, which is made if missing, and return both paths."""
     folder = Path(folder)

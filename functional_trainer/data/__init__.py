@@ -8,10 +8,12 @@ from functional_trainer.data.chat import Tokenizer
 from functional_trainer.data.order import Share
 from functional_trainer.data.packing import STRATEGIES, Documents, Overlong
 from functional_trainer.data.records import Record, Within, datasets, encoded, records, rows_of
+from functional_trainer.data.shapes import Form
 
 __all__ = [
     "STRATEGIES",
     "Documents",
+    "Form",
     "Loader",
     "Overlong",
     "Record",

@@ -1,8 +1,9 @@
 """Tokenized documents on disk: written once as rows stream by, then mapped, so that data may be larger than memory.
 
-A folder `<cache>/<key>` holds tokens.bin (int32), mask.bin (bool), offsets.bin (int64) and meta.json. The key is a hash
-of the files' content, how they are read, the tokenizer's files and the code that makes tokens of them. A folder is
-written as `<key>.tmp` under a lock and renamed when whole: a process that wants it meanwhile, on any rank, waits.
+A folder `<cache>/<key>` holds tokens.bin (int32), mask.bin (bool), offsets.bin (int64), of documents in groups also
+groups.bin (int64) and preferred.bin (int8), and meta.json. The key is a hash of the files' content, how they are read,
+the tokenizer's files and the code that makes tokens of them. A folder is written as `<key>.tmp` under a lock and
+renamed when whole: a process that wants it meanwhile, on any rank, waits.
 """
 
 import errno
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
@@ -26,18 +28,23 @@ from rich.progress import Progress, TextColumn
 
 from functional_trainer.data import sources
 from functional_trainer.data.chat import FILES, Tokenizer
+from functional_trainer.data.groups import couples, pairs
 from functional_trainer.data.packing import Documents
 from functional_trainer.data.records import Record, Within, encoded, rows_of
+from functional_trainer.data.shapes import Form
 from functional_trainer.options import Source
 
 ROWS = 64  # read, tokenized and written at a time
 COLUMNS: dict[str, Any] = {"tokens": np.int32, "mask": np.bool_, "offsets": np.int64}
+GROUPED = COLUMNS | {"groups": np.int64, "preferred": np.int8}
 
 
 class Mapped(Documents):
     """Documents in a folder of the cache; another process opens the folder anew."""
 
     folder: Path
+    units: list[int]
+    """Documents of each source, or groups of them."""
 
     def __reduce__(self):
         return load, (self.folder,)
@@ -51,47 +58,62 @@ class Rows:
     tokenizer: Tokenizer
     vocab_size: int | None = None
     keep: Within | None = None
+    form: Form = "chats"
 
     def __call__(self, part: int, parts: int) -> Iterator[tuple[int, dict[str, np.ndarray], dict[str, int]]]:
         """Yield (source, columns of its rows, how many are of which shape) of every `parts`-th run of rows."""
         turn = count()
         for index, source in enumerate(self.of):
-            rows = rows_of(source, self.keep)
+            rows = rows_of(source, self.keep, self.form)
             while some := list(islice(rows, ROWS)):
                 if next(turn) % parts == part:
                     yield index, self._columns(some), dict(Counter(record.shape for record in some))
 
     def _columns(self, some: list[Record]) -> dict[str, np.ndarray]:
-        pairs = [encoded(record, self.tokenizer, self.vocab_size) for record in some]
-        documents = Documents.of(pairs)
-        return {"tokens": documents.tokens, "mask": documents.mask, "offsets": documents.offsets}
+        encode = partial(encoded, tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+        if self.form == "chats":
+            documents = Documents.of(map(encode, some))
+        else:
+            documents = (pairs if self.form == "pairs" else couples)(some, encode)
+        return {name: getattr(documents, name) for name in self.files}
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """What there is of the documents, and of which type."""
+        return COLUMNS if self.form == "chats" else GROUPED
 
 
-def tokenized(rows: Rows, folder: str | Path | None = None, workers: int = 0) -> tuple[Documents, list[Counter]]:
+def home(folder: str | Path | None) -> Path:
+    """Return the folder of the cache, made if it is missing; OSError says why it cannot be."""
+    root = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "functional_trainer").expanduser()
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "files.lock").touch()
+    return root
+
+
+def tokenized(rows: Rows, folder: str | Path | None = None, workers: int = 0) -> tuple[Mapped, list[Counter]]:
     """Return the documents of the rows, from the cache `folder` or through it, and each source's rows by shape.
 
     Without `folder` the cache is functional_trainer in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache).
     ValueError names file and place of the first bad row, OSError why the cache cannot be written.
     """
-    root = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "functional_trainer").expanduser()
-    with _writing(root):
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "files.lock").touch()
+    root = home(folder)
     with FileLock(root / "files.lock"):
-        home = root / key(rows, root)
-    with FileLock(f"{home}.lock"):
-        if not (home / "meta.json").exists():
-            with _writing(root):
-                shutil.rmtree(partial := home.with_suffix(".tmp"), ignore_errors=True)
-                partial.mkdir()
-            _write(rows, partial, workers)
-            partial.rename(home)
-    meta = json.loads((home / "meta.json").read_text())
-    return load(home), [Counter(shapes) for shapes in meta["sources"]]
+        whole = root / key(rows, root)
+    with FileLock(f"{whole}.lock"):
+        if not (whole / "meta.json").exists():
+            with writing(root):
+                shutil.rmtree(begun := whole.with_suffix(".tmp"), ignore_errors=True)
+                begun.mkdir()
+            _write(rows, begun, workers)
+            begun.rename(whole)
+    meta = json.loads((whole / "meta.json").read_text())
+    return load(whole), [Counter(shapes) for shapes in meta["sources"]]
 
 
 @contextmanager
-def _writing(root: Path) -> Iterator[None]:
+def writing(root: Path) -> Iterator[None]:
     """Say of an OSError what could not be written, and what would help."""
     try:
         yield
@@ -101,21 +123,21 @@ def _writing(root: Path) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, f"{reason}; {room}choose another folder (--data.cache)") from None
 
 
-def load(folder: Path) -> Documents:
+def load(folder: Path) -> Mapped:
     """Map the documents of a folder; ValueError if its files are not as they were written."""
     meta = json.loads((folder / "meta.json").read_text())
-    if {name: (folder / f"{name}.bin").stat().st_size for name in COLUMNS} != meta["bytes"]:
+    if {name: (folder / f"{name}.bin").stat().st_size for name in meta["bytes"]} != meta["bytes"]:
         raise ValueError(f"{folder}: the files of this token cache have other sizes than written; delete the folder")
     documents = _map(folder, meta["bytes"])
-    documents.__dict__ |= {"folder": folder, "content": meta["content"]}
+    documents.__dict__ |= {"folder": folder, "content": meta["content"], "units": meta["units"]}
     return documents
 
 
-def _map(folder: Path, sizes: dict[str, int]) -> Documents:
-    return Mapped(*(
-        np.memmap(folder / f"{name}.bin", dtype, "r") if sizes[name] else np.empty(0, dtype)
-        for name, dtype in COLUMNS.items()
-    ))  # fmt: skip
+def _map(folder: Path, sizes: dict[str, int]) -> Mapped:
+    return Mapped(**{
+        name: np.memmap(folder / f"{name}.bin", GROUPED[name], "r") if size else np.empty(0, GROUPED[name])
+        for name, size in sizes.items()
+    })  # fmt: skip
 
 
 def key(rows: Rows, root: Path) -> str:
@@ -128,10 +150,10 @@ def key(rows: Rows, root: Path) -> str:
     ]
     chosen = rows.tokenizer.folder
     words = [f for name in FILES for f in sorted([chosen / name, *(chosen / name).glob("*")]) if f.is_file()]
-    code = [Path(__file__).with_name(f"{name}.py") for name in ("chat", "records", "shapes", "sources")]
+    code = [Path(__file__).with_name(f"{name}.py") for name in ("chat", "groups", "records", "shapes", "sources")]
     made = [_digest(file) for file in words + code] + [version(name) for name in ("tokenizers", "jinja2")]
     known.save()
-    text = json.dumps([data, made, rows.vocab_size, rows.keep])
+    text = json.dumps([data, made, rows.vocab_size, rows.keep, rows.form])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -170,25 +192,29 @@ def _write(rows: Rows, folder: Path, workers: int) -> None:
 
     console, runs = Console(stderr=True), ahead(rows, workers)
     bar = Progress(TextColumn("{task.description}"), console=console, disable=not console.is_terminal, transient=True)
-    files = {name: open(folder / f"{name}.bin", "wb") for name in COLUMNS}
+    files = {name: open(folder / f"{name}.bin", "wb") for name in rows.files}
     shapes: list[Counter] = [Counter() for _ in rows.of]
-    offset = 0
+    units, ends = [0] * len(rows.of), {"offsets": 0, "groups": 0}
     try:
         with bar:
             line = bar.add_task("tokenizing")
-            files["offsets"].write(np.zeros(1, np.int64).data)
+            for name in ends.keys() & files.keys():
+                files[name].write(np.zeros(1, np.int64).data)
             for source, columns, seen in runs:
-                with _writing(folder.parent):
+                with writing(folder.parent):
                     for name, column in columns.items():
-                        files[name].write((column[1:] + offset if name == "offsets" else column).data)
-                offset += len(columns["tokens"])
+                        files[name].write((column[1:] + ends[name] if name in ends else column).data)
+                for name in ends.keys() & columns.keys():
+                    ends[name] += int(columns[name][-1])
+                units[source] += len(columns["groups" if "groups" in columns else "offsets"]) - 1
                 shapes[source].update(seen)
-                bar.update(line, description=f"tokenized {sum(map(Counter.total, shapes)):,} rows, {offset:,} tokens")
+                done = f"tokenized {sum(map(Counter.total, shapes)):,} rows, {ends['offsets']:,} tokens"
+                bar.update(line, description=done)
     finally:
         runs.close()
-        with _writing(folder.parent):
+        with writing(folder.parent):
             for file in files.values():
                 file.close()
-    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in COLUMNS}
-    meta = {"bytes": sizes, "sources": shapes, "content": _map(folder, sizes).content}
+    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in files}
+    meta = {"bytes": sizes, "sources": shapes, "units": units, "content": _map(folder, sizes).content}
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -209,9 +209,20 @@ class Tokenizer:
         """Encode the chat with the generation prompt behind it."""
         return self.encode(self.render(messages, tools, add_generation_prompt=True))
 
-    def encode_chat(self, messages: list[Message], tools: list | None = None) -> tuple[list[int], list[bool]]:
-        """Encode the whole chat: ids and whether each is trained; ValueError says why a mask cannot be had."""
+    def encode_chat(
+        self, messages: list[Message], tools: list | None = None, prompt: int = 0
+    ) -> tuple[list[int], list[bool]]:
+        """Encode the whole chat: ids and whether each is trained; ValueError says why a mask cannot be had.
+
+        Assistant turns among the first `prompt` messages are not trained.
+        """
         text, spans = self.spans(messages, tools)
+        if prompt:
+            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(spans) != len(turns):
+                marked = f"marks {len(spans)} of {len(turns)} assistant turns"
+                raise ValueError(f"the chat template {marked}: which of them are the answer's cannot be told")
+            spans = [span for i, span in zip(turns, spans, strict=True) if i >= prompt]
         encoding = self.backend.encode(text, add_special_tokens=False)
         begin, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         mask = np.zeros(len(begin), bool)

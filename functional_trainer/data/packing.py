@@ -31,6 +31,10 @@ class Documents:
     """bool (T,): this token is trained, as a target."""
     offsets: np.ndarray
     """int64 (N + 1,)"""
+    groups: np.ndarray | None = None
+    """int64 (G + 1,): documents [groups[i], groups[i + 1]) stay side by side in one row; None: each by itself."""
+    preferred: np.ndarray | None = None
+    """int8 (N,), of groups: 1 for a chosen answer, -1 for a rejected one, 0 for a mismatched one."""
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> "Documents":
@@ -48,8 +52,8 @@ class Documents:
     def content(self) -> str:
         """What a resumed run compares: the number of documents, and a checksum."""
         checksum = 0
-        for column in (self.tokens, self.mask, self.offsets):
-            checksum = zlib.crc32(np.ascontiguousarray(column).data, checksum)
+        for column in (self.tokens, self.mask, self.offsets, self.groups, self.preferred):
+            checksum = checksum if column is None else zlib.crc32(np.ascontiguousarray(column).data, checksum)
         return f"{len(self)} documents, crc {checksum:08x}"
 
     def __len__(self) -> int:
@@ -59,9 +63,18 @@ class Documents:
         here = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[here], self.mask[here]
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each group, or document without groups, begins in `tokens`, and where the last ends."""
+        return self.offsets if self.groups is None else self.offsets[self.groups]
+
     def between(self, first: int, last: int) -> "Documents":
-        """Return documents [first, last), sharing storage."""
-        return Documents(self.tokens, self.mask, self.offsets[first : last + 1])
+        """Return groups [first, last), or documents without groups, sharing storage."""
+        if self.groups is None or self.preferred is None:
+            return Documents(self.tokens, self.mask, self.offsets[first : last + 1])
+        groups = self.groups[first : last + 1]
+        offsets, preferred = self.offsets[groups[0] : groups[-1] + 1], self.preferred[groups[0] : groups[-1]]
+        return Documents(self.tokens, self.mask, offsets, groups - groups[0], preferred)
 
 
 @dataclass(frozen=True)
@@ -94,11 +107,7 @@ def cut(documents: Documents, seq_len: int, overlong: Overlong) -> Pieces:
     position = (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)) * seq_len
     begin = np.repeat(documents.offsets[:-1], count) + position
     length = np.minimum(np.repeat(inputs, count) - position, seq_len)
-    trained = np.zeros_like(length)
-    for some in (slice(i, i + CHUNK) for i in range(0, len(length), CHUNK)):  # the mask may be a file
-        borders = np.stack([begin[some] + 1, begin[some] + 1 + length[some]], 1).ravel()
-        mask = np.append(documents.mask[borders[0] : borders[-1]], False)
-        trained[some] = np.add.reduceat(mask, borders - borders[0], dtype=np.int64)[::2]
+    trained = count_trained(documents.mask, begin, length)
     keep = trained > 0
     stats = {
         "documents": len(documents),
@@ -109,6 +118,16 @@ def cut(documents: Documents, seq_len: int, overlong: Overlong) -> Pieces:
         "untrained": int((~keep).sum() + (inputs < 1).sum()),
     }
     return Pieces(begin[keep], length[keep], position[keep], trained[keep], stats)
+
+
+def count_trained(mask: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Count the trained targets of `length` (at least one) inputs from each `begin` on, in order."""
+    trained = np.zeros_like(length)
+    for some in (slice(i, i + CHUNK) for i in range(0, len(length), CHUNK)):  # the mask may be a file
+        borders = np.stack([begin[some] + 1, begin[some] + 1 + length[some]], 1).ravel()
+        part = np.append(mask[borders[0] : borders[-1]], False)
+        trained[some] = np.add.reduceat(part, borders - borders[0], dtype=np.int64)[::2]
+    return trained
 
 
 Fit = Callable[[list[int], int, int], int]

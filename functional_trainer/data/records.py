@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from functional_trainer import config
 from functional_trainer.data import sources
 from functional_trainer.data.chat import Message, Tokenizer
-from functional_trainer.data.shapes import COLUMNS, SHAPES, recognise
+from functional_trainer.data.shapes import COLUMNS, FORMS, Answers, Form, recognise
 from functional_trainer.data.sources import Paths
 from functional_trainer.errors import brief
 from functional_trainer.options import Mix, Source
@@ -19,7 +19,7 @@ from functional_trainer.options import Mix, Source
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the data: a conversation, or plain text."""
+    """One row of the data: a conversation, plain text, or a prompt with one or two answers."""
 
     where: str
     """file:line or file[index]"""
@@ -28,6 +28,12 @@ class Record:
     tools: list[dict] | None
     text: str | None = None
     shape: str = "messages"
+    prompt: int = 0
+    """Of preferences: how many of the messages are the prompt; only what follows is trained."""
+    rejected: list[Message] | None = None
+    """Of a pair: the conversation that is not preferred."""
+    label: bool = True
+    """Of preferences: whether `messages` end with a wanted answer."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """All columns, as in the file, for reward functions."""
 
@@ -77,43 +83,50 @@ def datasets(given: list[Source]) -> list[Source]:
     return found
 
 
-def records(paths: Paths, shape: str = "auto", columns: tuple[str, ...] = ()) -> Iterator[Record]:
-    """Read checked rows of any kind of file (`sources`) and shape (`shapes`); ValueError names the place.
+def records(paths: Paths, shape: str = "auto", columns: tuple[str, ...] = (), form: Form = "chats") -> Iterator[Record]:
+    """Read checked rows of any kind of file (`sources`) and shape (`shapes`) of a form; ValueError names the place.
 
     With `shape="auto"` the first row of a file decides for all of it. `columns` are `ours=theirs` pairs.
     """
     names = renames(columns)
+    if shape not in ("auto", *FORMS[form]):
+        raise ValueError(f"--data.type {shape}: this recipe and loss read {', '.join(FORMS[form])}")
     for file in sources.files(paths):
         here = shape
         for index, (where, row) in enumerate(sources.rows(file)):
             try:
                 if not isinstance(row, dict):
-                    raise ValueError(f"expected an object with a list 'messages', got {str(row)[:60]}")
+                    needs = next(iter(FORMS[form].values())).needs
+                    raise ValueError(f"expected an object with {needs}, got {str(row)[:60]}")
                 if index == 0 and (gone := [name for name in names if name not in row]):
                     has = str(list(row))[:200]
                     raise ValueError(f"there is no column {gone[0]!r}, which --data.columns names; it has {has}")
                 row = {names.get(k, k): v for k, v in row.items() if k in names or k not in names.values()}
-                here = recognise(row) if here == "auto" else here
-                yield _record(row, here, where)
+                here = recognise(row, form) if here == "auto" else here
+                yield _record(row, form, here, where)
             except ValueError as error:
                 raise ValueError(f"{where}: {brief(error)}") from error
 
 
 class Within(NamedTuple):
-    """Keep the rows whose content hashes to a number in [low, high) of [0, 1): equal rows are on the same side."""
+    """Keep the rows whose content, of preferences whose prompt, hashes to a number in [low, high) of [0, 1).
+
+    Equal rows are on the same side, and so are all answers to one prompt.
+    """
 
     low: float
     high: float
 
     def __call__(self, record: Record) -> bool:
-        content = json.dumps([record.text, record.messages, record.tools], sort_keys=True, default=str)
+        messages = record.messages[: record.prompt or None]
+        content = json.dumps([record.text, messages, record.tools], sort_keys=True, default=str)
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         return self.low <= int.from_bytes(digest, "big") / 2**64 < self.high
 
 
-def rows_of(source: Source, keep: Within | None = None) -> Iterator[Record]:
+def rows_of(source: Source, keep: Within | None = None, form: Form = "chats") -> Iterator[Record]:
     """Read the rows of a source that are kept (None: all); its limit counts the others too."""
-    rows = islice(records(source.path, source.type, source.columns), source.limit or None)
+    rows = islice(records(source.path, source.type, source.columns, form), source.limit or None)
     return (row for row in rows if keep is None or keep(row))
 
 
@@ -124,7 +137,7 @@ def encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tup
     """
     try:
         if record.text is None:
-            ids, mask = tokenizer.encode_chat(record.messages, record.tools)
+            ids, mask = tokenizer.encode_chat(record.messages, record.tools, record.prompt)
         else:
             ids = tokenizer.encode(record.text) + tokenizer.document_end
             mask = [True] * len(ids)
@@ -143,17 +156,34 @@ def encoded(record: Record, tokenizer: Tokenizer, vocab_size: int | None) -> tup
     return ids, mask
 
 
-def _record(row: Mapping[str, Any], shape: str, where: str) -> Record:
-    if not SHAPES[shape].has(row):
+def _record(row: Mapping[str, Any], form: Form, shape: str, where: str) -> Record:
+    wanted = FORMS[form][shape]
+    if not wanted.has(row):
         why = f"shape {shape}, by the first row or --data.type"
-        raise ValueError(f"expected an object with {SHAPES[shape].needs} ({why}); it has {str(list(row))[:200]}")
-    given = SHAPES[shape].convert(row)
+        raise ValueError(f"expected an object with {wanted.needs} ({why}); it has {str(list(row))[:200]}")
+    given = wanted.convert(row)
     if isinstance(given, str):
-        return Record(where, [], None, given, shape, row)
+        return Record(where, [], None, given, shape)
     tools = row.get("tools")
     tools = _json(tools) if isinstance(tools, str) and tools.strip() else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"'tools' must be a list of JSON schemas, got {str(tools)[:60]}")
+    if not isinstance(given, Answers):
+        return Record(where, _conversation(given), tools or None, shape=shape, row=row)
+    checked = []
+    for name, answer in given.given.items():
+        try:
+            checked.append(_conversation([*given.prompt, *answer]))
+            if (role := checked[-1][len(given.prompt)]["role"]) != "assistant":
+                raise ValueError(f"it begins with role {role!r} behind the prompt; an answer begins with 'assistant'")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    rejected = checked[1] if len(checked) > 1 else None
+    return Record(where, checked[0], tools or None, None, shape, len(given.prompt), rejected, given.label)
+
+
+def _conversation(given: list[Message]) -> list[Message]:
+    """Check messages, from the first to the assistant's last."""
     messages: list[Message] = []
     for index, message in enumerate(given):
         try:
@@ -162,7 +192,7 @@ def _record(row: Mapping[str, Any], shape: str, where: str) -> Record:
             raise ValueError(f"message {index}: {error}") from error
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last message must be the assistant's, it is of role {messages[-1]['role']!r}")
-    return Record(where, messages, tools or None, None, shape, row)
+    return messages
 
 
 def _json(text: str) -> Any:

@@ -8,10 +8,16 @@
 
 GraphGen writes the first three (https://github.com/open-sciencelab/GraphGen). Other columns are left alone, so rows may
 carry ids and scores. `columns` renames: {"prompt": "question", "completion": "answer"} reads those two.
+
+Preferences are of two shapes, TRL's:
+
+    preference    prompt, chosen, rejected: texts, or lists of messages; or chosen and rejected alone, as conversations
+                  that begin with the same messages. A text beside two conversations is not read, as in TRL
+    unpaired      prompt, completion: texts, or lists of messages; label: whether the completion is a wanted one
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from functional_trainer.data.chat import Message
 
@@ -76,13 +82,64 @@ def _text(row: Mapping[str, Any]) -> str:
     return row["text"]
 
 
+class Answers(NamedTuple):
+    """A prompt and what was answered to it."""
+
+    prompt: list[Message]
+    given: dict[str, list[Message]]
+    """By the names of their columns: chosen and rejected, or completion."""
+    label: bool = True
+
+
+def _turns(given: Any, role: str) -> list[Message]:
+    """Read a text of `role`, or a list of messages without the columns of Parquet that only others of them have."""
+    if not isinstance(given, list):
+        return [{"role": role, "content": given}]
+    return [
+        {k: v for k, v in m.items() if v is not None or k == "content"} if isinstance(m, dict) else m for m in given
+    ]
+
+
+def _preference(row: Mapping[str, Any]) -> Answers:
+    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
+    lists = isinstance(chosen, list) and isinstance(rejected, list)
+    if not lists and not (isinstance(chosen, str) and isinstance(rejected, str)):
+        raise ValueError(f"'chosen' and 'rejected' must be two texts or two lists of messages, got {row!r}"[:200])
+    chosen, rejected = _turns(chosen, "assistant"), _turns(rejected, "assistant")
+    if chosen == rejected:
+        raise ValueError("'chosen' and 'rejected' are the same, which prefers nothing; leave the row out")
+    if isinstance(prompt, list) or not lists:
+        if not prompt or not isinstance(prompt, str | list):
+            raise ValueError(f"'prompt' must be a text or a list of messages that is not empty, got {prompt!r}"[:160])
+        return Answers(_turns(prompt, "user"), {"chosen": chosen, "rejected": rejected})
+    pairs = zip(chosen, rejected, strict=False)
+    alike = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
+    if not 0 < alike < min(len(chosen), len(rejected)):
+        what = "have no first message in common" if not alike else "differ in nothing but that one goes on"
+        raise ValueError(
+            f"'chosen' and 'rejected' {what}; expected one prompt at their beginning and two answers to it"
+        )
+    return Answers(chosen[:alike], {"chosen": chosen[alike:], "rejected": rejected[alike:]})
+
+
+LABELS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def _unpaired(row: Mapping[str, Any]) -> Answers:
+    if (label := LABELS.get(str(row["label"]).lower())) is None:
+        raise ValueError(f"'label' must be true (a wanted completion) or false, got {row['label']!r}"[:120])
+    if not row["prompt"] or not row["completion"]:
+        raise ValueError(f"'prompt' and 'completion' must not be empty, got {row!r}"[:160])
+    return Answers(_turns(row["prompt"], "user"), {"completion": _turns(row["completion"], "assistant")}, label)
+
+
 class Shape(NamedTuple):
     """How rows of one shape are told and read."""
 
     needs: str
     has: Callable[[Mapping[str, Any]], bool]
-    convert: Callable[[Mapping[str, Any]], list[Message] | str]
-    """To a conversation, or plain text; ValueError says what is wrong with the row."""
+    convert: Callable[[Mapping[str, Any]], list[Message] | str | Answers]
+    """To a conversation, plain text or answers; ValueError says what is wrong with the row."""
 
 
 SHAPES = {
@@ -96,10 +153,17 @@ SHAPES = {
     ),
     "text": Shape("'text'", lambda row: "text" in row, _text),
 }
+PAIRS = {"preference": Shape("'chosen' and 'rejected'", lambda row: {"chosen", "rejected"} <= row.keys(), _preference)}
+UNPAIRED = Shape(
+    "'prompt', 'completion' and 'label'", lambda row: {"prompt", "completion", "label"} <= row.keys(), _unpaired
+)
+Form = Literal["chats", "pairs", "answers"]
+FORMS: dict[Form, dict[str, Shape]] = {"chats": SHAPES, "pairs": PAIRS, "answers": PAIRS | {"unpaired": UNPAIRED}}
+"""What a recipe reads: chats and texts, pairs of answers, or answers each by itself, which pairs are too."""
 
 COLUMNS = (
     "messages", "conversations", "system", "tools", "instruction", "input", "output", "history", "prompt", "completion",
-    "text",
+    "text", "chosen", "rejected", "label",
 )  # fmt: skip
 """What `columns` may rename another column to."""
 
@@ -109,12 +173,13 @@ def _speaks(row: Mapping[str, Any]) -> bool:
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
 
 
-def recognise(row: Mapping[str, Any]) -> str:
-    """Return the name of the first shape that a row has; ValueError lists its columns and the shapes."""
-    for name, shape in SHAPES.items():
+def recognise(row: Mapping[str, Any], form: Form = "chats") -> str:
+    """Return the name of the first shape of a form that a row has; ValueError lists its columns and the shapes."""
+    for name, shape in FORMS[form].items():
         if shape.has(row):
             return name
+    unpaired = "answers with a label are for --loss-type kto, or " * (form == "pairs" and UNPAIRED.has(row))
     raise ValueError(
-        f"expected an object with {', or '.join(shape.needs for shape in SHAPES.values())}; this has the columns "
-        f"{', '.join(map(str, row))[:200] or 'none'}: name them with --data.columns, as in prompt=question"
+        f"expected an object with {', or '.join(shape.needs for shape in FORMS[form].values())}; this has the columns "
+        f"{', '.join(map(str, row))[:200] or 'none'}: {unpaired}name them with --data.columns, as in prompt=question"
     )

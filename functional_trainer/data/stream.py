@@ -6,10 +6,12 @@ The same global stream on every rank. Imports no torch, so that worker processes
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from functional_trainer.data.groups import Groups
 from functional_trainer.data.order import Share, grouped, mixed
 from functional_trainer.data.packing import STRATEGIES, Cursor, Documents, Overlong, cut, fill, plan
 
@@ -22,7 +24,8 @@ class Stream:
     `epochs=None` never ends; otherwise every piece comes exactly `epochs` times and empty rows fill the last batch.
     With `sources`, `Share`s of documents that lie end to end, an epoch sees each `weight` times, and the stream ends
     when the passes of all are used up. Packing "none" puts one document into a row and brings similar lengths together.
-    Raises ValueError.
+    Of documents in groups a group is one piece. `reference` is a file of a number for each token of the documents, that
+    batches bring as ref_logprobs. Raises ValueError.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Stream:
         shuffle: bool = True,
         overlong: Overlong = "split",
         sources: Sequence[Share] = (),
+        reference: Path | None = None,
     ):
         _check(rows, seq_len, packing, seed, epochs, rank, world)
         self.settings: dict[str, Any] = {"rows": rows, "seq_len": seq_len, "packing": packing, "seed": seed}
@@ -48,7 +52,9 @@ class Stream:
         self.widths = [-(-seq_len // part) for part in WIDTHS] if packing == "none" else [seq_len]
         self.fit = STRATEGIES[packing]
         self.mine = slice(rank * rows // world, (rank + 1) * rows // world)
-        self.pieces = cut(documents, seq_len, overlong)
+        self.groups = None if documents.groups is None else Groups(documents, seq_len, overlong)
+        self.pieces = self.groups.pieces if self.groups else cut(documents, seq_len, overlong)
+        self.refer(reference)
         if not len(self.pieces.length):
             raise ValueError(f"no document is left to train on ({self.pieces.stats}); raise seq_len or change overlong")
         shares = self._shares(sources) if sources else [Share(len(self.pieces.length))]
@@ -66,12 +72,18 @@ class Stream:
     def __reduce__(self):
         return _stream, (self.documents, self.settings | self.rebuild)
 
+    def refer(self, reference: Path | None) -> None:
+        """Bring numbers of this file as ref_logprobs from the next batch on; None for none."""
+        self.rebuild["reference"] = reference
+        self.reference = None if reference is None else np.load(reference, mmap_mode="r")
+
     def _shares(self, sources: Sequence[Share]) -> list[Share]:
         """Turn shares of documents into shares of pieces; ValueError for one that has none or is not weighed."""
-        if sum(share.size for share in sources) != len(self.documents):
+        starts = self.documents.starts
+        if sum(share.size for share in sources) != len(starts) - 1:
             count = sum(share.size for share in sources)
-            raise ValueError(f"the sources have {count} documents, the data {len(self.documents)}")
-        document = np.searchsorted(self.documents.offsets, self.pieces.begin, side="right") - 1
+            raise ValueError(f"the sources have {count} documents, the data {len(starts) - 1}")
+        document = np.searchsorted(starts, self.pieces.begin, side="right") - 1
         borders = np.cumsum([0, *(share.size for share in sources)])
         sizes = np.diff(np.searchsorted(document, borders)).tolist()
         for i, (size, share) in enumerate(zip(sizes, sources, strict=True)):
@@ -100,7 +112,17 @@ class Stream:
         """Write this rank's rows of a batch, (rows / world, width)."""
         longest = max(sum(int(self.pieces.length[piece]) for piece in row) for row in table)
         width = next(width for width in self.widths if width >= longest)
-        return fill(self.documents, self.pieces, table[self.mine], width)
+        if self.groups is None:
+            return fill(self.documents, self.pieces, table[self.mine], width)
+        batch = self.groups.fill(table[self.mine], width)
+        if self.reference is not None:
+            batch["ref_logprobs"] = np.asarray(self.reference[self.target_ids(table, batch)])
+        return batch
+
+    def target_ids(self, table: list[list[int]], batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Return which token of the documents each target of this rank's rows is, of documents in groups."""
+        assert self.groups is not None
+        return self.groups.target_ids(table[self.mine], batch)
 
 
 def _stream(documents: Documents, settings: dict[str, Any]) -> Stream:

@@ -1,4 +1,4 @@
-"""Runs of a recipe as a user's command, quickly: each in a process forked from one that has imported torch."""
+"""Runs of recipes as a user's command, quickly: each in a process forked from one that has imported torch."""
 
 import importlib
 import json
@@ -29,7 +29,8 @@ EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_inte
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["tests.experiments.sft_runs", "experiments.qwen3_moe_sft", "experiments.rules", "functional_trainer.loop"]
-    + ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+    + ["functional_trainer.reference", "torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure"]
+    + ["matplotlib.backends.backend_agg"]
 )
 
 
@@ -99,17 +100,16 @@ def announced(world: int) -> dict[str, str]:
 
 
 def start_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = (), recipe: str = RECIPE.stem) -> list[Run]:
-    """Start the recipe in `world` processes, as torchrun would; `setups` are each one's `setup`."""
+    """Start a recipe in `world` processes, as torchrun would; `setups` are each one's `setup`."""
     shared = announced(world)
-    each = zip_longest(range(world), setups)
-    return [
-        start(cwd, *flags, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, setup=s, recipe=recipe) for r, s in each
-    ]
+    envs = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    each = zip_longest(envs, setups)
+    return [start(cwd, *flags, env=env, setup=setup, recipe=recipe) for env, setup in each]
 
 
-def run_ranks(cwd: Path, world: int, *flags: Any, **options: Any) -> str:
-    """Run the recipe in `world` processes to its end; return what rank 0 printed."""
-    ranks = start_ranks(cwd, world, *flags, **options)
+def run_ranks(cwd: Path, world: int, *flags: Any, setups: Sequence[Any] = (), recipe: str = RECIPE.stem) -> str:
+    """Run a recipe in `world` processes to its end; return what rank 0 printed."""
+    ranks = start_ranks(cwd, world, *flags, setups=setups, recipe=recipe)
     codes = [rank.wait() for rank in ranks]
     assert not any(codes), "\n".join(rank.output for rank in ranks)
     return ranks[0].output
