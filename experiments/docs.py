@@ -1,7 +1,4 @@
-"""Write what docs/ takes from the code: the tables of configuration.md, and schedules.png.
-
-python experiments/docs.py
-"""
+"""Write what docs/ takes from the code, tables of configuration.md and schedules.png: python experiments/docs.py"""
 
 import ast
 import dataclasses
@@ -15,14 +12,14 @@ from typing import Any, get_args, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
+from experiments import qwen3_moe_grpo
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config, optimizers
 from functional_trainer.loop import MAY_DIFFER
 from functional_trainer.options import OptimOptions, Source
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 1000
-"""Length of the run whose schedules are drawn."""
+STEPS = 1000  # of the run whose schedules are drawn
 BEGIN, END = "<!-- written by `make docs` from here -->\n\n", "\n<!-- to here -->\n"
 
 
@@ -55,10 +52,10 @@ def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
             yield flag.name if flag else prefix + field.name, hint, field.default, texts.get(field.name, "")
 
 
-def sections() -> dict[str, type]:
-    """Return the dataclass of every section of the recipe's options, by the prefix of its names; "" is its own."""
-    found: dict[str, type] = {"": Options}
-    for name, hint in get_type_hints(Options).items():
+def sections(of: type = Options) -> dict[str, type]:
+    """Return the dataclass of every section of a recipe's options, by the prefix of its names; "" is its own."""
+    found: dict[str, type] = {"": of}
+    for name, hint in get_type_hints(of).items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found[f"{name}."] = hint
     return found
@@ -82,6 +79,9 @@ def flags(cls: type, prefix: str) -> str:
 def tables() -> str:
     """Return what is generated of configuration.md."""
     parts = [f"## {f'`--{name}*`' if name else 'The run'}\n\n{flags(cls, name)}" for name, cls in sections().items()]
+    for name, cls in sections(qwen3_moe_grpo.Options).items():
+        if name and cls not in sections().values():
+            parts.append(f"## `--{name}*` of experiments/qwen3_moe_grpo.py\n\n{flags(cls, name)}")
     keys = [(f"`{name}`", config.describe(hint), show(default), text) for name, hint, default, text in options(Source)]
     title = "## `datasets`, in a YAML file of `--data.train` or `--data.eval`"
     return "\n".join([*parts, f"{title}\n\n{table(('key', 'value', 'default', 'meaning'), *keys)}"])
