@@ -13,7 +13,7 @@ B rows (slots), E tokens between two looks, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,6 +42,14 @@ class Rows(NamedTuple):
     place: torch.Tensor
     end: torch.Tensor
     live: torch.Tensor
+
+
+class Ready(NamedTuple):
+    """A prompt whose beginning has been run: its place in the call, and which row of a cache has what that left."""
+
+    index: int
+    cache: tree.Tree
+    row: int
 
 
 class Request(NamedTuple):
@@ -109,15 +117,18 @@ class LocalEngine:
         self._check(prompts, sampling)
         stop_V, zero_B = self._stops(sampling.stop), self._ids([0] * self.slots)
         rows = Rows(zero_B.clone(), zero_B.clone(), zero_B.clone(), zero_B != 0)
-        waiting = deque(enumerate(prompts))
+        waiting = deque(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i]))))
+        ready: deque[Ready] = deque()
         running: dict[int, Request] = {}
         samples: dict[int, Sample] = {}
         with ExitStack() as stack:
             if self._compiles:
                 for context in (settings(False), kernels.kept_on_disk()):
                     stack.enter_context(context)
-            while waiting or running:
-                self._admit(rows, waiting, running, sampling)
+            while waiting or ready or running:
+                while (waiting or ready) and len(running) < self.slots:
+                    ready = ready or self._prefill(waiting, prompts)
+                    self._admit(rows, ready, running, prompts, sampling)
                 rows, ended = self._advance(rows, stop_V, running, sampling)
                 samples |= {done.index: self._sample(done, sampling) for done in ended}
         return [samples[i] for i in range(len(prompts))]
@@ -148,33 +159,33 @@ class LocalEngine:
         cache = self.model.init_cache(rows, length, self.params)
         return {name: columns for name, columns in cache.items() if name != "length"}
 
-    def _admit(self, rows: Rows, waiting: deque, running: dict[int, Request], sampling: Sampling) -> None:
-        """Give free rows to prompts that wait, in place."""
-        free = [slot for slot in range(self.slots) if slot not in running][: len(waiting)]
-        if not free:
-            return
-        entering = {slot: waiting.popleft() for slot in free}
-        self._prefill({slot: prompt for slot, (_, prompt) in entering.items()})
-        at, last = self._ids(free), self._ids([prompt[-1] for _, prompt in entering.values()])
-        place = self._ids([len(prompt) - 1 for _, prompt in entering.values()])
-        rows.token[at], rows.place[at], rows.end[at], rows.live[at] = last, place, place + sampling.max_tokens, True
-        for slot, (index, _) in entering.items():
-            running[slot] = Request(index, uniforms(sampling.seed, index, sampling.max_tokens), [], [])
+    def _prefill(self, waiting: deque[int], prompts: Sequence[Prompt]) -> deque[Ready]:
+        """Take prompts that wait, run all their tokens but the last ones at once, those that are equal only once."""
+        numbers: dict[tuple[int, ...], int] = {}
+        taken: list[tuple[int, int]] = []
+        while waiting:
+            beginning = tuple(prompts[waiting[0]][:-1])
+            if taken and beginning not in numbers and (len(numbers) + 1) * len(beginning) > TOGETHER:
+                break
+            taken.append((waiting.popleft(), numbers.setdefault(beginning, len(numbers))))
+        batch = _padded(list(numbers), self.params["embed"].device)
+        cache = self._new_cache(*batch["tokens"].shape)
+        self.model.apply(self.params, batch, cache=cache | {"length": 0})
+        return deque(Ready(index, cache, row) for index, row in taken)
 
-    def _prefill(self, entering: Mapping[int, Prompt]) -> None:
-        """Run all tokens of prompts but the last ones, and copy what that leaves in a cache to their slots."""
-        slots_of: dict[tuple[int, ...], list[int]] = {}
-        for slot, prompt in entering.items():
-            slots_of.setdefault(tuple(prompt[:-1]), []).append(slot)
-        slots_of.pop((), None)
-        for group in _together(sorted(slots_of, key=len)):
-            batch = _padded(group, self.params["embed"].device)
-            cache = self._new_cache(*batch["tokens"].shape)
-            self.model.apply(self.params, batch, cache=cache | {"length": 0})
-            to = self._ids([slot for beginning in group for slot in slots_of[beginning]])
-            source = self._ids([i for i, beginning in enumerate(group) for _ in slots_of[beginning]])
-            for held, new in zip(tree.leaves(self._cache), tree.leaves(cache), strict=True):
-                held[to, : new.shape[1]] = new[source]
+    def _admit(self, rows: Rows, ready: deque[Ready], running: dict[int, Request], prompts, sampling: Sampling) -> None:
+        """Give free rows to prompts that are ready, in place."""
+        free = [slot for slot in range(self.slots) if slot not in running][: len(ready)]
+        entering = [ready.popleft() for _ in free]
+        at, source = self._ids(free), self._ids([one.row for one in entering])
+        for held, new in zip(tree.leaves(self._cache), tree.leaves(entering[0].cache), strict=True):
+            held[at, : new.shape[1]] = new[source]
+        mine = [prompts[one.index] for one in entering]
+        place = self._ids([len(prompt) - 1 for prompt in mine])
+        rows.token[at], rows.place[at] = self._ids([prompt[-1] for prompt in mine]), place
+        rows.end[at], rows.live[at] = place + sampling.max_tokens, True
+        for slot, one in zip(free, entering, strict=True):
+            running[slot] = Request(one.index, uniforms(sampling.seed, one.index, sampling.max_tokens), [], [])
 
     def _advance(
         self, rows: Rows, stop_V: torch.Tensor, running: dict[int, Request], sampling: Sampling
@@ -201,21 +212,9 @@ class LocalEngine:
         return Sample(done.tokens, done.logprobs, reason, [self.version] * len(done.tokens))
 
 
-def _together(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Yield prompts, which come by length, in groups of at most `TOGETHER` tokens with padding; a longer one alone."""
-    group: list[tuple[int, ...]] = []
-    for prompt in prompts:
-        if group and (len(group) + 1) * len(prompt) > TOGETHER:
-            yield group
-            group = []
-        group.append(prompt)
-    if group:
-        yield group
-
-
 def _padded(prompts: Sequence[Prompt], device: torch.device) -> Batch:
-    """Return columns of one prompt a row, padded on the right."""
-    width = max(map(len, prompts))
+    """Return columns of one prompt a row, padded on the right to at least one token."""
+    width = max(1, *map(len, prompts))
     tokens = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
     positions = torch.arange(width).expand_as(tokens)
     real = positions < torch.tensor([[len(prompt)] for prompt in prompts])

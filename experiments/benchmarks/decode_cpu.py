@@ -1,12 +1,13 @@
 """Time generation on the CPU: the built-in engine beside transformers' `generate` and its continuous batching.
 
-    python experiments/benchmarks/decode_cpu.py                         # every answer has --tokens
+    python experiments/benchmarks/decode_cpu.py                         # 128 questions, every answer has --tokens
     python experiments/benchmarks/decode_cpu.py --stops 24              # answers end at different lengths
+    python experiments/benchmarks/decode_cpu.py --stops 24 --samples 16 --temperature 1     # groups, as in GRPO
 
-Everybody continues the same prompts, questions of the shipped tasks, from the same random weights of the tiny preset,
-greedily, until --tokens or the first of --stops ids. Contestants take turns in one process. Tokens a second are those
-that were generated, over the time of a whole call, prompts included. Answers must be ours, but for `--ties` of them:
-where two tokens are equally likely in float32, rounding chooses. If more differ the exit status is 1.
+Everybody continues the same prompts, questions of the shipped tasks, from the same random weights of the tiny preset
+until --tokens or the first of --stops ids. Contestants take turns in one process. Tokens a second are those that were
+generated, over the time of a whole call, prompts included. Greedy answers must be ours, but for --ties of them: where
+two tokens are equally likely in float32, rounding chooses. If more differ the exit status is 1.
 
     ours-F         `LocalEngine` with compile F
     hf-generate-X  `generate` with experts implementation X, all prompts as one batch, padded on the left
@@ -40,7 +41,11 @@ EXPERTS = ("eager", "batched_mm", "grouped_mm")  # transformers' others need a G
 @dataclass(frozen=True)
 class Options:
     prompts: int = 128
-    """Questions."""
+    """Prompts of a call, those that are equal counted each."""
+    samples: int = 1
+    """How often each question is asked."""
+    temperature: float = 0.0
+    """0 is greedy."""
     tokens: int = 32
     """Most tokens of an answer."""
     stops: int = 0
@@ -73,8 +78,8 @@ def questions(o: Options) -> Ids:
     from functional_trainer.data import Tokenizer
 
     tokenizer = Tokenizer(Path(tasks.__file__).with_name("tokenizer"))
-    records, _ = tasks.make(o.prompts, 0, o.seed)
-    return [tokenizer.prompt(record["messages"][:-1]) for record in records]
+    records, _ = tasks.make(o.prompts // o.samples, 0, o.seed)
+    return [tokenizer.prompt(record["messages"][:-1]) for record in records for _ in range(o.samples)]
 
 
 def ours(o: Options, model: Any, params: Any, prompts: Ids, stops: list[int], form: Any) -> Callable[[], Ids]:
@@ -84,7 +89,7 @@ def ours(o: Options, model: Any, params: Any, prompts: Ids, stops: list[int], fo
 
     length = max(map(len, prompts)) + o.tokens
     engine = LocalEngine(model, params, slots=o.slots, length=length, compile=form, look_every=o.look_every)
-    sampling = Sampling(o.tokens, temperature=0.0, stop=tuple(stops))
+    sampling = Sampling(o.tokens, o.temperature, stop=tuple(stops))
     return lambda: [sample.tokens for sample in engine.generate(prompts, sampling)]
 
 
@@ -95,7 +100,8 @@ def theirs(o: Options, folder: Path, prompts: Ids, stops: list[int], experts: st
 
     make = transformers.AutoModelForCausalLM.from_pretrained
     model = make(folder, dtype=torch.float32, experts_implementation=experts).eval()
-    how: dict[str, Any] = {"max_new_tokens": o.tokens, "do_sample": False, "pad_token_id": 0}
+    how: dict[str, Any] = {"max_new_tokens": o.tokens, "do_sample": o.temperature > 0, "pad_token_id": 0}
+    how |= {"temperature": o.temperature, "top_k": 0} if o.temperature else {}
     width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -144,7 +150,8 @@ def race(o: Options, calls: dict[str, Callable[[], Ids]], console: Console) -> l
         rows.append({"name": name, "first_s": first, "tokens": sum(map(len, answers[name])), "seconds": []})
     wanted = next(iter(answers.values()))
     for row in rows:
-        row["others"] = sum(a != b for a, b in zip(answers[row["name"]], wanted, strict=True))
+        pairs = zip(answers[row["name"]], wanted, strict=True)
+        row["others"] = None if o.temperature else sum(a != b for a, b in pairs)
     for round in range(o.rounds):
         turn = round % len(rows)
         for row in rows[turn:] + rows[:turn]:
@@ -165,7 +172,7 @@ def show(o: Options, rows: list[dict[str, Any]], console: Console) -> None:
     for row in rows:
         spread = f"{min(row['seconds']):.3f}..{max(row['seconds']):.3f}"
         numbers = f"{row['rate']:,.0f}", f"{row['median_s']:.3f}", spread, f"{row['tokens']}", f"{row['first_s']:.1f}"
-        table.add_row(row["name"], *numbers, str(row["others"]))
+        table.add_row(row["name"], *numbers, "" if row["others"] is None else str(row["others"]))
     console.print(table)
 
 
@@ -188,7 +195,7 @@ def main(o: Options) -> None:
     if o.json:
         options = asdict(o) | {"json": str(o.json)}
         o.json.write_text(json.dumps({"options": options, "results": rows}, indent=1) + "\n", encoding="utf-8")
-    sys.exit(any(row["others"] > o.ties for row in rows))
+    sys.exit(any((row["others"] or 0) > o.ties for row in rows))
 
 
 if __name__ == "__main__":
