@@ -1,9 +1,10 @@
 """The built-in rollout engine: rows that decode together against a KV cache, on the parameters that are trained.
 
-Continuous batching (Orca, Yu et al., 2022): a row whose sample has ended is given to a prompt that waits. All but the
-last token of the prompts that enter together are run at once, those that are equal one time only, and what they leave
-in a cache of their own is copied to their rows. The last token is fed as every later one is, so there is one place
-where tokens are chosen.
+Continuous batching (Orca, Yu et al., 2022): a row whose sample has ended is given to a prompt that waits. Prompts are
+run ahead of the rows that become free, all but their last tokens, many at once and equal ones once; what they leave in
+a cache of their own is copied to their rows. The last token is fed as every later one is, so there is one place where
+tokens are chosen. When no prompt waits and half of the rows are free, the others are moved together and half as many
+go on, down to a quarter of the slots.
 
 Every row of the cache has its own place to write. Place and position are one number, so what an earlier sample left
 beyond a row's place lies in the future, where no query looks, until it is written over. A row that has ended goes on as
@@ -13,10 +14,10 @@ B rows (slots), E tokens between two looks, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from functional_trainer.types import Batch
 
 TOGETHER = 4096
 """Tokens of prompts, padding included, that are run at once."""
+FEWEST = 8
+"""Rows below which it is not worth while to go on with fewer."""
 Prompt = Sequence[int]
 
 
@@ -45,17 +48,17 @@ class Rows(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A prompt whose beginning has been run: its place in the call, and which row of a cache has what that left."""
+    """A prompt whose beginning has been run: its number in the call, and which row of a cache has what that left."""
 
-    index: int
+    number: int
     cache: tree.Tree
     row: int
 
 
 class Request(NamedTuple):
-    """A prompt that has a row: its place in the call, its random numbers, and what it gave until now."""
+    """A prompt that has a row: its number in the call, its random numbers, and what it gave until now."""
 
-    index: int
+    number: int
     uniforms: np.ndarray
     tokens: list[int]
     logprobs: list[float]
@@ -93,7 +96,7 @@ class LocalEngine:
 
     def __init__(
         self, model: Any, params: tree.Tree, *, slots: int = 64, length: int = 1024, compile: Compile = "off",
-        look_every: int = 4, version: int = 0, backend: str | Callable = "inductor",
+        look_every: int = 4, version: int = 0, backend: str = "inductor",
     ):  # fmt: skip
         if min(slots, length, look_every) < 1:
             raise ValueError(f"slots {slots}, length {length}, look_every {look_every}: each must be at least 1")
@@ -115,7 +118,7 @@ class LocalEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sample]:
         """Continue every prompt; samples come in the prompts' order. ValueError for a prompt that does not fit."""
         self._check(prompts, sampling)
-        stop_V, zero_B = self._stops(sampling.stop), self._ids([0] * self.slots)
+        stop_V, zero_B = self._stops(sampling.stop), self._ids([0] * self._fewer(self.slots, len(prompts)))
         rows = Rows(zero_B.clone(), zero_B.clone(), zero_B.clone(), zero_B != 0)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i]))))
         ready: deque[Ready] = deque()
@@ -126,11 +129,13 @@ class LocalEngine:
                 for context in (settings(False), kernels.kept_on_disk()):
                     stack.enter_context(context)
             while waiting or ready or running:
-                while (waiting or ready) and len(running) < self.slots:
+                while (waiting or ready) and len(running) < len(rows.live):
                     ready = ready or self._prefill(waiting, prompts)
                     self._admit(rows, ready, running, prompts, sampling)
                 rows, ended = self._advance(rows, stop_V, running, sampling)
-                samples |= {done.index: self._sample(done, sampling) for done in ended}
+                samples |= {done.number: self._sample(done, sampling) for done in ended}
+                if running and not (waiting or ready):
+                    rows, running = self._gather(rows, running)
         return [samples[i] for i in range(len(prompts))]
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
@@ -171,34 +176,34 @@ class LocalEngine:
         batch = _padded(list(numbers), self.params["embed"].device)
         cache = self._new_cache(*batch["tokens"].shape)
         self.model.apply(self.params, batch, cache=cache | {"length": 0})
-        return deque(Ready(index, cache, row) for index, row in taken)
+        return deque(Ready(number, cache, row) for number, row in taken)
 
     def _admit(self, rows: Rows, ready: deque[Ready], running: dict[int, Request], prompts, sampling: Sampling) -> None:
         """Give free rows to prompts that are ready, in place."""
-        free = [slot for slot in range(self.slots) if slot not in running][: len(ready)]
+        free = [slot for slot in range(len(rows.live)) if slot not in running][: len(ready)]
         entering = [ready.popleft() for _ in free]
         at, source = self._ids(free), self._ids([one.row for one in entering])
         for held, new in zip(tree.leaves(self._cache), tree.leaves(entering[0].cache), strict=True):
             held[at, : new.shape[1]] = new[source]
-        mine = [prompts[one.index] for one in entering]
+        mine = [prompts[one.number] for one in entering]
         place = self._ids([len(prompt) - 1 for prompt in mine])
         rows.token[at], rows.place[at] = self._ids([prompt[-1] for prompt in mine]), place
         rows.end[at], rows.live[at] = place + sampling.max_tokens, True
         for slot, one in zip(free, entering, strict=True):
-            running[slot] = Request(one.index, uniforms(sampling.seed, one.index, sampling.max_tokens), [], [])
+            running[slot] = Request(one.number, uniforms(sampling.seed, one.number, sampling.max_tokens), [], [])
 
     def _advance(
         self, rows: Rows, stop_V: torch.Tensor, running: dict[int, Request], sampling: Sampling
     ) -> tuple[Rows, list[Request]]:
         """Decode `look_every` tokens and hand them to their requests; return the rows, and requests that have ended."""
-        u_EB = np.ones((self.look_every, self.slots))
+        u_EB = np.ones((self.look_every, len(rows.live)))
         for slot, request in running.items():
             u = request.uniforms[len(request.tokens) :][: self.look_every]
             u_EB[: len(u), slot] = u
-        found = []
+        cache, found = tree.map(lambda held: held[: len(rows.live)], self._cache), []
         for u_B in torch.from_numpy(u_EB).to(stop_V.device):
             fed = rows.live
-            rows, logp_B = self._decode(self.params, self._cache, rows, u_B, stop_V, sampling)
+            rows, logp_B = self._decode(self.params, cache, rows, u_B, stop_V, sampling)
             found.append((rows.token, logp_B, fed, rows.live))
         token_BE, logp_BE, fed_BE, live_BE = (torch.stack(x, 1).tolist() for x in zip(*found, strict=True))
         for slot, request in running.items():
@@ -207,8 +212,23 @@ class LocalEngine:
             request.logprobs.extend(logp_BE[slot][:count])
         return rows, [running.pop(slot) for slot in list(running) if not live_BE[slot][-1]]
 
+    def _fewer(self, rows: int, wanted: int) -> int:
+        """Return how many rows go on for so many requests: all, half or a quarter of the slots, at most `rows`."""
+        sizes = [n for n in (self.slots // 2, self.slots // 4) if max(wanted, FEWEST) <= n <= rows]
+        return min(sizes, default=rows)
+
+    def _gather(self, rows: Rows, running: dict[int, Request]) -> tuple[Rows, dict[int, Request]]:
+        """Move requests to the first rows, and return as many rows as go on."""
+        fewer = self._fewer(len(rows.live), len(running))
+        if fewer == len(rows.live):
+            return rows, running
+        from_ = self._ids([*running, *(slot for slot in range(len(rows.live)) if slot not in running)][:fewer])
+        for held in tree.leaves(self._cache):
+            held[:fewer] = held[from_]
+        return Rows(*(x[from_] for x in rows)), dict(enumerate(running.values()))
+
     def _sample(self, done: Request, sampling: Sampling) -> Sample:
-        reason = "stop" if done.tokens[-1] in sampling.stop else "length"
+        reason: Literal["stop", "length"] = "stop" if done.tokens[-1] in sampling.stop else "length"
         return Sample(done.tokens, done.logprobs, reason, [self.version] * len(done.tokens))
 
 

@@ -139,7 +139,8 @@ def contestants(o: Options, folder: Path) -> dict[str, Callable[[], Callable[[],
 
 def race(o: Options, calls: dict[str, Callable[[], Ids]], console: Console) -> list[dict[str, Any]]:
     """Let all take turns; return a row for each."""
-    rows, answers = [], {}
+    rows: list[dict[str, Any]] = []
+    answers: dict[str, Ids] = {}
     for name, call in calls.items():
         console.print(f"starting {name}")
         begin = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 
 import models
 from tests.conformance.reference import configs, examples, hf_model, precision, saved
@@ -31,6 +31,7 @@ def theirs(reference, eos, dtype):
 @given(raw=configs())
 @examples(10)
 def test_greedy_equals_transformers(raw, dtype):
+    assume(raw["sliding_window"] != 1)  # of a window of 1 transformers' cache keeps `[-0:]`, which is everything
     eos = [3, 17, 20]
     with saved(raw) as folder:
         model, params = models.from_pretrained(folder, dtype=dtype)

@@ -46,13 +46,26 @@ def test_rows_that_are_given_on_equal_one_at_a_time(kind, sampling):
 
 
 @given(st.data(), st.integers(0, 6), st.sampled_from([2, 3]))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_a_sample_depends_on_no_other_prompt(data, place, slots):
     prompt = st.lists(st.integers(0, 22), min_size=1, max_size=9)
     others = data.draw(st.lists(prompt, min_size=place, max_size=8))
     others[place:place] = [PROMPTS[4]]
     alone = engine(slots=1).generate([*[[1]] * place, PROMPTS[4]], SAMPLED)[place]
     assert_same([engine(slots=slots).generate(others, SAMPLED)[place]], [alone])
+
+
+def test_rows_that_are_moved_together_go_on_as_they_were():
+    """40 prompts in 35 rows, of which 17 and then 8 go on; 20 prompts begin in 35, 10 in 17."""
+    prompts = [[i % 23, i // 2, *PROMPTS[i % 7][: i % 4]] for i in range(40)]
+    alone = engine(slots=1).generate(prompts, SAMPLED)
+    many, sizes = engine(slots=35, look_every=1), []
+    step = many._decode
+    many._decode = lambda params, cache, rows, *rest: sizes.append(len(rows.live)) or step(params, cache, rows, *rest)
+    for count, wanted in ((40, [35, 17, 8]), (20, [35, 17, 8]), (10, [17, 8]), (3, [8])):
+        sizes.clear()
+        assert_same(many.generate(prompts[:count], SAMPLED), alone[:count])
+        assert sorted(set(sizes), reverse=True) == wanted == list(dict.fromkeys(sizes))
 
 
 def test_a_second_call_meets_nothing_of_the_first():
