@@ -9,7 +9,7 @@ from rich.table import Table
 
 from functional_trainer.data.chat import Tokenizer
 from functional_trainer.data.records import Record
-from functional_trainer.generate import generate
+from functional_trainer.engine import generate
 from functional_trainer.tree import Tree
 
 
@@ -29,15 +29,12 @@ def answer(
     model: Any, params: Tree, tokenizer: Tokenizer, records: Sequence[Record], max_new_tokens: int = 64, rows: int = 256
 ) -> list[Answer]:
     """Answer the last turn of every conversation greedily, `rows` at a time; the last message is the wanted answer."""
+    prompts = [tokenizer.prompt(r.messages[:-1], r.tools) for r in records]
+    samples = generate(model, params, prompts, max_new_tokens, eos_ids=tokenizer.eos_ids, slots=rows)
     answers = []
-    for i in range(0, len(records), rows):
-        some = records[i : i + rows]
-        prompts = [tokenizer.prompt(r.messages[:-1], r.tools) for r in some]
-        given = generate(model, params, prompts, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
-        for record, completion in zip(some, given, strict=True):
-            *_, question, last = record.messages
-            text = tokenizer.decode(completion.tokens)
-            answers.append(Answer(str(question["content"]), str(last["content"]), text))
+    for record, sample in zip(records, samples, strict=True):
+        *_, question, last = record.messages
+        answers.append(Answer(str(question["content"]), str(last["content"]), tokenizer.decode(sample.tokens)))
     return answers
 
 

@@ -43,6 +43,11 @@ class Unembed(NamedTuple):
     bias: torch.Tensor | None = None
     softcap: float | None = None
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits (..., V) of hidden states (..., D) in at least float32; losses never hold them."""
+        z = kernels.promote(torch.nn.functional.linear(hidden, self.weight, self.bias))
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
 
 class OneDevice:
     """The identity sharder: what `sharding_rules.Sharder` is on a mesh, on one device.

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from functional_trainer import hf, param
-from functional_trainer.generate import Completion, generate
+from functional_trainer.engine import generate
 from functional_trainer.tree import Tree
 from functional_trainer.types import ONE_DEVICE
-from kernels import promote
 from models import qwen3, qwen3_moe
 from models.model import Model
 
 __all__ = [
-    "FAMILIES", "PRESETS", "Completion", "Model", "count", "from_config", "from_pretrained", "generate", "logits",
+    "FAMILIES", "PRESETS", "Model", "count", "from_config", "from_pretrained", "generate", "logits",
     "preset", "read_config", "save_pretrained",
 ]  # fmt: skip
 
@@ -81,10 +80,7 @@ def logits(model: Model, params: Tree, tokens_BS: torch.Tensor, **columns: torch
     """
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     batch = {"tokens": tokens_BS, "segment_ids": torch.ones_like(tokens_BS), "positions": positions, **columns}
-    w_VD, bias, softcap = model.unembed(params)
-    z = promote(model.apply(params, batch).hidden @ w_VD.T)
-    z = z if bias is None else z + bias
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    return model.unembed(params).logits(model.apply(params, batch).hidden)
 
 
 def _replace_names(model: Model, first) -> Model:

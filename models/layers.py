@@ -119,6 +119,15 @@ def _qkv(x_BSD, cos_BSh, sin_BSh, q, k, v, q_norm, k_norm, *biases, eps: float, 
     return q_BSNH, k_BSKH, v_BSKH
 
 
+def write(held: torch.Tensor, new: torch.Tensor, start: int | torch.Tensor) -> None:
+    """Write (B, S, ...) into a cache (B, T, ...) in place, from one place on, or from each row's own (B,)."""
+    if isinstance(start, int):
+        held[:, start : start + new.shape[1]] = new
+    else:
+        row_B, place_S = (torch.arange(n, device=held.device) for n in new.shape[:2])
+        held[row_B[:, None], start[:, None] + place_S] = new
+
+
 def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard, cache: dict | None) -> torch.Tensor:
     """Apply attention within segments. With a cache the new keys are written into it in place and all are attended."""
     keys = ("q", "k", "v", "q_norm", "k_norm") + (("q_bias", "k_bias", "v_bias") if "q_bias" in p else ())
@@ -128,8 +137,8 @@ def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard,
     q, k, v = qkv(x_BSD, rows["cos"], rows["sin"], *(p[k] for k in keys))
     segments, positions = rows["segment_ids"], rows["positions"]
     if cache is not None:
-        here = slice(rows["start"], rows["start"] + k.shape[1])
-        cache["k"][:, here], cache["v"][:, here] = k, v
+        write(cache["k"], k, rows["start"])
+        write(cache["v"], v, rows["start"])
         held = rows["key_segment_ids"], rows["key_positions"]
         out_BSNH = kernels.attention(q, cache["k"], cache["v"], segments, positions, *held, window)
     else:

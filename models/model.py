@@ -49,7 +49,8 @@ class Model:
 
         `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing.
         `aux` stacks the router sums of the L MoE layers: load (L, E), prob (L, E), balance (L,). With a `cache` from
-        `init_cache` the new keys are appended to it in place.
+        `init_cache` the new keys are written into it in place, from its "length" on: one place for all rows, which then
+        moves on, or a tensor (B,), each row's own, which the caller keeps within what the cache holds.
         """
         c = self.config
 
@@ -114,11 +115,10 @@ def _append_rows(cache: Tree | None, batch: Batch) -> dict:
     """Write the new tokens' segments and positions into the cache; return what attention needs of it."""
     if cache is None:
         return {}
-    start = cache["length"]
-    end = start + batch["tokens"].shape[1]
-    if end > cache["positions"].shape[1]:
-        raise ValueError(f"the KV cache holds {cache['positions'].shape[1]} tokens per row, {end} are needed")
-    cache["segment_ids"][:, start:end] = batch["segment_ids"]
-    cache["positions"][:, start:end] = batch["positions"]
-    cache["length"] = end
+    start, (S, T) = cache["length"], (batch["tokens"].shape[1], cache["positions"].shape[1])
+    if isinstance(start, int) and start + S > T:
+        raise ValueError(f"the KV cache holds {T} tokens per row, {start + S} are needed")
+    for name in ("segment_ids", "positions"):
+        layers.write(cache[name], batch[name], start)
+    cache["length"] = start + S
     return {"start": start, "key_segment_ids": cache["segment_ids"], "key_positions": cache["positions"]}

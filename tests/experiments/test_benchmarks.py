@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import models
-from experiments.benchmarks import gpu_checks, gpu_suite, memory, runs, sft_cpu, sft_end_to_end, train_gpu
+from experiments.benchmarks import decode_cpu, gpu_checks, gpu_suite, memory, runs, sft_cpu, sft_end_to_end, train_gpu
 from experiments.benchmarks import kernels as kernels_benchmark
 from experiments.benchmarks.live_bytes import LiveBytes, allocated
 from functional_trainer import flops, losses, tree
@@ -75,6 +75,26 @@ def test_a_loss_that_differs_is_an_error():
     ]
     sft_cpu.judge(rows, 1e-4)
     assert [row["name"] for row in rows if "error" in row] == ["hf-b", "hf-c"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"stops": 40}, {"stops": 40, "samples": 3, "temperature": 1.0}])
+def test_decode_cpu_times_contestants_that_agree(tmp_path, flags):
+    small = {"prompts": 6, "tokens": 5, "slots": 4, "rounds": 2, "warmup": 1, "layers": 1}
+    small |= {"contestants": ("ours-off", "hf-generate-eager"), "threads": torch.get_num_threads()}
+    with pytest.raises(SystemExit) as ended:
+        decode_cpu.main(decode_cpu.Options(**small, **flags, json=tmp_path / "out.json"))
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert not ended.value.code and rows.keys() == {"ours-off", "hf-generate-eager"}
+    for row in rows.values():
+        assert len(row["seconds"]) == 2 and row["rate"] == row["tokens"] / row["median_s"]
+        assert row["tokens"] < 30 if flags else row["tokens"] == 30
+        assert row["others"] == (None if "temperature" in flags else 0)
+
+
+def test_decode_cpu_counts_answers_that_are_not_ours():
+    calls = {"ours-off": lambda: [[1, 2], [3]], "hf-generate-eager": lambda: [[1, 2], [4]]}
+    rows = decode_cpu.race(decode_cpu.Options(rounds=1), calls, Console(quiet=True))
+    assert [row["others"] for row in rows] == [0, 1]
 
 
 def test_packed_batch_holds_whole_documents():

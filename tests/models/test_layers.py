@@ -184,6 +184,24 @@ def test_a_kv_cache_in_pieces_equals_one_pass(raw):
         model.apply(params, {k: v[:, :5] for k, v in columns.items()}, cache=cache)
 
 
+@pytest.mark.parametrize("raw", [small.DENSE, small.MOE], ids=["dense", "moe"])
+def test_rows_of_a_kv_cache_each_at_its_own_place_equal_one_pass(raw):
+    """What lies beyond a row's place is not seen, and is written over."""
+    model = small.model(raw, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    params, place = model.init(0, dtype=F64), torch.tensor([7, 4])
+    columns = {k: v for k, v in small.batch([[12], [12]], 12).items() if k in ("tokens", "segment_ids", "positions")}
+    whole = model.apply(params, columns).hidden
+    junk = columns | {"tokens": torch.where(columns["positions"] < place[:, None], columns["tokens"], 7)}
+    cache = model.apply(params, junk, cache=model.init_cache(2, 12, params)).cache
+    for step in range(3):
+        here = (place + step)[:, None]
+        batch = {k: v.gather(1, here) for k, v in columns.items()}
+        out = model.apply(params, batch, cache=cache | {"length": place + step})
+        expected = whole[torch.arange(2)[:, None], here]
+        torch.testing.assert_close(out.hidden, expected, rtol=1e-9, atol=1e-9)
+        assert out.cache["length"].tolist() == (place + step + 1).tolist()
+
+
 def test_sums_of_layers_are_stacked_in_order():
     model, batch = small.model(), small.batch([[5, 4], [9]])
     aux = model.apply(model.init(0), batch).aux

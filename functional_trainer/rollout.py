@@ -1,0 +1,73 @@
+"""What engines that sample from a policy share: token ids in; ids, log-probabilities, why it ended and versions out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from functional_trainer.tree import Tree
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: logits are divided by `temperature`, then top-k, top-p and min-p leave some of them out.
+
+    The order is transformers'. ValueError for values without a meaning.
+    """
+
+    max_tokens: int = 64
+    """Most tokens that a prompt is continued by."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Tokens that are kept, the likeliest; 0 keeps all."""
+    top_p: float = 1.0
+    """The fewest likeliest tokens are kept that hold at least this much of what top-k left."""
+    min_p: float = 0.0
+    """Tokens are kept that have at least this share of the likeliest one's probability."""
+    stop: tuple[int, ...] = ()
+    """Ids that end a sample, and are its last token."""
+    seed: int = 0
+    """A sample depends on the seed, on its prompt and on the prompt's place in the call, on no other prompt."""
+
+    def __post_init__(self) -> None:
+        for name, good, wanted in (
+            ("max_tokens", self.max_tokens >= 1, ">= 1"),
+            ("temperature", self.temperature >= 0, ">= 0 (0: greedy)"),
+            ("top_k", self.top_k >= 0, ">= 0 (0: all)"),
+            ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
+            ("min_p", 0 <= self.min_p < 1, ">= 0 and < 1"),
+            ("seed", self.seed >= 0, ">= 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {name} {wanted}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens may be left out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+class Sample(NamedTuple):
+    """What one prompt gave.
+
+    Log-probabilities are those of the policy at the sampling temperature, log_softmax(logits / temperature), as the
+    trainer has them with `Policy.temperature`: top-k, top-p and min-p do not change them. Greedily they are at 1.
+    """
+
+    tokens: list[int]
+    """Sampled ids, the end token included."""
+    logprobs: list[float]
+    """Of each token."""
+    finish_reason: Literal["stop", "length", "abort"]
+    versions: list[int]
+    """Of the weights that each token was sampled with."""
+
+
+class Engine(Protocol):
+    """What samples from a policy."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Sample]:
+        """Continue every prompt; samples come in the prompts' order."""
+
+    def update(self, params: Tree, version: int) -> Any:
+        """Sample with these parameters from now on."""
