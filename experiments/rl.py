@@ -6,12 +6,13 @@ from typing import Any
 from experiments.recipe import Run
 from functional_trainer import advantages, backend, tree
 from functional_trainer.agreement import differences
+from functional_trainer.engine import LocalEngine
 from functional_trainer.experience import Experience, Plan, Prompt, Scores
-from functional_trainer.generate import Completion, generate
 from functional_trainer.losses import Loss
 from functional_trainer.objectives import OBJECTIVES
 from functional_trainer.policy import policy
 from functional_trainer.rewards import Rewards, load
+from functional_trainer.rollout import Sample, Sampling
 
 
 def loss(o: Any) -> Loss:
@@ -55,23 +56,25 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
 
     On a mesh every rank gathers the weights and answers its share of the prompts.
     """
-    ask = {"max_new_tokens": o.rollout.max_completion_length, "temperature": o.rollout.temperature}
-    ask |= {"top_k": o.rollout.top_k, "top_p": o.rollout.top_p, "eos_ids": run.tokenizer.eos_ids}
+    r, rank, world = o.rollout, run.shard.rank, run.shard.world
+    length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
+    engine = LocalEngine(model, tree.map(run.shard.full, params), slots=r.slots, length=length, compile=r.compile)
 
-    def draw(prompts: list[list[int]], seed: int) -> list[Completion]:
-        whole, rank, world = tree.map(run.shard.full, params), run.shard.rank, run.shard.world
+    def draw(prompts: list[list[int]], seed: int) -> list[Sample]:
+        engine.update(tree.map(run.shard.full, params), engine.version + 1)
         share = -(-len(prompts) // world)
         own = prompts[rank * share : (rank + 1) * share]
-        found = generate(model, whole, own, seed=seed + rank, **ask) if own else []
-        return [answer for answers in backend.everyone(found) for answer in answers]
+        drawn = r.max_completion_length, r.temperature, r.top_k, r.top_p
+        found = engine.generate(own, Sampling(*drawn, stop=tuple(run.tokenizer.eos_ids), seed=seed + rank))
+        return [sample for samples in backend.everyone(found) for sample in samples]
 
-    rank, world = run.shard.data
-    rows = {"seq_len": o.data.seq_len, "rows": o.micro_batch * world, "rank": rank, "world": world}
-    rows |= {"longest": o.rollout.max_completion_length}
+    part, parts = run.shard.data
+    rows = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
+    rows |= {"longest": r.max_completion_length}
     return Experience(run.loader, draw, rewards(o, run), advantage(o), plan(o), seed=o.seed, **rows)
 
 
-def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Completion]], Scores]:
+def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores]:
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
     found = [load(given) for given in o.reward.functions]
     if len({name for name, _ in found}) < len(found):
@@ -80,7 +83,7 @@ def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Completion]], Scor
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds}
     functions = Rewards(dict(found), r.weights or None, **how) if run.shard.rank == 0 else None
 
-    def score(prompts: list[Prompt], answers: list[Completion]) -> Scores:
+    def score(prompts: list[Prompt], answers: list[Sample]) -> Scores:
         made = None
         if functions is not None:
             names = {name for prompt in prompts for name in prompt.columns} - {

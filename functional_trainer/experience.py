@@ -22,10 +22,10 @@ from functional_trainer import advantages
 from functional_trainer.data.columns import lengths
 from functional_trainer.data.order import Share, mixed
 from functional_trainer.data.packing import Cursor, Documents, cut, fill, first_fit, plan
-from functional_trainer.generate import Completion
+from functional_trainer.rollout import Sample
 
 Batch = dict[str, torch.Tensor]
-Generate = Callable[[list[list[int]], int], list[Completion]]
+Generate = Callable[[list[list[int]], int], list[Sample]]
 """From prompts and a seed to an answer of each."""
 
 
@@ -54,7 +54,7 @@ class Scores(NamedTuple):
     report: dict[str, float]
 
 
-Reward = Callable[[list[Prompt], list[Completion]], Scores]
+Reward = Callable[[list[Prompt], list[Sample]], Scores]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Rollout(NamedTuple):
     """Groups that are trained on, one after the other, with an advantage for each answer."""
 
     prompts: list[Prompt]
-    answers: list[Completion]
+    answers: list[Sample]
     rewards: np.ndarray
     """(groups, answers), nan where there is none."""
     advantages: np.ndarray
@@ -207,7 +207,7 @@ class Experience:
 
 class _Group(NamedTuple):
     prompt: Prompt
-    answers: list[Completion]
+    answers: list[Sample]
     rewards: list[float | None]
     spread: bool
 

@@ -317,6 +317,10 @@ class RolloutOptions:
     """Sample among so many tokens, the likeliest (0: all)."""
     top_p: float = 1.0
     """Sample among the fewest tokens that are so likely together."""
+    slots: int = 256
+    """Answers that are decoded together, by each process."""
+    compile: Literal["off", "layer", "step"] = "off"
+    """What is compiled of decoding a token."""
     steps_per_generation: int = 1
     """Optimizer steps that a rollout is split into."""
     num_iterations: int = 1
@@ -333,7 +337,7 @@ class RolloutOptions:
     """Mean |log-probability, as sampled - as trained| of the first rollout above which the run is refused."""
 
     def __post_init__(self):
-        ones = ("max_completion_length", "steps_per_generation", "num_iterations", "max_num_gen_batches")
+        ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
         within("rollout.", self, num_generations=(2, ""), **dict.fromkeys(ones, (1, "")))
         within(
             "rollout.", self, top_k=(0, ""), top_p=(0, "at most 1"), overlong_buffer=(0, ""), max_disagreement=(0, "")

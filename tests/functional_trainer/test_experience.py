@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from functional_trainer import advantages
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
-from functional_trainer.generate import Completion
+from functional_trainer.rollout import Sample
 
 QUESTIONS = Prompts(Prompt([10 + i, 3], f"question {i}", {"answer": str(i)}) for i in range(7))
 LONGEST = 6
@@ -23,8 +23,8 @@ def draw(prompts, seed):
     for ids in prompts:
         tokens = [int(x) for x in rng.integers(100, 10_000, rng.integers(1, LONGEST + 1))]
         logprobs = [-float(t) / 1e4 for t in tokens]
-        answers.append(Completion([ids[0], *tokens][:LONGEST], [-ids[0] / 100, *logprobs][:LONGEST],
-                                  "length" if len(tokens) >= LONGEST else "stop"))  # fmt: skip
+        answers.append(Sample([ids[0], *tokens][:LONGEST], [-ids[0] / 100, *logprobs][:LONGEST],
+                                  "length" if len(tokens) >= LONGEST else "stop", []))  # fmt: skip
     return answers
 
 
