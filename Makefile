@@ -6,13 +6,21 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft test test-slow test-kills test-fuzz test-distributed lint bench bench-trl gpu-suite docs clean
+.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed lint bench bench-trl gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 sft: $(VENV)/.sft  ## Fine-tune a small Qwen3-MoE from scratch (options: make sft ARGS="--steps 50")
 	$(BIN)/python experiments/qwen3_moe_sft.py $(ARGS)
+
+SEED ?= 0
+grpo: runs/grpo-$(SEED)/start/hf/config.json  ## Reinforce a half-trained model by rewards (make grpo SEED=1)
+	$(BIN)/python experiments/qwen3_moe_grpo.py --model.path runs/grpo-$(SEED)/start/hf --seed $(SEED) --steps 300 \
+	  --optim.lr 5e-4 --rollout.filter-groups --rollout.max-num-gen-batches 4 --compile off --out runs/grpo-$(SEED)/rl $(ARGS)
+
+runs/grpo-%/start/hf/config.json: | $(VENV)/.sft
+	$(BIN)/python experiments/qwen3_moe_sft.py --steps 300 --seed $* --samples 0 --out runs/grpo-$*/start
 
 test: lint  ## Lint, type-check and run the tests (ARGS are pytest's)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

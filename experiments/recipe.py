@@ -67,7 +67,7 @@ class Run:
     def answer(self, model: Any, params: tree.Tree, questions: list[Record]) -> list[exact_match.Answer]:
         """Answer questions greedily, on one rank, with weights that all ranks gather."""
         whole = tree.map(self.shard.full, params) if questions else None
-        if self.shard.rank != 0:
+        if self.shard.rank != 0 or not questions:
             return []
         return exact_match.answer(model, whole, self.tokenizer, questions, self.o.data.answer_tokens)
 

@@ -134,6 +134,30 @@ def preferred(words: list[str], place: Path) -> None:
     assert rows(out)[-1]["step"] == 2 and (out / "hf" / "config.json").exists()
 
 
+def reinforced(words: list[str], place: Path) -> None:
+    """The recipe for rewards, on a few questions and short answers."""
+    flags = words[words.index("experiments/qwen3_moe_grpo.py") + 1 :]
+    world, out = 2 if words[0] == "torchrun" else 1, place / "reinforced" / str(len(flags))
+    few = ["--steps", "2", "--batch", "2", "--micro-batch", "2", "--data.seq-len", "64", "--compile", "off"]
+    few += [
+        "--rollout.num-generations",
+        "2",
+        "--rollout.max-completion-length",
+        "4",
+        "--answers",
+        "0",
+        "--samples",
+        "0",
+    ]
+    few += ["--data.split", "0"] if "--data.split" in flags else []
+    options = {"recipe": "qwen3_moe_grpo"}
+    if world == 1:
+        sft_runs.run(place, *flags, *few, "--out", out, **options)
+    else:
+        sft_runs.run_ranks(place, world, *flags, *few, "--out", out, *axes(flags), **options)
+    assert rows(out)[-1]["step"] == 2 and (out / "hf" / "config.json").exists()
+
+
 def axes(flags: list[str]) -> list[str]:
     """Let two ranks stand for all that the command has."""
     if "--mesh" in flags:
@@ -247,6 +271,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"{PYTHON}{RUN}( .*)?": recipe,
     rf"torchrun (--nnodes .* )?--nproc-per-node \d+ .*{RUN} .*": recipe,
     rf"({PYTHON}|torchrun --nproc-per-node \d+ )experiments/preference\.py( .*)?": preferred,
+    rf"({PYTHON}|torchrun --nproc-per-node \d+ )experiments/qwen3_moe_grpo\.py( .*)?": reinforced,
     rf"accelerate launch .*{RUN} .*": accelerated,
     rf"{PYTHON}experiments/rules\.py .*": ruled,
     rf"{PYTHON}experiments/compare\.py .*": compared,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compare, docs, plan, preference, rules
+from experiments import compare, docs, plan, preference, qwen3_moe_grpo, rules
 from experiments.benchmarks import gpu_suite, memory, sft_cpu
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
@@ -20,13 +20,25 @@ from tests.experiments import sft_runs
 from tests.test_docs import PAGES, ROOT, pip
 
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text("utf-8")
-FLAGS = {f"--{name}".replace("_", "-") for at, cls in docs.sections().items() for name, *_ in docs.options(cls, at)}
+
+
+def flags(of: type) -> set[str]:
+    """Return every flag of a recipe."""
+    named = [name for at, cls in docs.sections(of).items() for name, *_ in docs.options(cls, at)]
+    return {f"--{name}".replace("_", "-") for name in named}
+
+
+FLAGS = flags(Options)
 PREFERENCE = {f"--{field.name}".replace("_", "-") for field in fields(preference.Options)}
-OTHERS = {"--config", "--help", "--build-arg", "--max-restarts"} | {
-    f"--{field.name}".replace("_", "-")
-    for module in (compare, plan, preference, rules, sft_cpu, gpu_suite, memory)
-    for field in fields(module.Options)
-}
+OTHERS = (
+    flags(qwen3_moe_grpo.Options)
+    | {"--config", "--help", "--build-arg", "--max-restarts"}
+    | {
+        f"--{field.name}".replace("_", "-")
+        for module in (compare, plan, preference, rules, sft_cpu, gpu_suite, memory)
+        for field in fields(module.Options)
+    }
+)
 """Options that pages name and that are not the recipe's."""
 
 
@@ -48,20 +60,22 @@ def test_the_page_of_options_is_current():
     assert docs.page(CONFIGURATION) == CONFIGURATION, "run `make docs`"
 
 
-def test_the_page_of_options_says_what_help_says(monkeypatch, capsys):
+@pytest.mark.parametrize("of", [Options, qwen3_moe_grpo.Options])
+def test_the_page_of_options_says_what_help_says(of, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit):
-        config.cli(Options, doc="", argv=["--help"])
+        config.cli(of, doc="", argv=["--help"])
     helped = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
     rows = [row for row in cells("configuration.md") if row[0].startswith("`--")]
     named = {*re.findall(r"(?<= )--[a-z][a-z0-9.-]*[a-z](?=,? )", helped)}
-    assert (
-        {flag for flag in named if not flag.startswith("--no-")} - {"--help", "--config"}
-        == {row[0].strip("`") for row in rows}
-        == FLAGS
-    )
-    for flag, _, _, text, _ in rows:
-        assert text and text in helped, flag
+    assert {flag for flag in named if ".no-" not in flag and not flag.startswith("--no-")} - {"--help", "--config"} == {
+        flag for flag in flags(of) if ".no-" not in flag
+    }
+    assert {row[0].strip("`") for row in rows} == FLAGS | flags(qwen3_moe_grpo.Options)
+    assert all(text for _, _, _, text, _ in rows)
+    if of is Options:  # longer helps stand side by side
+        said = {name.strip("`") for name, _, _, text, _ in rows if text in helped}
+        assert said >= FLAGS, FLAGS - said
 
 
 @pytest.mark.parametrize("prefix", docs.sections())
