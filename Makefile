@@ -15,12 +15,12 @@ sft: $(VENV)/.sft  ## Fine-tune a small Qwen3-MoE from scratch (options: make sf
 	$(BIN)/python experiments/qwen3_moe_sft.py $(ARGS)
 
 SEED ?= 0
-grpo: runs/grpo-$(SEED)/start/hf/config.json  ## Reinforce a half-trained model by rewards (make grpo SEED=1)
-	$(BIN)/python experiments/qwen3_moe_grpo.py --model.path runs/grpo-$(SEED)/start/hf --seed $(SEED) --steps 300 \
-	  --optim.lr 5e-4 --rollout.filter-groups --rollout.max-num-gen-batches 4 --compile off --out runs/grpo-$(SEED)/rl $(ARGS)
+grpo: runs/grpo/start/hf/config.json  ## Reinforce a half-trained model by rewards (make grpo SEED=1)
+	$(BIN)/python experiments/qwen3_moe_grpo.py --model.path runs/grpo/start/hf --seed $(SEED) --steps 300 --optim.lr 5e-4 \
+	  --rollout.filter-groups --rollout.max-num-gen-batches 4 --compile off --out runs/grpo/seed-$(SEED) $(ARGS)
 
-runs/grpo-%/start/hf/config.json: | $(VENV)/.sft
-	$(BIN)/python experiments/qwen3_moe_sft.py --steps 300 --seed $* --samples 0 --out runs/grpo-$*/start
+runs/grpo/start/hf/config.json: | $(VENV)/.sft
+	$(BIN)/python experiments/qwen3_moe_sft.py --steps 300 --samples 0 --out runs/grpo/start
 
 test: lint  ## Lint, type-check and run the tests (ARGS are pytest's)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
