@@ -60,10 +60,10 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
     engine = LocalEngine(model, tree.map(run.shard.full, params), slots=r.slots, length=length, compile=r.compile)
 
-    def draw(prompts: list[list[int]], seed: int) -> list[Sample]:
+    def draw(prompts: list[Prompt], seed: int) -> list[Sample]:
         engine.update(tree.map(run.shard.full, params), engine.version + 1)
         share = -(-len(prompts) // world)
-        own = prompts[rank * share : (rank + 1) * share]
+        own = [prompt.ids for prompt in prompts[rank * share : (rank + 1) * share]]
         drawn = r.max_completion_length, r.temperature, r.top_k, r.top_p
         found = engine.generate(own, Sampling(*drawn, stop=tuple(run.tokenizer.eos_ids), seed=seed + rank))
         return [sample for samples in backend.everyone(found) for sample in samples]

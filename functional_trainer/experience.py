@@ -25,10 +25,6 @@ from functional_trainer.data.packing import Cursor, Documents, cut, fill, first_
 from functional_trainer.rollout import Sample
 
 Batch = dict[str, torch.Tensor]
-Generate = Callable[[list[list[int]], int], list[Sample]]
-"""From prompts and a seed to an answer of each."""
-
-
 class Prompt(NamedTuple):
     """A question: ids, the text that is shown, and what reward functions are given beside it."""
 
@@ -54,6 +50,8 @@ class Scores(NamedTuple):
     report: dict[str, float]
 
 
+Generate = Callable[[list[Prompt], int], list[Sample]]
+"""From prompts and a seed to an answer of each."""
 Reward = Callable[[list[Prompt], list[Sample]], Scores]
 
 
@@ -197,7 +195,7 @@ class Experience:
         seed = int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0])
         self.drawn += how.prompts
         prompts = [p for p in asked for _ in range(how.group)]
-        answers = self.generate([p.ids for p in prompts], seed)
+        answers = self.generate(prompts, seed)
         scores = self.reward(prompts, answers)
         cuts = range(0, len(prompts), how.group)
         rewards = [scores.rewards[i : i + how.group] for i in cuts]
@@ -234,7 +232,8 @@ def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int, rows: i
     for i in which:
         before, answer = rollout.prompts[i].ids, rollout.answers[i]
         trained = not (how.mask_truncated and answer.finish_reason == "length")
-        documents.append((before + answer.tokens, [False] * len(before) + [trained] * len(answer.tokens)))
+        sampled = answer.sampled or [True] * len(answer.tokens)
+        documents.append((before + answer.tokens, [False] * len(before) + [trained and one for one in sampled]))
         told += [0.0] * len(before) + answer.logprobs
         worth += [0.0] * len(before) + [float(flat[i])] * len(answer.tokens)
     stored = Documents.of(documents)

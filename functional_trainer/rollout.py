@@ -55,12 +55,16 @@ class Sample(NamedTuple):
     """
 
     tokens: list[int]
-    """Sampled ids, the end token included."""
+    """What follows the prompt: sampled ids, the end token included, and what an environment said between them."""
     logprobs: list[float]
-    """Of each token."""
+    """Of each token; 0 where it was not sampled."""
     finish_reason: Literal["stop", "length", "abort"]
     versions: list[int]
     """Of the weights that each token was sampled with."""
+    sampled: list[bool] | None = None
+    """Which tokens the policy chose (None: all); no other is trained."""
+    reward: float | None = None
+    """What an environment gave."""
 
 
 class Engine(Protocol):

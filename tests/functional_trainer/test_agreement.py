@@ -15,7 +15,7 @@ def rollouts(model, params, temperature=1.0):
     prompts = Prompts(Prompt([3 + i] * (1 + i % 4), "", {}) for i in range(6))
     return Experience(
         prompts,
-        lambda asked, seed: engine.generate(asked, Sampling(7, temperature, seed=seed)),
+        lambda asked, seed: engine.generate([p.ids for p in asked], Sampling(7, temperature, seed=seed)),
         lambda p, a: Scores([0.0] * len(a), {}),
         lambda rewards, sizes: rewards,
         Plan(3, 4), seq_len=24, longest=7, rows=2,

@@ -20,7 +20,7 @@ LONGEST = 6
 def draw(prompts, seed):
     """Answer with tokens that say which prompt, place and seed they are of; lengths 1 to `LONGEST`."""
     rng, answers = np.random.default_rng(seed), []
-    for ids in prompts:
+    for ids in (prompt.ids for prompt in prompts):
         tokens = [int(x) for x in rng.integers(100, 10_000, rng.integers(1, LONGEST + 1))]
         logprobs = [-float(t) / 1e4 for t in tokens]
         answers.append(Sample([ids[0], *tokens][:LONGEST], [-ids[0] / 100, *logprobs][:LONGEST],
@@ -179,3 +179,17 @@ def test_prompts_that_do_not_fit_are_refused():
 
 def test_total_steps():
     assert Plan(3, 4, steps=2, iterations=2).total_steps(prompts=7, epochs=2) == 20  # 14 prompts are 5 rollouts
+
+
+def test_what_the_policy_did_not_choose_is_not_trained():
+    def with_tools(prompts, seed):
+        each = ([True] * len(a.tokens) if len(a.tokens) < 3 else [True, False, *[True] * (len(a.tokens) - 2)]
+                for a in draw(prompts, seed))  # fmt: skip
+        return [a._replace(sampled=mask) for a, mask in zip(draw(prompts, seed), each, strict=True)]
+
+    plain, masked = next(made()), next(made(generate=with_tools))
+    assert torch.equal(plain["tokens"], masked["tokens"]) and not torch.equal(plain["weights"], masked["weights"])
+    for a, b in zip(documents(plain), documents(masked), strict=True):
+        trained = [i for i, w in enumerate(a["weights"]) if w]
+        expected = [w if len(trained) < 3 or i != trained[1] else 0.0 for i, w in enumerate(a["weights"])]
+        assert b["weights"] == expected
