@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed lint bench bench-trl gpu-suite docs clean
+.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed lint bench bench-trl bench-grpo gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,9 @@ bench: $(VENV)/.dev  ## Time the CPU step against its floor and transformers
 
 bench-trl: $(VENV)/.dev $(VENV)-trl/.made  ## Train end to end beside TRL's SFTTrainer, which gets a virtual environment
 	$(BIN)/python experiments/benchmarks/sft_end_to_end.py $(ARGS)
+
+bench-grpo: $(VENV)/.dev $(VENV)-trl/.made  ## Reinforce beside TRL's GRPOTrainer
+	$(BIN)/python experiments/benchmarks/grpo_cpu.py $(ARGS)
 
 gpu-suite: $(VENV)/.dev  ## Check and time every kernel and both models on a GPU (ARGS="--device cpu" at small sizes)
 	$(BIN)/python experiments/benchmarks/gpu_suite.py $(ARGS)

@@ -1,5 +1,5 @@
-"""Trainers run as a user runs them, each a process of its own, and seen from outside: what `sft_end_to_end.py` and
-`startup.py` share.
+"""Trainers run as a user runs them, each a process of its own, and seen from outside: what `sft_end_to_end.py`,
+`grpo_cpu.py` and `startup.py` share.
 
 A trainer appends a line to `metrics.jsonl` in its run folder as each step ends, and this file's clock is the moment
 that the line appears. Imports no torch: what a process has used at most includes its parent's memory at the start.
@@ -39,17 +39,18 @@ def conversations(records: list[tasks.Record], count: int, seed: int) -> list[ta
     return [{"messages": [m for _ in range(rng.choice(TURNS)) for m in next(source)["messages"]]} for _ in range(count)]
 
 
-def prepare(folder: Path, layers: int, rows: int, held_out: int, seed: int) -> None:
-    """Write train.jsonl, eval.jsonl, and model/: a random Qwen3-MoE as transformers saves it, with our tokenizer."""
+def write(folder: Path, name: str, records: list[tasks.Record]) -> None:
+    """Write NAME.jsonl."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
+
+
+def make_model(folder: Path, layers: int, seed: int) -> None:
+    """Write model/: a random Qwen3-MoE as transformers saves it, with our tokenizer."""
     import torch
     import transformers
 
     from experiments.benchmarks.sft_cpu import hf_config
 
-    train, questions = tasks.make(rows * TURNS[-1], held_out * TURNS[-1], seed)
-    for name, records, count in (("train", train, rows), ("eval", questions, held_out)):
-        lines = [json.dumps(row) + "\n" for row in conversations(records, count, seed)]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(**hf_config(layers))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -57,21 +58,29 @@ def prepare(folder: Path, layers: int, rows: int, held_out: int, seed: int) -> N
     shutil.copytree(ROOT / "experiments" / "first_light" / "tokenizer", folder / "model", dirs_exist_ok=True)
 
 
-def ours(place: Path, out: Path, flags: list[str]) -> list[str]:
-    """Return the command of our recipe on the data and the model of `place`."""
-    recipe = ROOT / "experiments" / "qwen3_moe_sft.py"
+def prepare(folder: Path, layers: int, rows: int, held_out: int, seed: int) -> None:
+    """Write train.jsonl and eval.jsonl, conversations, and model/."""
+    train, questions = tasks.make(rows * TURNS[-1], held_out * TURNS[-1], seed)
+    for name, records, count in (("train", train, rows), ("eval", questions, held_out)):
+        write(folder, name, conversations(records, count, seed))
+    make_model(folder, layers, seed)
+
+
+def ours(place: Path, out: Path, flags: list[str], recipe: str = "qwen3_moe_sft") -> list[str]:
+    """Return the command of a recipe of ours on the data and the model of `place`."""
+    script = ROOT / "experiments" / f"{recipe}.py"
     given = ["--model.path", place / "model", "--data.train", place / "train.jsonl", "--out", out, "--samples", 0]
-    return [sys.executable, str(recipe), *map(str, given), *flags]
+    return [sys.executable, str(script), *map(str, given), *flags]
 
 
-def trl(place: Path, out: Path, python: Path, config: dict[str, Any]) -> list[str]:
-    """Return the command of TRL's SFTTrainer on the data and the model of `place`; ValueError without its Python."""
+def trl(place: Path, out: Path, python: Path, config: dict[str, Any], script: str = "trl_sft") -> list[str]:
+    """Return the command of a trainer of TRL's on the data and the model of `place`; ValueError without its Python."""
     if not python.exists():
         raise ValueError(f"--peer-python {python}: no such file; `make bench-trl` makes it, or leave trl-* out")
     job = {"model": str(place / "model"), "train": str(place / "train.jsonl"), "eval": str(place / "eval.jsonl")}
     file = out.with_suffix(".json")
     file.write_text(json.dumps(job | {"config": config | {"output_dir": str(out)}}), encoding="utf-8")
-    return [str(python), str(Path(__file__).with_name("trl_sft.py")), str(file)]
+    return [str(python), str(Path(__file__).with_name(f"{script}.py")), str(file)]
 
 
 def caches(folder: Path) -> dict[str, str]:

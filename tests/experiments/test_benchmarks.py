@@ -14,7 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import models
-from experiments.benchmarks import decode_cpu, gpu_checks, gpu_suite, memory, runs, sft_cpu, sft_end_to_end, train_gpu
+from experiments.benchmarks import (
+    decode_cpu,
+    gpu_checks,
+    gpu_suite,
+    grpo_cpu,
+    memory,
+    runs,
+    sft_cpu,
+    sft_end_to_end,
+    train_gpu,
+)
 from experiments.benchmarks import kernels as kernels_benchmark
 from experiments.benchmarks.live_bytes import LiveBytes, allocated
 from functional_trainer import flops, losses, tree
@@ -343,6 +353,34 @@ def test_end_to_end_reads_speed_and_time_from_what_was_seen():
     assert sft_end_to_end.reached(curve, 5.0) == 5.0
     assert sft_end_to_end.reached(curve, 2.25) == 25.0
     assert sft_end_to_end.reached(curve, 0.5) is None
+
+
+@pytest.mark.slow
+def test_grpo_cpu_times_the_recipe(tmp_path):
+    small = ("--rounds", "1", "--steps", "4", "--tokens", "2", "--layers", "1", "--folder", str(tmp_path / "place"))
+    result = run("grpo_cpu.py", "--contestants", "ours-off", *small, "--json", str(tmp_path / "out.json"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    ((seen,), (row,)) = found["runs"], found["results"]
+    assert len(seen["seconds"]) == len(seen["generation"]) == 2 and 1 <= seen["tokens"] <= 2
+    assert row["samples_per_s"] * row["step_s"] == pytest.approx(512) and 0 < row["generation"] < 1
+
+
+def test_grpo_cpu_takes_medians_of_all_runs():
+    one = {"generation": [0.5], "tokens": 3.0, "first_s": 5.0, "peak_mib": 100.0, "others_s": 0.0, "wall_s": 9.0}
+    done = [{"name": "a", "seconds": [1.0, 9.0]} | one, {"name": "a", "seconds": [2.0]} | one | {"generation": [1.5]}]
+    (row,) = grpo_cpu.summary([*done])
+    assert row["samples_per_s"] == 256 and row["generation"] == 0.5 and row["runs"] == 2
+    other = {"name": "b", "seconds": [1.0]} | one | {"generation": []}
+    assert grpo_cpu.summary([other])[0]["generation"] is None
+
+
+def test_grpo_cpu_says_how_to_get_trl(tmp_path):
+    o = grpo_cpu.Options(peer_python=tmp_path / "python", contestants=("no-such",))
+    with pytest.raises(ValueError, match="make bench-trl"):
+        grpo_cpu.contestants(o)["trl-small"](tmp_path / "run")
+    with pytest.raises(ValueError, match="there are ours-off"):
+        grpo_cpu.main(o)
 
 
 def test_a_trainer_that_fails_is_an_error_with_its_own_words(tmp_path):
