@@ -1,4 +1,4 @@
-"""The control of a reward: the same numbers, given to other answers. What is learned from them is not the task.
+"""The control of a reward: each group's numbers, given to others of its answers. There is nothing to learn from them.
 
 python experiments/qwen3_moe_grpo.py --reward.functions experiments/first_light/control.py:shuffled ...
 """
@@ -6,12 +6,18 @@ python experiments/qwen3_moe_grpo.py --reward.functions experiments/first_light/
 import random
 import zlib
 from collections.abc import Sequence
+from itertools import groupby
 
 from functional_trainer.rewards.shipped import Values, exact, text
 
 
-def shuffled(completions: Sequence, answer: Sequence, **columns) -> Values:
-    """Return the rewards of `exact` in another order, which the completions decide."""
-    values = exact(completions, answer)
-    random.Random(zlib.crc32("\n".join(map(text, completions)).encode())).shuffle(values)
-    return values
+def shuffled(prompts: Sequence, completions: Sequence, answer: Sequence, **columns) -> Values:
+    """Return the rewards of `exact`, those of one question in another order, which the completions decide."""
+    values = iter(exact(completions, answer))
+    chance = random.Random(zlib.crc32("\n".join(map(text, completions)).encode()))
+    found: Values = []
+    for _, group in groupby(map(text, prompts)):
+        own = [next(values) for _ in group]
+        chance.shuffle(own)
+        found += own
+    return found
