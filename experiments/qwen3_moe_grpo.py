@@ -65,12 +65,12 @@ class Options(RunOptions):
 
 
 def main(o: Options) -> None:
-    from experiments import data, recipe, rl
+    from experiments import data, policies, recipe, rl
     from functional_trainer import backend, exact_match, init_state, make_train_step, optimizers, train
     from functional_trainer.reference import Reference
 
     # Where the run lives, what it asks, what it begins with: also when it is resumed, for the reference.
-    run = recipe.start(o, o.answers, lambda hf: rl.loss(o), data.prompts)
+    run = recipe.start(o, o.answers, lambda hf: policies.loss(o), data.prompts)
     model, params = run.begin(again=True)
     questions = run.questions[: o.answers]
 

@@ -25,6 +25,7 @@ from functional_trainer.watchdog import watched
 MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "saving", "eval_every", "device", "max_skipped"}
 MAY_DIFFER |= {"answers", "samples", "mesh", "micro_batch", "compile", "remat", "offload", "profile", "wandb"}
 MAY_DIFFER |= {"timeout", "rules", "data.workers", "data.cache", "rollout.slots", "rollout.compile"}
+MAY_DIFFER |= {"rollout.log_completions", "rollout.log_every"}
 MAY_DIFFER |= {"reward.workers", "reference"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
@@ -163,7 +164,9 @@ def train(
             if evaluated:
                 row |= _evaluated(model, loss, state, held_out, shard, device)
                 row |= measure(state.params) if measure else {}
+            table = row.pop("completions_table", [])
             metrics.log(done, row)
+            metrics.completions(done, table)
             if evaluated and sample:
                 metrics.samples(done, sample(state.params))
             _check_finite(done, row["skipped"], options, metrics)

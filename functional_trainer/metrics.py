@@ -55,7 +55,7 @@ class Metrics:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         self.wandb = _wandb(wandb, self.folder, config) if wandb else None
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "completions.jsonl"):
             truncate(self.folder / name, start_step)
         self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1, flush_secs=5)
@@ -105,6 +105,12 @@ class Metrics:
             file.write(json.dumps({"step": step, "samples": [dict(s) for s in samples]}).encode() + b"\n")
         first = {k: " ".join(v.split()) for k, v in samples[0].items()}
         self.print("  ".join(f"{k}: {v if len(v) < 60 else v[:57] + '...'}" for k, v in first.items()))
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append answers that `step` begins to train on, each with its rewards, to `completions.jsonl`."""
+        if self.main and rows:
+            with open(self.folder / "completions.jsonl", "ab") as file:
+                file.writelines(json.dumps({"step": step, **row}, allow_nan=False).encode() + b"\n" for row in rows)
 
     def draw(self, age: float = 0.0) -> None:
         """Draw the pictures and the page `index.html`; a failure is reported.
@@ -192,6 +198,11 @@ def _wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"--wandb {project}: {error}") from None
     run.define_metric("*", step_metric="step")
     return run
+
+
+def last(path: str | Path, count: int) -> list[dict[str, Any]]:
+    """Return the last rows of a file of JSON lines, at most `count`."""
+    return [json.loads(line) for line in collections.deque(_lines(Path(path)), count)]
 
 
 def read(path: str | Path) -> Iterator[dict[str, Any]]:

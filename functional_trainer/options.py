@@ -333,12 +333,19 @@ class RolloutOptions:
     """Train on no answer that was cut off."""
     overlong_buffer: int = 0
     """Tokens before the longest answer over which a penalty of the reward grows to 1 (DAPO; 0: none)."""
+    routing_replay: bool = False
+    """Train with the experts that the engine chose, with the router's own scores (models with experts; docs/rl.md)."""
+    log_completions: int = 16
+    """Answers of a rollout that are written to completions.jsonl, the first ones (0: none)."""
+    log_every: int = 1
+    """Rollouts between two of which answers are written."""
     max_disagreement: float = 0.01
     """Mean |log-probability, as sampled - as trained| of the first rollout above which the run is refused."""
 
     def __post_init__(self):
         ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
-        within("rollout.", self, num_generations=(2, ""), **dict.fromkeys(ones, (1, "")))
+        within("rollout.", self, num_generations=(2, ""), **dict.fromkeys((*ones, "log_every"), (1, "")))
+        within("rollout.", self, log_completions=(0, ""))
         within(
             "rollout.", self, top_k=(0, ""), top_p=(0, "at most 1"), overlong_buffer=(0, ""), max_disagreement=(0, "")
         )
@@ -380,7 +387,7 @@ LossType = Literal[
 class PolicyOptions:
     loss_type: LossType = "dapo"
     """Objective (docs/rl.md), with its paper's clipping and mean unless these are given:"""
-    advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "pass_at_k"] = "grpo"
+    advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "remax", "pass_at_k"] = "grpo"
     """What an answer is worth beside the others of its group."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that grpo's advantages are divided by."""
@@ -399,7 +406,15 @@ class PolicyOptions:
     correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
     ] = "none"
-    """Weights for what the rollout engine says differently (TIS, MIS; docs/rl.md); one step per rollout only."""
+    """Weights for what the rollout engine says differently (TIS, MIS; docs/rl.md); with several steps per rollout only
+    beside --loss.old trainer."""
+    correction_range: tuple[float, float] | None = None
+    """Lowest and highest ratio of --loss.correction (default: the usual ones)."""
+    old: Literal["rollout", "trainer"] = "rollout"
+    """What ratios are to when a rollout is trained on in several steps: log-probabilities that the engine gave, or that
+    the trainer computes before the first of them (decoupled PPO)."""
+    off_policy_mask_threshold: float | None = None
+    """Reject answers of negative advantage whose mean of log rollout / policy is above this (OPSM)."""
     balance: float = 0.0
     """Coefficient of the router's balance loss within each sequence."""
 
@@ -407,6 +422,8 @@ class PolicyOptions:
         within("loss.", self, epsilon=(0, ""), epsilon_high=(0, ""), delta=(1, ""), beta=(0, ""), balance=(0, ""))
         if self.kl != "k3" and not self.beta:
             raise ValueError(f"--loss.kl {self.kl} has no effect without --loss.beta")
+        if self.correction_range and self.correction == "none":
+            raise ValueError("--loss.correction-range has no effect without --loss.correction")
         if self.scale_rewards != "group" and self.advantage != "grpo":
             raise ValueError(f"--loss.scale-rewards has no effect with --loss.advantage {self.advantage}")
 
