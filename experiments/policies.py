@@ -26,7 +26,7 @@ def loss(o: Any) -> Loss:
     given = {"epsilon_low": o.loss.epsilon, "epsilon_high": o.loss.epsilon_high, "delta": o.loss.delta}
     changes |= {k: v for k, v in given.items() if v is not None}
     changes |= {
-        "beta": o.loss.beta,
+        "beta": 0.0 if o.loss.kl_in_reward else o.loss.beta,
         "kl": o.loss.kl,
         "entropy": o.loss.entropy_coef,
         "balance": o.loss.balance,

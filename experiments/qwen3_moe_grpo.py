@@ -80,7 +80,7 @@ def main(o: Options) -> None:
     how: dict[str, Any] = {"rows": o.micro_batch, "clip": o.optim.max_grad_norm, "remat": o.remat, "offload": o.offload}
     how |= {"compile": "layer" if o.compile == "auto" else o.compile, "reduce": o.mesh.reduce}
     step = make_train_step(model, run.loss, optimizer, shard=run.shard, **how)
-    if o.loss.beta:
+    if o.loss.beta and not o.loss.kl_in_reward:
         how = {"compile": how["compile"], "rows": o.micro_batch, "temperature": o.rollout.temperature}
         step = Reference.of(model, params, run.shard, **how).before(step)
     began = init_state(params, optimizer, offload="optimizer" in o.offload)

@@ -9,7 +9,7 @@ from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.engine import LocalEngine
-from functional_trainer.experience import Experience, Plan, Prompt, Scores
+from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
 from functional_trainer.rewards import Rewards, load
 from functional_trainer.rollout import Sample, Sampling
 
@@ -19,7 +19,8 @@ def plan(o: Any) -> Plan:
     r = o.rollout
     overlong = (r.max_completion_length, r.overlong_buffer) if r.overlong_buffer else None
     drawn = r.filter_groups, r.max_num_gen_batches, r.mask_truncated_completions, overlong
-    how: dict[str, Any] = {"routing_replay": r.routing_replay, "shown": r.log_completions, "shown_every": r.log_every}
+    how: dict[str, Any] = {"beta": o.loss.beta, "kl": o.loss.kl} if o.loss.kl_in_reward else {}
+    how |= {"routing_replay": r.routing_replay, "shown": r.log_completions, "shown_every": r.log_every}
     return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn, **how)
 
 
@@ -51,9 +52,13 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     part, parts = run.shard.data
     rows = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
     rows |= {"longest": r.max_completion_length, "greedy": greedy if o.loss.advantage == "remax" else None}
-    if o.loss.old == "trainer":
-        compile = "layer" if o.compile == "auto" else o.compile
-        rows["old"] = scorer(model, params, o.micro_batch, run.shard, run.device, compile, r.temperature)
+
+    def score(weights: tree.Tree) -> Scorer:
+        form = "layer" if o.compile == "auto" else o.compile
+        return scorer(model, weights, o.micro_batch, run.shard, run.device, form, r.temperature)
+
+    rows["old"] = score(params) if o.loss.old == "trainer" else None
+    rows["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
     return Experience(run.loader, draw, rewards(o, run), advantage(o), plan(o), seed=o.seed, **rows)
 
 

@@ -12,7 +12,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +82,9 @@ class Plan:
     """Train no token of an answer that was cut off."""
     overlong: tuple[int, int] | None = None
     """Longest answer, and the tokens before it over which a penalty grows to 1."""
+    beta: float = 0.0
+    """What is taken from an answer's reward for each nat of its divergence from the reference."""
+    kl: advantages.KL = "k1"
     routing_replay: bool = False
     """Batches have the experts that the engine chose, `routed_experts`."""
     shown: int = 0
@@ -115,13 +118,13 @@ class Experience:
 
     With `old` batches have old_logprobs: what it returns of a rollout's batches before the first of them is taken. With
     `greedy`, which answers a prompt with the likeliest tokens, `advantage` is given the rewards of these answers, (P,),
-    too.
+    too. `reference` gives log-probabilities for the divergence that rewards lose.
     """
 
     def __init__(
         self, prompts: Prompts, generate: Generate, reward: Reward, advantage: Callable, how: Plan, *,
         seq_len: int, longest: int, rows: int, seed: int = 0, rank: int = 0, world: int = 1,
-        old: Scorer | None = None, greedy: Generate | None = None,
+        old: Scorer | None = None, greedy: Generate | None = None, reference: Scorer | None = None,
     ):  # fmt: skip
         over = [p for p in prompts if len(p.ids) + longest > seq_len + 1]
         if over or not prompts:
@@ -131,7 +134,7 @@ class Experience:
             raise ValueError(f"{said}; the first: {over[0].text[:80]!r}" if over else "there are no prompts to answer")
         self.prompts, self.generate, self.reward, self.advantage = prompts, generate, reward, advantage
         self.how, self.seq_len, self.rows, self.seed = how, seq_len, rows, seed
-        self.old, self.greedy = old, greedy
+        self.old, self.greedy, self.reference = old, greedy, reference
         self.mine = slice(rank * rows // world, (rank + 1) * rows // world)
         self.order = mixed([Share(len(prompts))], seed, True)
         self.drawn, self.count, self.waiting = 0, 0, list[dict[str, np.ndarray]]()
@@ -163,10 +166,25 @@ class Experience:
         """Let the batches of a rollout have old_logprobs."""
         begun = time.perf_counter()
         for columns in self.waiting[: self.how.steps]:  # what is trained on again are the same ones
-            number = np.arange(columns["tokens"].size).reshape(columns["tokens"].shape)
-            own = {k: torch.from_numpy(self._own(v)) for k, v in columns.items()}
-            columns["old_logprobs"] = old(own, self._own(number), number.size).reshape(number.shape)
+            columns["old_logprobs"] = self._ask(old, columns)
         self.said.setdefault("timing_s", {})["old_log_prob"] = time.perf_counter() - begun
+
+    def _ask(self, scorer: Scorer, columns: dict[str, np.ndarray]) -> np.ndarray:
+        """Return what a scorer says of all rows, each rank of its own."""
+        number = np.arange(columns["tokens"].size).reshape(columns["tokens"].shape)
+        own = {k: torch.from_numpy(self._own(v)) for k, v in columns.items()}
+        return scorer(own, self._own(number), number.size).reshape(number.shape)
+
+    def _divergence(self, reference: Scorer, prompts: list[Prompt], answers: list[Sample]) -> np.ndarray:
+        """Return the divergence of each answer from the reference, added up over its sampled tokens."""
+        count = np.arange(len(answers))
+        how = replace(self.how, group=1, mask_truncated=False, routing_replay=False)
+        numbered = Rollout(prompts, answers, count[:, None], count[:, None], [])  # advantages say whose a token is
+        columns = _pack(numbered, count, how, self.seq_len, self.rows)
+        sampled, told = columns["weights"] != 0, columns["rollout_logprobs"]
+        d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns))[sampled])
+        whose = columns["advantages"][sampled].astype(np.int64)
+        return np.bincount(whose, advantages.divergence(d, self.how.kl), len(answers))
 
     def report(self) -> dict[str, Any]:
         """Return what the row of metrics of the next step is to say, once: of a rollout, its first step's."""
@@ -223,10 +241,14 @@ class Experience:
         used = rewards
         if how.overlong:
             used = rewards + advantages.overlong_penalty(sizes, *how.overlong)
+        apart = self._divergence(self.reference, prompts, answers).reshape(sizes.shape) if self.reference else None
+        if apart is not None:
+            used = used - how.beta * apart
         baseline = ([g.greedy for g in good],) if self.greedy else ()
         said = [one for g in good for one in g.said]
         rollout = Rollout(prompts, answers, rewards, self.advantage(used, sizes, *baseline), said)
         row = _report(rollout, sizes) | scores.report | ({"rollouts": tried} if how.filter_groups else {})
+        row |= {} if apart is None else {"kl": float(apart.sum() / sizes.sum())}
         row["generated_tokens_per_s"] = spent.pop("tokens") / spent["gen"]
         return rollout, row | {"timing_s": spent}
 

@@ -401,6 +401,8 @@ class PolicyOptions:
     """Coefficient of the KL divergence from the weights at the start, which then run beside every step."""
     kl: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3"
     """How the divergence is estimated."""
+    kl_in_reward: bool = False
+    """Take --loss.beta times an answer's divergence from its reward, and add none to the loss."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy, which is maximized."""
     correction: Literal[
@@ -420,8 +422,11 @@ class PolicyOptions:
 
     def __post_init__(self):
         within("loss.", self, epsilon=(0, ""), epsilon_high=(0, ""), delta=(1, ""), beta=(0, ""), balance=(0, ""))
-        if self.kl != "k3" and not self.beta:
-            raise ValueError(f"--loss.kl {self.kl} has no effect without --loss.beta")
+        for flag, given in (("kl-in-reward", self.kl_in_reward), (f"kl {self.kl}", self.kl != "k3")):
+            if given and not self.beta:
+                raise ValueError(f"--loss.{flag} has no effect without --loss.beta")
+        if self.kl_in_reward and self.kl == "k3_unbiased":
+            raise ValueError("--loss.kl k3_unbiased is of a ratio: with --loss.kl-in-reward use k1, k2 or k3")
         if self.correction_range and self.correction == "none":
             raise ValueError("--loss.correction-range has no effect without --loss.correction")
         if self.scale_rewards != "group" and self.advantage != "grpo":

@@ -47,7 +47,7 @@ def test_a_short_run_says_what_happened(place):
     assert [row["step"] for row in shown] == [1] * 16 + [2] * 16 + [3] * 16
     names = ["step", "prompt", "completion", "exact", "reward", "advantage", "tokens", "finish_reason"]
     assert all(list(row) == names and row["reward"] == row["exact"] == 0 for row in shown)
-    assert len({row["prompt"] for row in shown[:4]}) == 1 and shown[0]["prompt"] in (out / "index.html").read_text()
+    assert len({row["prompt"] for row in shown[:4]}) == 1 and shown[-1]["prompt"] in (out / "index.html").read_text()
     assert transformers.AutoModelForCausalLM.from_pretrained(out / "hf").num_parameters() > 0
 
 
@@ -94,3 +94,17 @@ def test_two_processes(place):
     assert "right" in said
     rows = sft_runs.rows(place / "two")
     assert all(row["ratio/mean"] == 1 and row["sampling_logp_difference/mean"] < 1e-5 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["ep", "cp", "tp"])
+def test_what_the_trainer_computes_of_rollouts_on_a_mesh(place, axis):
+    """Old log-probabilities, a reference in the reward, greedy answers and recorded experts, in two steps a rollout."""
+    flags = "--model.path", "model", *FLAGS, "--steps", 3, "--mesh.fsdp", 1, f"--mesh.{axis}", 2, "--out", axis
+    flags += "--loss.old", "trainer", "--loss.correction", "sequence_mask", "--rollout.steps-per-generation", 2
+    flags += "--loss.advantage", "remax", "--loss.beta", 0.1, "--loss.kl-in-reward", "--rollout.routing-replay"
+    sft_runs.run_ranks(place, 2, *flags, recipe=RECIPE.stem)
+    for row in (rows := sft_runs.rows(place / axis)):
+        assert row["sampling_logp_difference/max"] < 1e-4 and row["rollout_corr/eff_sample_size"] > 0.999
+    assert [("kl" in row) for row in rows] == [True, False, True] and abs(rows[0]["kl"]) < 1e-5
+    assert [abs(row["ratio/max"] - 1) < 1e-6 for row in rows] == [True, False, True]
