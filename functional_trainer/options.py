@@ -43,7 +43,9 @@ def forms(compile: str, remat: str, offload: tuple[str, ...]) -> None:
         raise ValueError(f"--offload {' '.join(offload)} is not for one graph: use --compile layer or off")
 
 
-Shape = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"]
+Shape = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompt"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ class PromptOptions:
     split: float = 0.0
     """Share of the questions to hold out instead of --data.eval, by a hash of their content."""
     type: Shape = "auto"
-    """What rows look like (docs/data.md); their last answer is the right one, the column `answer` of rewards."""
+    """What rows look like (docs/rl.md); a last answer is the right one, the column `answer` of rewards."""
     columns: tuple[str, ...] = ()
     """Names of columns, OURS=THEIRS: prompt=question completion=answer."""
     tokenizer: str | None = None
