@@ -59,6 +59,10 @@ class Options(RunOptions):
         if not self.model.path and not self.init_from:
             raise ValueError("--model.path is missing: a model with random weights gets no reward to learn from")
 
+    def packed_rows(self, world: int) -> int:
+        """Return about how many rows a step has: passes that any sets of devices share equally."""
+        return self.rollout.packed_rows(self.batch, self.data.seq_len, world * self.micro_batch)
+
     def micro_batches(self, world: int) -> int:
         """Return some passes: a step has as many as its answers need."""
         return 2

@@ -360,6 +360,11 @@ class RolloutOptions:
         if self.overlong_buffer > self.max_completion_length:
             raise ValueError(f"--rollout.overlong-buffer {self.overlong_buffer} is more than the longest answer")
 
+    def packed_rows(self, prompts: int, seq_len: int, equal: int) -> int:
+        """Return the rows of a step if all answers are as long as may be, raised to a multiple of `equal`."""
+        tokens = prompts * self.num_generations * self.max_completion_length
+        return -(-tokens // (self.steps_per_generation * seq_len * equal)) * equal
+
 
 @dataclass(frozen=True)
 class RewardOptions:
@@ -503,6 +508,10 @@ class RunOptions:
         none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
         within("", self, **dict.fromkeys(none, (0, "")))
         within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped", "timeout"), (1, "")))
+
+    def packed_rows(self, world: int) -> int:
+        """Return the packed rows of a step on `world` devices, as far as they are known before."""
+        return self.batch
 
     def micro_batches(self, world: int) -> int:
         """Return the passes of a step on each of `world` devices; ValueError if they cannot be equal."""

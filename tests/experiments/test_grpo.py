@@ -100,9 +100,20 @@ def test_two_processes(place):
 @pytest.mark.parametrize("axis", ["ep", "cp", "tp"])
 def test_what_the_trainer_computes_of_rollouts_on_a_mesh(place, axis):
     """Old log-probabilities, a reference in the reward, greedy answers and recorded experts, in two steps a rollout."""
+    text = "def even(completion_ids, **columns):\n    return [1.0 - ids[0] % 2 for ids in completion_ids]\n"
+    (place / "mine.py").write_text(text)
     flags = "--model.path", "model", *FLAGS, "--steps", 3, "--mesh.fsdp", 1, f"--mesh.{axis}", 2, "--out", axis
     flags += "--loss.old", "trainer", "--loss.correction", "sequence_mask", "--rollout.steps-per-generation", 2
-    flags += "--loss.advantage", "remax", "--loss.beta", 0.1, "--loss.kl-in-reward", "--rollout.routing-replay"
+    flags += (
+        "--reward.functions",
+        "mine.py:even",
+        "--loss.advantage",
+        "remax",
+        "--loss.beta",
+        0.1,
+        "--loss.kl-in-reward",
+        "--rollout.routing-replay",
+    )
     sft_runs.run_ranks(place, 2, *flags, recipe=RECIPE.stem)
     for row in (rows := sft_runs.rows(place / axis)):
         assert row["sampling_logp_difference/max"] < 1e-4 and row["rollout_corr/eff_sample_size"] > 0.999
