@@ -164,9 +164,7 @@ def train(
             if evaluated:
                 row |= _evaluated(model, loss, state, held_out, shard, device)
                 row |= measure(state.params) if measure else {}
-            table = row.pop("completions_table", [])
             metrics.log(done, row)
-            metrics.completions(done, table)
             if evaluated and sample:
                 metrics.samples(done, sample(state.params))
             _check_finite(done, row["skipped"], options, metrics)

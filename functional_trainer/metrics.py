@@ -1,4 +1,5 @@
-"""What a run says while it trains: `metrics.jsonl`, `samples.jsonl`, TensorBoard, Weights & Biases, a progress line.
+"""What a run says while it trains: `metrics.jsonl`, `samples.jsonl`, `completions.jsonl`, TensorBoard, Weights & Biases,
+a progress line.
 
 `metrics.jsonl` holds one strict JSON object per optimizer step. JSON has no nan and no infinity: such a value is null
 and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"loss": "nan"}}.
@@ -68,7 +69,8 @@ class Metrics:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append the row of `step` (1, 2, ...): numbers, None, strings, tensors, and lists or mappings of them.
 
-        Lists go to `metrics.jsonl` only, numbers to TensorBoard as well. Raises OSError when the disk is full.
+        Lists go to `metrics.jsonl` only, numbers to TensorBoard as well, and "completions_table", answers that the step
+        begins to train on, each with its rewards, to `completions.jsonl`. Raises OSError when the disk is full.
         """
         if step <= self.last:
             raise ValueError(f"step {step} was logged after step {self.last}")
@@ -76,11 +78,17 @@ class Metrics:
         if not self.main:
             return
         nonfinite: dict[str, str] = {}
-        row = {"step": step, **_strict(values, "", nonfinite)}
+        table = values.get("completions_table", ())
+        row = {"step": step, **_strict({k: v for k, v in values.items() if k != "completions_table"}, "", nonfinite)}
         line = json.dumps(row | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False).encode() + b"\n"
         try:
             while line:  # straight to the system, nothing is left in a buffer
                 line = line[self.file.write(line) :]
+            if table:
+                with open(self.folder / "completions.jsonl", "ab") as file:
+                    file.writelines(
+                        json.dumps({"step": step, **one}, allow_nan=False).encode() + b"\n" for one in table
+                    )
             for name, value in _scalars(row, ""):
                 self.board.add_scalar(name, value, step)
             if self.wandb:
@@ -105,12 +113,6 @@ class Metrics:
             file.write(json.dumps({"step": step, "samples": [dict(s) for s in samples]}).encode() + b"\n")
         first = {k: " ".join(v.split()) for k, v in samples[0].items()}
         self.print("  ".join(f"{k}: {v if len(v) < 60 else v[:57] + '...'}" for k, v in first.items()))
-
-    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append answers that `step` begins to train on, each with its rewards, to `completions.jsonl`."""
-        if self.main and rows:
-            with open(self.folder / "completions.jsonl", "ab") as file:
-                file.writelines(json.dumps({"step": step, **row}, allow_nan=False).encode() + b"\n" for row in rows)
 
     def draw(self, age: float = 0.0) -> None:
         """Draw the pictures and the page `index.html`; a failure is reported.

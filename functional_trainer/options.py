@@ -415,13 +415,11 @@ class PolicyOptions:
     correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
     ] = "none"
-    """Weights for what the rollout engine says differently (TIS, MIS; docs/rl.md); with several steps per rollout only
-    beside --loss.old trainer."""
+    """Weights for what the engine says differently (TIS, MIS; docs/rl.md); for several steps say --loss.old trainer."""
     correction_range: tuple[float, float] | None = None
     """Lowest and highest ratio of --loss.correction (default: the usual ones)."""
     old: Literal["rollout", "trainer"] = "rollout"
-    """What ratios are to when a rollout is trained on in several steps: log-probabilities that the engine gave, or that
-    the trainer computes before the first of them (decoupled PPO)."""
+    """Who says what ratios are to, with several steps per rollout: the engine, or the trainer before the first step."""
     off_policy_mask_threshold: float | None = None
     """Reject answers of negative advantage whose mean of log rollout / policy is above this (OPSM)."""
     balance: float = 0.0
