@@ -1,5 +1,5 @@
-"""What a run says while it trains: `metrics.jsonl`, `samples.jsonl`, `completions.jsonl`, TensorBoard, Weights & Biases,
-a progress line.
+"""What a run says while it trains: `metrics.jsonl`, `samples.jsonl`, `completions.jsonl`, TensorBoard, Weights &
+Biases, a progress line.
 
 `metrics.jsonl` holds one strict JSON object per optimizer step. JSON has no nan and no infinity: such a value is null
 and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"loss": "nan"}}.
