@@ -23,7 +23,12 @@ def loss(o: Any) -> Loss:
         raise ValueError(f"--loss.correction {o.loss.correction}: {why}; add --loss.old trainer")
     old = "current" if once else "old_logprobs" if trainers else "rollout_logprobs"
     changes = {"old": old, "temperature": o.rollout.temperature}
-    given = {"epsilon_low": o.loss.epsilon, "epsilon_high": o.loss.epsilon_high, "delta": o.loss.delta}
+    given = {
+        "aggregate": o.loss.loss_agg_mode,
+        "epsilon_low": o.loss.epsilon,
+        "epsilon_high": o.loss.epsilon_high,
+        "delta": o.loss.delta,
+    }
     changes |= {k: v for k, v in given.items() if v is not None}
     changes |= {
         "beta": 0.0 if o.loss.kl_in_reward else o.loss.beta,

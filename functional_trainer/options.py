@@ -398,6 +398,11 @@ class PolicyOptions:
     """What an answer is worth beside the others of its group."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that grpo's advantages are divided by."""
+    loss_agg_mode: (
+        Literal["token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+        | None
+    ) = None
+    """How losses of tokens become one number (docs/rl.md; default: as the objective's paper says)."""
     epsilon: float | None = None
     """Lower end of clipping, below 1."""
     epsilon_high: float | None = None

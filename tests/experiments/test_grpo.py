@@ -79,6 +79,14 @@ def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, me
     assert message in said and "Traceback" not in said
 
 
+def test_experts_of_a_dense_model_cannot_be_replayed(place):
+    sft_runs.folder(place / "dense", "qwen3")
+    flags = ("--model.path", "dense", *FLAGS, "--steps", 1, "--out", "refused", "--rollout.routing-replay")
+    said = sft_runs.run(place, *flags, recipe=RECIPE.stem, status=1)
+    assert "(--rollout.routing-replay): the model has no routed experts, leave it away" in " ".join(said.split())
+    assert "Traceback" not in said
+
+
 def test_the_recipe_holds_no_code_of_a_training_step():
     """It differs from supervised fine-tuning in data, loss and rollouts; the step is the same function."""
     names = {node.attr for node in ast.walk(ast.parse(RECIPE.read_text())) if isinstance(node, ast.Attribute)}
