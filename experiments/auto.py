@@ -46,7 +46,8 @@ def sizes(o: Any, model: Any, device: torch.device, rank: int, world: int) -> di
     same |= {} if backend.E4M3 in backend.PEAKS[known] else {"precision": "dtype"}  # its operands are rounded only
     how = plan.Options(seq_len=o.data.seq_len, dispatch=o.mesh.dispatch, reduce=o.mesh.reduce, gpu=known, **same)
     like = roofline.DEVICES[known]._replace(memory=backend.memory(device), node=node)
-    found, reason = backend.everyone(choose(how, model, world, like, o.batch, o.micro_batch) if rank == 0 else None)[0]
+    rows = o.packed_rows(world), o.micro_batch
+    found, reason = backend.everyone(choose(how, model, world, like, *rows) if rank == 0 else None)[0]
     if not found:
         raise ValueError(reason)
     if rank == 0:
@@ -90,8 +91,7 @@ def choose(
 ) -> tuple[dict[str, int], str]:
     """Return sizes for `world` devices and the reason, no sizes if the batch and the model cannot be shared out; a step
     has `batch` rows, a pass of a device `micro` (0: all)."""
-    found: list[Arrangement] = []
-    wrong: list[ValueError] = []
+    found, wrong = list[Arrangement](), list[ValueError]()
     for some in candidates(world, min(device.node, world), getattr(model.config, "experts", 0), batch):
         for sizes in some:
             try:

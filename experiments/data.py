@@ -7,18 +7,7 @@ from typing import Any
 
 from experiments.first_light import tasks
 from functional_trainer import backend
-from functional_trainer.data import (
-    Form,
-    Loader,
-    Record,
-    Rows,
-    Share,
-    Tokenizer,
-    Within,
-    datasets,
-    rows_of,
-    tokenized,
-)  # fmt: skip
+from functional_trainer.data import Form, Loader, Record, Rows, Share, Tokenizer, Within, datasets, rows_of, tokenized
 from functional_trainer.data.stream import WIDTHS
 from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.options import Source
@@ -73,25 +62,33 @@ def load(
 def prompts(
     o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, questions: int, say: Callable = print
 ) -> tuple[Prompts, dict, list[Record]]:
-    """Return the questions of the training rows, nothing, and held-out rows; `o` has the fields of `PromptOptions`."""
+    """Return the questions of the training rows, nothing, and held-out rows that have an answer.
+
+    `o` has the fields of `RunOptions` and `data` those of `PromptOptions`.
+    """
     _check_width(o.data.seq_len, "first_fit", shard.part("batch/columns", 1)[1])
     train, held_out = shipped(o, shard) if not o.data.train else (o.data.train, o.data.eval)
     kept, held = (Within(o.data.split, 1), Within(0, o.data.split)) if o.data.split else (None, None)
 
     def rows(paths: tuple[str, ...], keep: Within | None) -> Iterator[Record]:
-        found = (row for path in paths for row in rows_of(Source(path, o.data.type, o.data.columns), keep))
-        return (row for row in found if row.messages)
+        some = (Source(path, o.data.type, o.data.columns) for path in paths)
+        return (row for source in some for row in rows_of(source, keep, "questions") if row.messages)
 
     asked = []
     for row in rows(train, kept):
-        ids = tokenizer.prompt(row.messages[:-1], row.tools)
+        before = row.messages[: -1 if _answered(row) else None]
+        ids = tokenizer.prompt(before, row.tools)
         if max(ids) >= vocab:
             raise ValueError(f"{row.where}: token {max(ids)} is none of the model's {vocab}; use the model's tokenizer")
-        *_, question, answer = row.messages
-        columns = {**row.row, "answer": row.row.get("answer", answer["content"])}
-        asked.append(Prompt(ids, str(question["content"]), columns))
+        known = {"answer": row.messages[-1]["content"]} if _answered(row) else {}
+        asked.append(Prompt(ids, str(before[-1]["content"]), known | dict(row.row)))
     say(f"training data: {', '.join(train)}: {len(asked):,} questions")
-    return Prompts(asked), {}, list(islice(rows(train if o.data.split else held_out, held), questions))
+    right = filter(_answered, rows(train if o.data.split else held_out, held))
+    return Prompts(asked), {}, list(islice(right, questions))
+
+
+def _answered(row: Record) -> bool:
+    return row.messages[-1]["role"] == "assistant"
 
 
 def shipped(o: Any, shard: Any, form: Form = "chats") -> tuple[tuple[str], tuple[str]]:

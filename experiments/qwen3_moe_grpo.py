@@ -59,18 +59,22 @@ class Options(RunOptions):
         if not self.model.path and not self.init_from:
             raise ValueError("--model.path is missing: a model with random weights gets no reward to learn from")
 
+    def packed_rows(self, world: int) -> int:
+        """Return about how many rows a step has: passes that any sets of devices share equally."""
+        return self.rollout.packed_rows(self.batch, self.data.seq_len, world * self.micro_batch)
+
     def micro_batches(self, world: int) -> int:
         """Return some passes: a step has as many as its answers need."""
         return 2
 
 
 def main(o: Options) -> None:
-    from experiments import data, recipe, rl
+    from experiments import data, policies, recipe, rl
     from functional_trainer import backend, exact_match, init_state, make_train_step, optimizers, train
     from functional_trainer.reference import Reference
 
     # Where the run lives, what it asks, what it begins with: also when it is resumed, for the reference.
-    run = recipe.start(o, o.answers, lambda hf: rl.loss(o), data.prompts)
+    run = recipe.start(o, o.answers, lambda hf: policies.loss(o), data.prompts)
     model, params = run.begin(again=True)
     questions = run.questions[: o.answers]
 
@@ -80,7 +84,7 @@ def main(o: Options) -> None:
     how: dict[str, Any] = {"rows": o.micro_batch, "clip": o.optim.max_grad_norm, "remat": o.remat, "offload": o.offload}
     how |= {"compile": "layer" if o.compile == "auto" else o.compile, "reduce": o.mesh.reduce}
     step = make_train_step(model, run.loss, optimizer, shard=run.shard, **how)
-    if o.loss.beta:
+    if o.loss.beta and not o.loss.kl_in_reward:
         how = {"compile": how["compile"], "rows": o.micro_batch, "temperature": o.rollout.temperature}
         step = Reference.of(model, params, run.shard, **how).before(step)
     began = init_state(params, optimizer, offload="optimizer" in o.offload)

@@ -1,46 +1,17 @@
-"""From a recipe's options of reinforcement learning to its loss and its rollouts."""
+"""From a recipe's options of reinforcement learning to its rollouts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from experiments.policies import advantage
 from experiments.recipe import Run
-from functional_trainer import advantages, backend, tree
-from functional_trainer.agreement import differences
+from functional_trainer import backend, tree
+from functional_trainer.agreement import differences, scorer
 from functional_trainer.engine import LocalEngine
-from functional_trainer.experience import Experience, Plan, Prompt, Scores
-from functional_trainer.losses import Loss
-from functional_trainer.objectives import OBJECTIVES
-from functional_trainer.policy import policy
+from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
 from functional_trainer.rewards import Rewards, load
 from functional_trainer.rollout import Sample, Sampling
-
-
-def loss(o: Any) -> Loss:
-    """Return the loss that options ask for.
-
-    With one step per rollout ratios are to the policy itself, and exactly 1; with several, to what the engine said.
-    """
-    once = o.rollout.steps_per_generation * o.rollout.num_iterations == 1
-    changes = {"old": "current" if once else "rollout_logprobs", "temperature": o.rollout.temperature}
-    given = {"epsilon_low": o.loss.epsilon, "epsilon_high": o.loss.epsilon_high, "delta": o.loss.delta}
-    changes |= {k: v for k, v in given.items() if v is not None}
-    changes |= {
-        "beta": o.loss.beta,
-        "kl": o.loss.kl,
-        "entropy": o.loss.entropy_coef,
-        "balance": o.loss.balance,
-        "correction": o.loss.correction,
-    }
-    return policy(OBJECTIVES[o.loss.loss_type], max_length=o.rollout.max_completion_length, **changes)
-
-
-def advantage(o: Any) -> Callable:
-    """Return the function from rewards and lengths, (P, G) each, to advantages."""
-    if o.loss.advantage == "grpo":
-        return lambda rewards, sizes: advantages.grpo(rewards, o.loss.scale_rewards)
-    if o.loss.advantage == "opo":
-        return advantages.opo
-    return lambda rewards, sizes: getattr(advantages, o.loss.advantage)(rewards)
 
 
 def plan(o: Any) -> Plan:
@@ -48,7 +19,9 @@ def plan(o: Any) -> Plan:
     r = o.rollout
     overlong = (r.max_completion_length, r.overlong_buffer) if r.overlong_buffer else None
     drawn = r.filter_groups, r.max_num_gen_batches, r.mask_truncated_completions, overlong
-    return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn)
+    how: dict[str, Any] = {"beta": o.loss.beta, "kl": o.loss.kl} if o.loss.kl_in_reward else {}
+    how |= {"routing_replay": r.routing_replay, "shown": r.log_completions, "shown_every": r.log_every}
+    return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn, **how)
 
 
 def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
@@ -58,19 +31,34 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     """
     r, rank, world = o.rollout, run.shard.rank, run.shard.world
     length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
-    engine = LocalEngine(model, tree.map(run.shard.full, params), slots=r.slots, length=length, compile=r.compile)
+    how: dict[str, Any] = {"slots": r.slots, "compile": r.compile, "record_routing": r.routing_replay}
+    engine = LocalEngine(model, tree.map(run.shard.full, params), length=length, **how)
+
+    def answer(prompts: list[Prompt], sampling: Sampling) -> list[Sample]:
+        share = -(-len(prompts) // world)
+        own = [prompt.ids for prompt in prompts[rank * share : (rank + 1) * share]]
+        found = engine.generate(own, replace(sampling, seed=sampling.seed + rank))
+        return [sample for samples in backend.everyone(found) for sample in samples]
+
+    usual = Sampling(r.max_completion_length, r.temperature, r.top_k, r.top_p, stop=tuple(run.tokenizer.eos_ids))
 
     def draw(prompts: list[Prompt], seed: int) -> list[Sample]:
         engine.update(tree.map(run.shard.full, params), engine.version + 1)
-        share = -(-len(prompts) // world)
-        own = [prompt.ids for prompt in prompts[rank * share : (rank + 1) * share]]
-        drawn = r.max_completion_length, r.temperature, r.top_k, r.top_p
-        found = engine.generate(own, Sampling(*drawn, stop=tuple(run.tokenizer.eos_ids), seed=seed + rank))
-        return [sample for samples in backend.everyone(found) for sample in samples]
+        return answer(prompts, replace(usual, seed=seed))
+
+    def greedy(prompts: list[Prompt], seed: int) -> list[Sample]:
+        return answer(prompts, replace(usual, temperature=0.0, top_k=0, top_p=1.0))
 
     part, parts = run.shard.data
     rows = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
-    rows |= {"longest": r.max_completion_length}
+    rows |= {"longest": r.max_completion_length, "greedy": greedy if o.loss.advantage == "remax" else None}
+
+    def score(weights: tree.Tree) -> Scorer:
+        form = "layer" if o.compile == "auto" else o.compile
+        return scorer(model, weights, o.micro_batch, run.shard, run.device, form, r.temperature)
+
+    rows["old"] = score(params) if o.loss.old == "trainer" else None
+    rows["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
     return Experience(run.loader, draw, rewards(o, run), advantage(o), plan(o), seed=o.seed, **rows)
 
 
@@ -94,7 +82,7 @@ def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores]:
             columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
             texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
             found = functions([p.text for p in prompts], texts, ids, **columns)
-            made = Scores(found.total, found.report())
+            made = Scores(found.total, found.report(), found.each, texts)
         return backend.everyone(made)[0]
 
     return score

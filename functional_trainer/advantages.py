@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 Scale = Literal["group", "batch", "none"]
+KL = Literal["k1", "k2", "k3"]
 EPSILON = 1e-4
 """Added to a standard deviation, as in TRL; verl's is 1e-6."""
 
@@ -131,9 +132,12 @@ def without_truncated(weights: Any, truncated: Any) -> np.ndarray:
     return np.where(np.asarray(truncated, bool)[..., None], 0, np.asarray(weights))
 
 
-def kl_in_reward(
-    rewards: Any, logprobs: Any, ref_logprobs: Any, mask: Any, beta: float, kl: Literal["k1", "k2", "k3"] = "k1"
-) -> np.ndarray:
+def divergence(d: np.ndarray, kl: KL) -> np.ndarray:
+    """Return an estimate of KL(policy || reference) per token, given d = log policy / reference."""
+    return {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) + d - 1}[kl]
+
+
+def kl_in_reward(rewards: Any, logprobs: Any, ref_logprobs: Any, mask: Any, beta: float, kl: KL = "k1") -> np.ndarray:
     """Return rewards per token (N, T) of N answers (N,): each on the last token of its `mask`, less beta * KL on each;
     None counts as 0.
 
@@ -141,7 +145,7 @@ def kl_in_reward(
     """
     kept = np.asarray(mask) != 0
     d = np.where(kept, np.asarray(logprobs, np.float64) - np.asarray(ref_logprobs, np.float64), 0)
-    made = -beta * {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) + d - 1}[kl]
+    made = -beta * divergence(d, kl)
     some = kept.any(1)
     last = kept.shape[1] - 1 - kept[:, ::-1].argmax(1)
     made[np.flatnonzero(some), last[some]] += np.nan_to_num(table([rewards])[0])[some]

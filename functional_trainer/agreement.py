@@ -1,15 +1,20 @@
-"""Whether the engine that samples and the trainer say the same about what was sampled.
+"""What the trainer says about samples, and whether the engine that drew them says the same.
 
-If they do not (other precision, stale weights, another chat template), ratios are wrong from the first step on and a
+If it does not (other precision, stale weights, another chat template), ratios are wrong from the first step on and a
 run learns little or falls apart late, which is why it is looked at before the first one.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 
-from functional_trainer import backend
+import kernels
+from functional_trainer import backend, tree
+from functional_trainer.experience import Scorer
 from functional_trainer.losses import logprobs
+from functional_trainer.remat import wrap_layer
+from functional_trainer.step import settings
 from functional_trainer.tree import Tree
 from functional_trainer.types import ONE_DEVICE, Batch
 
@@ -34,3 +39,32 @@ def differences(
         largest = max(largest, float(apart_BS.max()))
     totals, counts, most = zip(*backend.everyone((total, count, largest)), strict=True)
     return sum(totals) / max(sum(counts), 1.0), max(most)
+
+
+def scorer(
+    model: Any, params: Tree, rows: int, shard: Any, device: torch.device, compile: str = "off",
+    temperature: float = 1.0,
+) -> Scorer:  # fmt: skip
+    """Return what computes log-probabilities of sampled tokens with the weights as they are when it is called.
+
+    They are cast and used as in a step. All ranks call it together, each with its rows, in passes of `rows`.
+    """
+    wrapped = wrap_layer(model, compile=compile != "off", remat="none")
+
+    def run(batch: Batch, number: np.ndarray, size: int) -> np.ndarray:
+        used = tree.map(lambda p: shard.storage(p).detach().to(model.dtype or p.dtype), params)
+        columns = batch | {"number": torch.from_numpy(number)}
+        placed = shard.put_batch({k: v.to(device) for k, v in columns.items()})
+        parts = shard.micro(placed, placed["tokens"].shape[0] // rows)
+        logp_BS = torch.cat([score(wrapped, used, part, shard, temperature) for part in parts])
+        sampled = placed["weights"] != 0
+        found = np.zeros(size, np.float64 if logp_BS.dtype == torch.float64 else np.float32)
+        for places, values in backend.everyone([x[sampled].numpy(force=True) for x in (placed["number"], logp_BS)]):
+            found[places] = values
+        return found
+
+    def compiled(batch: Batch, number: np.ndarray, size: int) -> np.ndarray:
+        with settings(False), kernels.kept_on_disk():
+            return run(batch, number, size)
+
+    return run if compile == "off" else compiled  # importing the compiler takes seconds

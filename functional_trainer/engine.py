@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import kernels
-from functional_trainer import tree
+from functional_trainer import routing, tree
 from functional_trainer.remat import wrap_layer
 from functional_trainer.rollout import Sample, Sampling
 from functional_trainer.sampling import sample, uniforms
@@ -48,11 +48,13 @@ class Rows(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A prompt whose beginning has been run: its number in the call, and which row of a cache has what that left."""
+    """A prompt whose beginning has been run: its number in the call, which row of a cache has what that left, and the
+    experts that were chosen, if they are recorded."""
 
     number: int
     cache: tree.Tree
     row: int
+    routed: list[np.ndarray]
 
 
 class Request(NamedTuple):
@@ -62,25 +64,28 @@ class Request(NamedTuple):
     uniforms: np.ndarray
     tokens: list[int]
     logprobs: list[float]
+    routed: list[np.ndarray]
 
 
 def decode(
     model: Any, params: tree.Tree, cache: tree.Tree, rows: Rows, u_B: torch.Tensor, stop_V: torch.Tensor,
-    sampling: Sampling,
-) -> tuple[Rows, torch.Tensor]:  # fmt: skip
-    """Feed each row's token and choose its next; return the rows, and the chosen tokens' log-probabilities (B,)."""
+    sampling: Sampling, record: torch.dtype | None = None,
+) -> tuple[Rows, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Feed each row's token and choose its next; return the rows, the chosen tokens' log-probabilities (B,), and if
+    they are recorded, in the type `record`, the experts of the tokens that were fed, (B, L, K)."""
     batch = {
         "tokens": rows.token[:, None],
         "segment_ids": rows.live[:, None].to(torch.int64),
         "positions": rows.place[:, None],
     }
-    hidden_BD = model.apply(params, batch, cache=cache | {"length": rows.place}).hidden[:, 0]
-    z_BV = model.unembed(params).logits(hidden_BD)
+    output = model.apply(params, batch, cache=cache | {"length": rows.place})
+    z_BV = model.unembed(params).logits(output.hidden[:, 0])
     logp_BV = (z_BV / sampling.temperature if sampling.temperature else z_BV).log_softmax(-1)
     token = sample(logp_BV, u_B, sampling)
     place = rows.place + rows.live
     live = rows.live & (place < rows.end) & ~stop_V[token]
-    return Rows(token, place, rows.end, live), logp_BV.gather(-1, token[:, None])[:, 0]
+    routed_BLK = None if record is None else routing.recorded(output.aux, record)[:, 0]
+    return Rows(token, place, rows.end, live), logp_BV.gather(-1, token[:, None])[:, 0], routed_BLK
 
 
 class LocalEngine:
@@ -90,19 +95,22 @@ class LocalEngine:
     of the decoding of a token; prompts come in many shapes and are run as they are. The host looks every `look_every`
     tokens which rows have ended.
 
+    With `record_routing` samples say which experts were chosen; ValueError if the model has none.
+
     Parameters are used where they are, so a train step, which writes into them, changes the engine's too. Where the
     model computes in another dtype `update` makes a copy instead.
     """
 
     def __init__(
         self, model: Any, params: tree.Tree, *, slots: int = 64, length: int = 1024, compile: Compile = "off",
-        look_every: int = 4, version: int = 0, backend: str = "inductor",
+        look_every: int = 4, version: int = 0, backend: str = "inductor", record_routing: bool = False,
     ):  # fmt: skip
         if min(slots, length, look_every) < 1:
             raise ValueError(f"slots {slots}, length {length}, look_every {look_every}: each must be at least 1")
         self.model, self.slots, self.length, self.look_every = model, slots, length, look_every
         layered = wrap_layer(model, compile=True, remat="none", backend=backend) if compile == "layer" else model
-        step = partial(decode, layered)
+        self.record = routing.id_type(model) if record_routing else None
+        step = partial(decode, layered, record=self.record)
         whole = compile == "step"
         self._decode = torch.compile(step, fullgraph=True, dynamic=False, backend=backend) if whole else step
         self._compiles = compile != "off"
@@ -175,8 +183,10 @@ class LocalEngine:
             taken.append((waiting.popleft(), numbers.setdefault(beginning, len(numbers))))
         batch = _padded(list(numbers), self.params["embed"].device)
         cache = self._new_cache(*batch["tokens"].shape)
-        self.model.apply(self.params, batch, cache=cache | {"length": 0})
-        return deque(Ready(number, cache, row) for number, row in taken)
+        aux = self.model.apply(self.params, batch, cache=cache | {"length": 0}).aux
+        routed = None if self.record is None else routing.recorded(aux, self.record).numpy(force=True)
+        own = {i: [] if routed is None else [routed[row, : len(prompts[i]) - 1]] for i, row in taken}
+        return deque(Ready(number, cache, row, own[number]) for number, row in taken)
 
     def _admit(self, rows: Rows, ready: deque[Ready], running: dict[int, Request], prompts, sampling: Sampling) -> None:
         """Give free rows to prompts that are ready, in place."""
@@ -190,7 +200,8 @@ class LocalEngine:
         rows.token[at], rows.place[at] = self._ids([prompt[-1] for prompt in mine]), place
         rows.end[at], rows.live[at] = place + sampling.max_tokens, True
         for slot, one in zip(free, entering, strict=True):
-            running[slot] = Request(one.number, uniforms(sampling.seed, one.number, sampling.max_tokens), [], [])
+            numbers = uniforms(sampling.seed, one.number, sampling.max_tokens)
+            running[slot] = Request(one.number, numbers, [], [], one.routed)
 
     def _advance(
         self, rows: Rows, stop_V: torch.Tensor, running: dict[int, Request], sampling: Sampling
@@ -200,16 +211,19 @@ class LocalEngine:
         for slot, request in running.items():
             u = request.uniforms[len(request.tokens) :][: self.look_every]
             u_EB[: len(u), slot] = u
-        cache, found = tree.map(lambda held: held[: len(rows.live)], self._cache), []
+        cache, found, routed = tree.map(lambda held: held[: len(rows.live)], self._cache), [], []
         for u_B in torch.from_numpy(u_EB).to(stop_V.device):
             fed = rows.live
-            rows, logp_B = self._decode(self.params, cache, rows, u_B, stop_V, sampling)
+            rows, logp_B, routed_BLK = self._decode(self.params, cache, rows, u_B, stop_V, sampling)
             found.append((rows.token, logp_B, fed, rows.live))
+            routed += [] if routed_BLK is None else [routed_BLK]
         token_BE, logp_BE, fed_BE, live_BE = (torch.stack(x, 1).tolist() for x in zip(*found, strict=True))
+        routed_BELK = torch.stack(routed, 1).numpy(force=True) if routed else None
         for slot, request in running.items():
             count = sum(fed_BE[slot])
             request.tokens.extend(token_BE[slot][:count])
             request.logprobs.extend(logp_BE[slot][:count])
+            request.routed.extend([] if routed_BELK is None else [routed_BELK[slot, :count]])
         return rows, [running.pop(slot) for slot in list(running) if not live_BE[slot][-1]]
 
     def _fewer(self, rows: int, wanted: int) -> int:
@@ -229,7 +243,9 @@ class LocalEngine:
 
     def _sample(self, done: Request, sampling: Sampling) -> Sample:
         reason: Literal["stop", "length"] = "stop" if done.tokens[-1] in sampling.stop else "length"
-        return Sample(done.tokens, done.logprobs, reason, [self.version] * len(done.tokens))
+        routed = np.concatenate(done.routed) if done.routed else None
+        versions = [self.version] * len(done.tokens)
+        return Sample(done.tokens, done.logprobs, reason, versions, routed_experts=routed)
 
 
 def _padded(prompts: Sequence[Prompt], device: torch.device) -> Batch:

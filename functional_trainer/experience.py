@@ -12,19 +12,21 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from functional_trainer import advantages
+from functional_trainer import advantages, routing
 from functional_trainer.data.columns import lengths
 from functional_trainer.data.order import Share, mixed
 from functional_trainer.data.packing import Cursor, Documents, cut, fill, first_fit, plan
 from functional_trainer.rollout import Sample
 
 Batch = dict[str, torch.Tensor]
+
+
 class Prompt(NamedTuple):
     """A question: ids, the text that is shown, and what reward functions are given beside it."""
 
@@ -48,11 +50,17 @@ class Scores(NamedTuple):
 
     rewards: list[float | None]
     report: dict[str, float]
+    each: Mapping[str, list[float | None]] = {}
+    """By function."""
+    texts: list[str] = []
+    """Of answers."""
 
 
 Generate = Callable[[list[Prompt], int], list[Sample]]
 """From prompts and a seed to an answer of each."""
 Reward = Callable[[list[Prompt], list[Sample]], Scores]
+Scorer = Callable[[Batch, np.ndarray, int], np.ndarray]
+"""From this rank's rows and the number that each of their places has among `size` to values of all places (size,)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,15 @@ class Plan:
     """Train no token of an answer that was cut off."""
     overlong: tuple[int, int] | None = None
     """Longest answer, and the tokens before it over which a penalty grows to 1."""
+    beta: float = 0.0
+    """What is taken from an answer's reward for each nat of its divergence from the reference."""
+    kl: advantages.KL = "k1"
+    routing_replay: bool = False
+    """Batches have the experts that the engine chose, `routed_experts`."""
+    shown: int = 0
+    """Answers of a rollout that `report` has as "completions_table", the first ones."""
+    shown_every: int = 1
+    """Rollouts between two that are shown."""
 
     def total_steps(self, prompts: int, epochs: int) -> int:
         """Count the steps in which each of so many prompts is drawn `epochs` times."""
@@ -88,6 +105,8 @@ class Rollout(NamedTuple):
     rewards: np.ndarray
     """(groups, answers), nan where there is none."""
     advantages: np.ndarray
+    said: list[dict[str, Any]]
+    """Of each answer the text and the rewards by function."""
 
 
 class Experience:
@@ -96,11 +115,16 @@ class Experience:
     `rows` are those of a pass over all data-parallel ranks; a batch has as many passes as its answers need. `advantage`
     maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. ValueError if a prompt and its
     longest answer do not fit into a row.
+
+    With `old` batches have old_logprobs: what it returns of a rollout's batches before the first of them is taken. With
+    `greedy`, which answers a prompt with the likeliest tokens, `advantage` is given the rewards of these answers, (P,),
+    too. `reference` gives log-probabilities for the divergence that rewards lose.
     """
 
     def __init__(
         self, prompts: Prompts, generate: Generate, reward: Reward, advantage: Callable, how: Plan, *,
         seq_len: int, longest: int, rows: int, seed: int = 0, rank: int = 0, world: int = 1,
+        old: Scorer | None = None, greedy: Generate | None = None, reference: Scorer | None = None,
     ):  # fmt: skip
         over = [p for p in prompts if len(p.ids) + longest > seq_len + 1]
         if over or not prompts:
@@ -110,6 +134,7 @@ class Experience:
             raise ValueError(f"{said}; the first: {over[0].text[:80]!r}" if over else "there are no prompts to answer")
         self.prompts, self.generate, self.reward, self.advantage = prompts, generate, reward, advantage
         self.how, self.seq_len, self.rows, self.seed = how, seq_len, rows, seed
+        self.old, self.greedy, self.reference = old, greedy, reference
         self.mine = slice(rank * rows // world, (rank + 1) * rows // world)
         self.order = mixed([Share(len(prompts))], seed, True)
         self.drawn, self.count, self.waiting = 0, 0, list[dict[str, np.ndarray]]()
@@ -128,9 +153,38 @@ class Experience:
         """Return the next batch and leave it there."""
         if not self.waiting:
             self._roll()
-        columns, shape = self.waiting[0], (-1, self.rows, self.seq_len)
-        own = {k: v.reshape(shape)[:, self.mine].reshape(-1, self.seq_len) for k, v in columns.items()}
-        return {k: torch.from_numpy(v) for k, v in own.items()}
+        if self.old and "old_logprobs" not in self.waiting[0]:
+            self._score(self.old)
+        return {k: torch.from_numpy(self._own(v)) for k, v in self.waiting[0].items()}
+
+    def _own(self, column: np.ndarray) -> np.ndarray:
+        """Return this rank's rows of a column of all, those of each pass."""
+        passes = column.reshape(-1, self.rows, *column.shape[1:])
+        return passes[:, self.mine].reshape(-1, *column.shape[1:])
+
+    def _score(self, old: Scorer) -> None:
+        """Let the batches of a rollout have old_logprobs."""
+        begun = time.perf_counter()
+        for columns in self.waiting[: self.how.steps]:  # what is trained on again are the same ones
+            columns["old_logprobs"] = self._ask(old, columns)
+        self.said.setdefault("timing_s", {})["old_log_prob"] = time.perf_counter() - begun
+
+    def _ask(self, scorer: Scorer, columns: dict[str, np.ndarray]) -> np.ndarray:
+        """Return what a scorer says of all rows, each rank of its own."""
+        number = np.arange(columns["tokens"].size).reshape(columns["tokens"].shape)
+        own = {k: torch.from_numpy(self._own(v)) for k, v in columns.items()}
+        return scorer(own, self._own(number), number.size).reshape(number.shape)
+
+    def _divergence(self, reference: Scorer, prompts: list[Prompt], answers: list[Sample]) -> np.ndarray:
+        """Return the divergence of each answer from the reference, added up over its sampled tokens."""
+        count = np.arange(len(answers))
+        how = replace(self.how, group=1, mask_truncated=False, routing_replay=False)
+        numbered = Rollout(prompts, answers, count[:, None], count[:, None], [])  # advantages say whose a token is
+        columns = _pack(numbered, count, how, self.seq_len, self.rows)
+        sampled, told = columns["weights"] != 0, columns["rollout_logprobs"]
+        d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns))[sampled])
+        whose = columns["advantages"][sampled].astype(np.int64)
+        return np.bincount(whose, advantages.divergence(d, self.how.kl), len(answers))
 
     def report(self) -> dict[str, Any]:
         """Return what the row of metrics of the next step is to say, once: of a rollout, its first step's."""
@@ -167,14 +221,16 @@ class Experience:
         self.waiting, self.last = parts * how.iterations, rollout
         self.count += 1
         self.said = said | {"rollout_s": time.perf_counter() - begun}
+        if how.shown and self.count % how.shown_every == 0:
+            self.said["completions_table"] = _shown(rollout, how.shown)
 
     def _draw(self) -> tuple[Rollout, dict[str, Any]]:
         """Draw groups until there are enough that teach something, or the last resort: any."""
         how = self.how
         good: list[_Group] = []
-        tried = 0
+        tried, spent = 0, dict.fromkeys(("gen", "reward", "tokens"), 0.0)
         while len(good) < how.prompts and tried < how.most:
-            groups, scores = self._groups()
+            groups, scores = self._groups(spent)
             good += [g for g in groups if g.spread or not how.filter_groups]
             tried += 1
         good = [*good, *(g for g in groups if not any(g is other for other in good))][: how.prompts]
@@ -185,22 +241,40 @@ class Experience:
         used = rewards
         if how.overlong:
             used = rewards + advantages.overlong_penalty(sizes, *how.overlong)
-        rollout = Rollout(prompts, answers, rewards, self.advantage(used, sizes))
-        return rollout, _report(rollout, sizes) | scores.report | ({"rollouts": tried} if how.filter_groups else {})
+        apart = self._divergence(self.reference, prompts, answers).reshape(sizes.shape) if self.reference else None
+        if apart is not None:
+            used = used - how.beta * apart
+        baseline = ([g.greedy for g in good],) if self.greedy else ()
+        said = [one for g in good for one in g.said]
+        rollout = Rollout(prompts, answers, rewards, self.advantage(used, sizes, *baseline), said)
+        row = _report(rollout, sizes) | scores.report | ({"rollouts": tried} if how.filter_groups else {})
+        row |= {} if apart is None else {"kl": float(apart.sum() / sizes.sum())}
+        row["generated_tokens_per_s"] = spent.pop("tokens") / spent["gen"]
+        return rollout, row | {"timing_s": spent}
 
-    def _groups(self) -> tuple[list["_Group"], Scores]:
-        """Ask the next prompts."""
+    def _groups(self, spent: dict[str, float]) -> tuple[list["_Group"], Scores]:
+        """Ask the next prompts; add what it took to `spent`."""
         how = self.how
         asked = [self.prompts[self.order.piece(self.drawn + i)] for i in range(how.prompts)]
         seed = int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0])
         self.drawn += how.prompts
         prompts = [p for p in asked for _ in range(how.group)]
+        begun = time.perf_counter()
         answers = self.generate(prompts, seed)
+        likeliest = self.greedy(asked, seed) if self.greedy else []
+        drawn = time.perf_counter()
         scores = self.reward(prompts, answers)
-        cuts = range(0, len(prompts), how.group)
-        rewards = [scores.rewards[i : i + how.group] for i in cuts]
-        each = zip(cuts, rewards, advantages.has_spread(rewards), strict=True)
-        return [_Group(prompts[i], answers[i : i + how.group], r, bool(spread)) for i, r, spread in each], scores
+        baseline = self.reward(asked, likeliest).rewards if self.greedy else [None] * how.prompts
+        spent["gen"] += drawn - begun
+        spent["reward"] += time.perf_counter() - drawn
+        spent["tokens"] += sum(len(a.tokens) for a in answers + likeliest)
+        said = [_said(scores, i) for i in range(len(prompts))]
+        groups = []
+        for prompt, greedy, i in zip(asked, baseline, range(0, len(prompts), how.group), strict=True):
+            own = slice(i, i + how.group)
+            spread = bool(advantages.has_spread([scores.rewards[own]])[0])
+            groups.append(_Group(prompt, answers[own], scores.rewards[own], spread, greedy, said[own]))
+        return groups, scores
 
 
 class _Group(NamedTuple):
@@ -208,20 +282,46 @@ class _Group(NamedTuple):
     answers: list[Sample]
     rewards: list[float | None]
     spread: bool
+    greedy: float | None
+    said: list[dict[str, Any]]
+
+
+def _said(scores: Scores, i: int) -> dict[str, Any]:
+    """Return an answer's text and its rewards by function."""
+    text = {"completion": scores.texts[i]} if scores.texts else {}
+    return text | {name: given[i] for name, given in scores.each.items()}
+
+
+def _shown(rollout: Rollout, count: int) -> list[dict[str, Any]]:
+    """Return a row for each of the first answers: texts, rewards, advantage, tokens, why it ended."""
+    rows = []
+    for i, answer in enumerate(rollout.answers[:count]):
+        reward, worth = rollout.rewards.flat[i], rollout.advantages.flat[i]
+        row = {"prompt": rollout.prompts[i].text} | rollout.said[i]
+        row |= {"reward": None if np.isnan(reward) else float(reward), "advantage": float(worth)}
+        rows.append(row | {"tokens": len(answer.tokens), "finish_reason": answer.finish_reason})
+    return rows
 
 
 def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
     """Return metrics under the names that TRL and verl use."""
-    rewards, ended = rollout.rewards, [a.finish_reason != "length" for a in rollout.answers]
+    rewards, ended = rollout.rewards, np.array([a.finish_reason != "length" for a in rollout.answers])
+    scored, n = rewards[~np.isnan(rewards).all(1)], sizes.reshape(-1)
     return {
-        "reward": float(np.nanmean(rewards)) if not np.isnan(rewards).all() else None,
+        "reward": float(np.nanmean(rewards)) if len(scored) else None,
+        "reward_best": float(np.nanmax(scored, 1).mean()) if len(scored) else None,
         "reward_std": float(advantages.deviation(rewards).mean()),
         "frac_reward_zero_std": float(1 - advantages.has_spread(rewards).mean()),
         "completions": {
             "mean_length": float(sizes.mean()), "min_length": int(sizes.min()), "max_length": int(sizes.max()),
-            "clipped_ratio": 1 - sum(ended) / len(ended),
+            "clipped_ratio": float(1 - ended.mean()),
+            "mean_terminated_length": float(n[ended].mean()) if ended.any() else None,
         },
-        "advantages": {"min": float(rollout.advantages.min()), "max": float(rollout.advantages.max())},
+        "prompts": {"mean_length": float(np.mean([len(p.ids) for p in rollout.prompts]))},
+        "advantages": {
+            "mean": float(rollout.advantages.mean()), "min": float(rollout.advantages.min()),
+            "max": float(rollout.advantages.max()),
+        },
     }  # fmt: skip
 
 
@@ -242,6 +342,9 @@ def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int, rows: i
         some, cursor = plan(cursor, len(pieces.length), lambda i: int(pieces.length[i]), rows, seq_len, first_fit)
         table += some
     more = {"advantages": np.array(worth, np.float32), "rollout_logprobs": np.array(told, np.float32)}
+    if how.routing_replay:
+        pairs = [(rollout.prompts[i].ids, rollout.answers[i]) for i in which]
+        more["routed_experts"] = routing.column(pairs)
     batch = fill(stored, pieces, table, seq_len, more)
     return batch | {"lengths": lengths(batch["weights"], batch["segment_ids"])}
 

@@ -25,7 +25,8 @@ class Loss:
     each term (and each reported sum that is a mean) is divided by, if by anything. All are sums over the tokens at
     hand, on a mesh each rank's share, and the step adds the shares up. `coefficients` default to 1.
     `update(buffers, reported)` returns the next buffers from what is reported of the whole batch, divided; the terms
-    find them in `output.buffers`.
+    find them in `output.buffers`. What `largest` names of the reported is not added up, the largest is taken, and
+    `derive(reported)` returns what becomes a metric of what is reported of the whole batch.
     """
 
     terms: Callable[[Output, Unembed, Batch, object], tuple[Sums, Sums]]
@@ -36,6 +37,8 @@ class Loss:
     whole_sequences: bool = False
     """Whether something is pooled over a sequence, so that none may be cut in two; see `data.columns`."""
     update: Callable[[dict, Sums], dict] = lambda buffers, sums: buffers
+    largest: tuple[str, ...] = ()
+    derive: Callable[[Sums], Sums] = lambda reported: reported
 
 
 def logprobs(

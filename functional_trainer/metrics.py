@@ -1,4 +1,5 @@
-"""What a run says while it trains: `metrics.jsonl`, `samples.jsonl`, TensorBoard, Weights & Biases, a progress line.
+"""What a run says while it trains: `metrics.jsonl`, `samples.jsonl`, `completions.jsonl`, TensorBoard, Weights &
+Biases, a progress line.
 
 `metrics.jsonl` holds one strict JSON object per optimizer step. JSON has no nan and no infinity: such a value is null
 and named in the row's "nonfinite" entry, e.g. {"loss": null, "nonfinite": {"loss": "nan"}}.
@@ -55,7 +56,7 @@ class Metrics:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         self.wandb = _wandb(wandb, self.folder, config) if wandb else None
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "completions.jsonl"):
             truncate(self.folder / name, start_step)
         self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1, flush_secs=5)
@@ -68,7 +69,8 @@ class Metrics:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append the row of `step` (1, 2, ...): numbers, None, strings, tensors, and lists or mappings of them.
 
-        Lists go to `metrics.jsonl` only, numbers to TensorBoard as well. Raises OSError when the disk is full.
+        Lists go to `metrics.jsonl` only, numbers to TensorBoard as well, and "completions_table", answers that the step
+        begins to train on, each with its rewards, to `completions.jsonl`. Raises OSError when the disk is full.
         """
         if step <= self.last:
             raise ValueError(f"step {step} was logged after step {self.last}")
@@ -76,11 +78,17 @@ class Metrics:
         if not self.main:
             return
         nonfinite: dict[str, str] = {}
-        row = {"step": step, **_strict(values, "", nonfinite)}
+        table = values.get("completions_table", ())
+        row = {"step": step, **_strict({k: v for k, v in values.items() if k != "completions_table"}, "", nonfinite)}
         line = json.dumps(row | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False).encode() + b"\n"
         try:
             while line:  # straight to the system, nothing is left in a buffer
                 line = line[self.file.write(line) :]
+            if table:
+                with open(self.folder / "completions.jsonl", "ab") as file:
+                    file.writelines(
+                        json.dumps({"step": step, **one}, allow_nan=False).encode() + b"\n" for one in table
+                    )
             for name, value in _scalars(row, ""):
                 self.board.add_scalar(name, value, step)
             if self.wandb:
@@ -192,6 +200,11 @@ def _wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"--wandb {project}: {error}") from None
     run.define_metric("*", step_metric="step")
     return run
+
+
+def last(path: str | Path, count: int) -> list[dict[str, Any]]:
+    """Return the last rows of a file of JSON lines, at most `count`."""
+    return [json.loads(line) for line in collections.deque(_lines(Path(path)), count)]
 
 
 def read(path: str | Path) -> Iterator[dict[str, Any]]:

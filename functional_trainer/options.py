@@ -43,7 +43,9 @@ def forms(compile: str, remat: str, offload: tuple[str, ...]) -> None:
         raise ValueError(f"--offload {' '.join(offload)} is not for one graph: use --compile layer or off")
 
 
-Shape = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired"]
+Shape = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompt"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ class PromptOptions:
     split: float = 0.0
     """Share of the questions to hold out instead of --data.eval, by a hash of their content."""
     type: Shape = "auto"
-    """What rows look like (docs/data.md); their last answer is the right one, the column `answer` of rewards."""
+    """What rows look like (docs/rl.md); a last answer is the right one, the column `answer` of rewards."""
     columns: tuple[str, ...] = ()
     """Names of columns, OURS=THEIRS: prompt=question completion=answer."""
     tokenizer: str | None = None
@@ -333,12 +335,19 @@ class RolloutOptions:
     """Train on no answer that was cut off."""
     overlong_buffer: int = 0
     """Tokens before the longest answer over which a penalty of the reward grows to 1 (DAPO; 0: none)."""
+    routing_replay: bool = False
+    """Train with the experts that the engine chose, with the router's own scores (models with experts; docs/rl.md)."""
+    log_completions: int = 16
+    """Answers of a rollout that are written to completions.jsonl, the first ones (0: none)."""
+    log_every: int = 1
+    """Rollouts between two of which answers are written."""
     max_disagreement: float = 0.01
     """Mean |log-probability, as sampled - as trained| of the first rollout above which the run is refused."""
 
     def __post_init__(self):
         ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
-        within("rollout.", self, num_generations=(2, ""), **dict.fromkeys(ones, (1, "")))
+        within("rollout.", self, num_generations=(2, ""), **dict.fromkeys((*ones, "log_every"), (1, "")))
+        within("rollout.", self, log_completions=(0, ""))
         within(
             "rollout.", self, top_k=(0, ""), top_p=(0, "at most 1"), overlong_buffer=(0, ""), max_disagreement=(0, "")
         )
@@ -350,6 +359,11 @@ class RolloutOptions:
             raise ValueError("--rollout.max-num-gen-batches has no effect without --rollout.filter-groups")
         if self.overlong_buffer > self.max_completion_length:
             raise ValueError(f"--rollout.overlong-buffer {self.overlong_buffer} is more than the longest answer")
+
+    def packed_rows(self, prompts: int, seq_len: int, equal: int) -> int:
+        """Return the rows of a step if all answers are as long as may be, raised to a multiple of `equal`."""
+        tokens = prompts * self.num_generations * self.max_completion_length
+        return -(-tokens // (self.steps_per_generation * seq_len * equal)) * equal
 
 
 @dataclass(frozen=True)
@@ -380,10 +394,15 @@ LossType = Literal[
 class PolicyOptions:
     loss_type: LossType = "dapo"
     """Objective (docs/rl.md), with its paper's clipping and mean unless these are given:"""
-    advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "pass_at_k"] = "grpo"
+    advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "remax", "pass_at_k"] = "grpo"
     """What an answer is worth beside the others of its group."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that grpo's advantages are divided by."""
+    loss_agg_mode: (
+        Literal["token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+        | None
+    ) = None
+    """How losses of tokens become one number (docs/rl.md; default: as the objective's paper says)."""
     epsilon: float | None = None
     """Lower end of clipping, below 1."""
     epsilon_high: float | None = None
@@ -394,19 +413,32 @@ class PolicyOptions:
     """Coefficient of the KL divergence from the weights at the start, which then run beside every step."""
     kl: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3"
     """How the divergence is estimated."""
+    kl_in_reward: bool = False
+    """Take --loss.beta times an answer's divergence from its reward, and add none to the loss."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy, which is maximized."""
     correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
     ] = "none"
-    """Weights for what the rollout engine says differently (TIS, MIS; docs/rl.md); one step per rollout only."""
+    """Weights for what the engine says differently (TIS, MIS; docs/rl.md); for several steps say --loss.old trainer."""
+    correction_range: tuple[float, float] | None = None
+    """Lowest and highest ratio of --loss.correction (default: the usual ones)."""
+    old: Literal["rollout", "trainer"] = "rollout"
+    """Who says what ratios are to, with several steps per rollout: the engine, or the trainer before the first step."""
+    off_policy_mask_threshold: float | None = None
+    """Reject answers of negative advantage whose mean of log rollout / policy is above this (OPSM)."""
     balance: float = 0.0
     """Coefficient of the router's balance loss within each sequence."""
 
     def __post_init__(self):
         within("loss.", self, epsilon=(0, ""), epsilon_high=(0, ""), delta=(1, ""), beta=(0, ""), balance=(0, ""))
-        if self.kl != "k3" and not self.beta:
-            raise ValueError(f"--loss.kl {self.kl} has no effect without --loss.beta")
+        for flag, given in (("kl-in-reward", self.kl_in_reward), (f"kl {self.kl}", self.kl != "k3")):
+            if given and not self.beta:
+                raise ValueError(f"--loss.{flag} has no effect without --loss.beta")
+        if self.kl_in_reward and self.kl == "k3_unbiased":
+            raise ValueError("--loss.kl k3_unbiased is of a ratio: with --loss.kl-in-reward use k1, k2 or k3")
+        if self.correction_range and self.correction == "none":
+            raise ValueError("--loss.correction-range has no effect without --loss.correction")
         if self.scale_rewards != "group" and self.advantage != "grpo":
             raise ValueError(f"--loss.scale-rewards has no effect with --loss.advantage {self.advantage}")
 
@@ -479,6 +511,10 @@ class RunOptions:
         none = ("steps", "micro_batch", "eval_every", "save_every", "profile", "seed", "samples")
         within("", self, **dict.fromkeys(none, (0, "")))
         within("", self, **dict.fromkeys(("epochs", "batch", "keep", "max_skipped", "timeout"), (1, "")))
+
+    def packed_rows(self, world: int) -> int:
+        """Return the packed rows of a step on `world` devices, as far as they are known before."""
+        return self.batch
 
     def micro_batches(self, world: int) -> int:
         """Return the passes of a step on each of `world` devices; ValueError if they cannot be equal."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from functional_trainer.metrics import read
+from functional_trainer.metrics import last
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }
@@ -36,7 +36,10 @@ def write(folder: str | Path, rows: list[dict[str, Any]], dead: str = "") -> Pat
         names = list(evals[-1]["eval_losses"])
         lines = ([row["step"], *(_number(row["eval_losses"].get(name)) for name in names)] for row in evals)
         parts += ["<h2>Held-out loss by source</h2>", _table(lines, ["step", *names])]
-    samples = list(read(folder / "samples.jsonl"))[-5:]
+    if answers := last(folder / "completions.jsonl", 16):
+        lines = ([_cell(answer.get(name)) for name in answers[-1]] for answer in answers)
+        parts += ["<h2>Answers of rollouts, the last ones in completions.jsonl</h2>", _table(lines, answers[-1])]
+    samples = last(folder / "samples.jsonl", 5)
     if samples:
         names = list(samples[-1]["samples"][0])
         lines = ([s["step"], *(one.get(n, "") for n in names)] for s in reversed(samples) for one in s["samples"])
@@ -87,6 +90,10 @@ def _table(lines: Iterable[Iterable[Any]], head: Iterable[str] = ()) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = ("".join(f"<td>{escape(str(cell))}</td>" for cell in line) for line in lines)
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in (top, *body) if line) + "</table>"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _number(value: float | None) -> str:

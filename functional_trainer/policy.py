@@ -24,6 +24,11 @@ from functional_trainer.objectives import OBJECTIVES, Policy, clipping, divergen
 from functional_trainer.rollout_correction import LARGEST, METRICS, correct, per_sequence, sequence_mean
 from functional_trainer.types import Batch, Output, Unembed
 
+LARGEST_OF = {"sampling_logp_difference/max": "sampling_logp_difference/mean", "ratio/max": "ratio/mean"}
+"""Largest values that are reported, of what the means are of."""
+LEAST_RATIO = "ratio/min"
+"""What is found as the largest of its negative."""
+
 
 def policy(objective: str | Policy = "grpo", **changes) -> Loss:
     """Build the loss of one of `OBJECTIVES`, or of a `Policy`, with these changes of its fields.
@@ -37,7 +42,8 @@ def policy(objective: str | Policy = "grpo", **changes) -> Loss:
     _refuse(p)
     coefficients = {"kl": p.beta, "entropy": -(p.entropy or 0.0), "nll": p.sft, "distill": p.distill}
     coefficients["balance"] = p.balance
-    return Loss(partial(_terms, p), partial(_weights, p), coefficients, whole_sequences=p.by_sequence)
+    terms, weights, largest = partial(_terms, p), partial(_weights, p), (*LARGEST_OF, LEAST_RATIO)
+    return Loss(terms, weights, coefficients, whole_sequences=p.by_sequence, largest=largest, derive=_derive)
 
 
 def _refuse(p: Policy) -> None:
@@ -103,7 +109,26 @@ def _terms(p: Policy, output: Output, unembed: Unembed, batch: Batch, shard) -> 
     if p.balance and output.aux:
         sums["balance"] = output.aux["balance"].mean()
     reported = {k: (v.detach() * batch["weights"]).sum(dtype=torch.float64) for k, v in values.items()}
+    reported |= _largest(values, batch["weights"] != 0)
     return sums, reported | {k: v.detach() for k, v in output.aux.items() if k == "load"}
+
+
+def _largest(values: Sums, sampled_BS: torch.Tensor) -> Sums:
+    """Return the largest of some values over policy tokens, minus infinity of none."""
+    of = {name: values[source] for name, source in LARGEST_OF.items() if source in values}
+    of[LEAST_RATIO] = -values["ratio/mean"]
+    return {k: torch.where(sampled_BS, v.detach(), -torch.inf).amax().to(torch.float64) for k, v in of.items()}
+
+
+def _derive(reported: Sums) -> Sums:
+    """Return metrics: 0 for the largest of no token; the effective sample size, a share: (mean rho)^2 / mean rho^2."""
+    made = dict(reported)
+    for name in (*LARGEST_OF, LEAST_RATIO):
+        if name in made:
+            made[name] = made[name].nan_to_num(neginf=0.0) * (-1 if name == LEAST_RATIO else 1)
+    if (mean := made.pop("rollout_corr/ratio_mean", None)) is not None:
+        made["rollout_corr/eff_sample_size"] = mean.square() / (1 + made["rollout_corr/chi2_token"])
+    return made
 
 
 def _policy(p: Policy, logp_BS: torch.Tensor, batch: Batch, shard) -> tuple[Sums, Sums]:

@@ -54,8 +54,12 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch, placed as in a step, with ref_logprobs: (B, S), 0 where nothing is trained."""
-        parts = self.shard.micro(batch, batch["tokens"].shape[0] // self.rows if self.rows else self.micro_batches)
+        """Return the batch, placed as in a step, with ref_logprobs: (B, S), 0 where nothing is trained.
+
+        A routing that is to be replayed is the policy's: the reference chooses its own.
+        """
+        own = {name: column for name, column in batch.items() if name != "routed_experts"}
+        parts = self.shard.micro(own, batch["tokens"].shape[0] // self.rows if self.rows else self.micro_batches)
         if not self.compiled:  # importing the compiler takes seconds
             return batch | {"ref_logprobs": torch.cat([self._logprobs(part) for part in parts])}
         with settings(False), kernels.kept_on_disk():

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from functional_trainer.tree import Tree
 
 
@@ -65,6 +67,8 @@ class Sample(NamedTuple):
     """Which tokens the policy chose (None: all); no other is trained."""
     reward: float | None = None
     """What an environment gave."""
+    routed_experts: np.ndarray | None = None
+    """Experts that were chosen for each token but the last, the prompt's too, int (n - 1, L, K); None: not said."""
 
 
 class Engine(Protocol):

@@ -31,6 +31,7 @@ METRICS = (
     "rollout_corr/kl",
     "rollout_corr/k3_kl",
     "rollout_corr/chi2_token",
+    "rollout_corr/ratio_mean",
     "rollout_corr/rollout_is_mean",
     "rollout_corr/masked_fraction",
 )
@@ -95,7 +96,7 @@ def correct(
     if opsm is not None:
         weight_BS = weight_BS * kept_on_policy(logp_BS, opsm, batch, shard)
     values = (
-        *(difference_BS.abs(), -difference_BS, rho_BS - log_rho_BS - 1, rho_BS.square() - 1),
+        *(difference_BS.abs(), -difference_BS, rho_BS - log_rho_BS - 1, rho_BS.square() - 1, rho_BS),
         *(weight_BS, (weight_BS == 0).to(rho_BS.dtype)),
     )
     return weight_BS, dict(zip(METRICS, values, strict=True))

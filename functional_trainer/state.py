@@ -185,4 +185,4 @@ def apply_gradient(
         sizes[groups[path]] += p.numel()
     lr = [scalars[group]["lr"] for group, size in sizes.items() if size == max(sizes.values())][0]
     counted = {"lr": lr, "skipped": state.skipped.clone(), "grad_norm": norm, "grad_norms": grad_norms}
-    return {**means, **counted, **reported}
+    return {**means, **counted, **loss.derive(reported)}

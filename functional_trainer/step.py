@@ -31,10 +31,11 @@ Offload = Literal["activations", "optimizer"]
 
 
 def evaluate(model: Any, loss: Loss, params: tree.Tree, batch: Batch, buffers: tree.Tree, shard=ONE_DEVICE):
-    """Return the loss's sums by term and its reported sums, over all ranks."""
+    """Return the loss's sums by term and what it reports, over all ranks."""
     output = model.apply(params, batch, shard, buffers)._replace(buffers=buffers)
     sums, reported = loss.terms(output, model.unembed(params, shard), batch, shard)
-    return tree.map(shard.replicate, sums), tree.map(shard.replicate, reported)
+    reported = {k: (shard.largest if k in loss.largest else shard.replicate)(v) for k, v in reported.items()}
+    return tree.map(shard.replicate, sums), reported
 
 
 def total_weights(loss: Loss, batch: Batch, shard=ONE_DEVICE) -> Metrics:
@@ -63,10 +64,11 @@ def gradient(
     return list(grads), tree.map(torch.Tensor.detach, {"loss": value, **means}), reported
 
 
-def add(total: tuple, more: tuple) -> tuple:
+def add(total: tuple, more: tuple, largest: tuple[str, ...]) -> tuple:
     """Add to gradients, in place, and to means and reported sums, those of another micro-batch."""
     torch._foreach_add_(total[0], more[0])
-    return total[0], *tree.map(torch.add, total[1:], more[1:])
+    said = {k: (torch.maximum if k in largest else torch.add)(v, more[2][k]) for k, v in total[2].items()}
+    return total[0], tree.map(torch.add, total[1], more[1]), said
 
 
 def compiled(fn: Callable, when: bool, backend: str, shard) -> Callable:
@@ -127,7 +129,7 @@ def make_train_step(
         if others:  # summed in the masters' precision and in storage of their own
             grads = [g.to(p.dtype, copy=True) for g, p in zip(grads, trained(state).values(), strict=True)]
         for micro in others:
-            grads, means, reported = add((grads, means, reported), grad(batch=micro))
+            grads, means, reported = add((grads, means, reported), grad(batch=micro), loss.largest)
         return grads, means, reported
 
     def step(state: TrainState, batch: Batch) -> Metrics:

@@ -233,7 +233,7 @@ def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool
     E = router_ED.shape[0]
     real_BS1 = (segment_ids_BS != 0)[..., None]
     prob_BSE = kernels.promote(kernels.linear(x_BSD, router_ED, recipe=recipe)).softmax(-1)
-    id_BSK = given[0] if given else prob_BSE.topk(top_k, -1).indices
+    id_BSK = given[0].long() if given else prob_BSE.topk(top_k, -1).indices
     top_BSK = prob_BSE.gather(-1, id_BSK)
     if normalize:
         top_BSK = top_BSK / top_BSK.sum(-1, keepdim=True)
@@ -245,7 +245,8 @@ def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool
 
 
 def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple[torch.Tensor, dict]:
-    """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` ().
+    """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` (), and with a
+    cache the experts that were chosen, `routed_experts` (B, S, K).
 
     `rows["routed_experts"]` (B, S, K), if there, replaces the choice of experts, not their weights.
     """
@@ -272,7 +273,8 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     ins = (moved, tokens, tokens, f"{LAYER}/moe/gate_up", f"{LAYER}/moe/down")
     run = shard.local(experts, ins, ("sum:act/tokens > act/residual",))
     y_BSD = run(x_BSD, weights_BSK, id_BSK, p["gate_up"], p["down"])
-    return y_BSD, {"load": load_E, "prob": prob_E, "balance": balance}
+    aux = {"load": load_E, "prob": prob_E, "balance": balance}
+    return y_BSD, aux | ({"routed_experts": id_BSK} if "start" in rows else {})
 
 
 # the skeleton --------------------------------------------------------------------------------------------------------

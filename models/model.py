@@ -50,9 +50,11 @@ class Model:
         `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing.
         `aux` stacks the router sums of the L MoE layers: load (L, E), prob (L, E), balance (L,). With a `cache` from
         `init_cache` the new keys are written into it in place, from its "length" on: one place for all rows, which then
-        moves on, or a tensor (B,), each row's own, which the caller keeps within what the cache holds.
+        moves on, or a tensor (B,), each row's own, which the caller keeps within what the cache holds; `aux` then has
+        routed_experts (L, B, S, K) too. ValueError for a routing that is not of this model.
         """
         c = self.config
+        self._check(batch)
 
         def place(column_BS: torch.Tensor, name: str) -> torch.Tensor:
             return shard.local(lambda x: x, (f"{COLUMNS} > {name}",), (name,))(column_BS)
@@ -91,6 +93,15 @@ class Model:
         hidden = layers.norm(x_BSD, scale, "params/norm", c.eps, shard)
         aux = {k: torch.stack([s[k] for s in stats]) for k in stats[0]} if stats else {}
         return Output(hidden, aux, cache)
+
+    def _check(self, batch: Batch) -> None:
+        if "routed_experts" in batch:
+            depth, given = sum("moe" in layer for layer in self.specs["layers"]), batch["routed_experts"].shape
+            if not depth:
+                raise ValueError("the batch has a routing to replay, routed_experts, but the model has no experts")
+            if given[2:] != (depth, self.config.top_k):
+                wanted = f"{depth} layers with experts and {self.config.top_k} experts for each token"
+                raise ValueError(f"routed_experts is (B, S, L, K) = {tuple(given)}; the model has {wanted}")
 
     def unembed(self, params: Tree, shard=ONE_DEVICE) -> Unembed:
         """Return what turns hidden states into logits, in the compute dtype."""

@@ -2,6 +2,7 @@
 
     part     keep this rank's part of a dim          gather   put all ranks' parts of a dim together
     sum      add over ranks                          scatter  add over ranks, keep this rank's part of a dim
+    max      take the largest over ranks
     swap     send parts of one dim away, get the other ranks' parts of another: an all-to-all
     scale    divide by the number of ranks: what all have alike becomes each one's share
     copy     repeat each element of a dim, `ways` times          fold   add the copies
@@ -52,8 +53,8 @@ def run(x: torch.Tensor, steps: tuple[Step, ...]) -> torch.Tensor:
             x = x.narrow(s.dim, s.rank * size, size)
         elif s.kind == "gather":
             x = _gathered(x, s, s.dim)
-        elif s.kind == "sum":
-            x = wait(ops.all_reduce(x.contiguous(), "sum", s.group))
+        elif s.kind in ("sum", "max"):
+            x = wait(ops.all_reduce(x.contiguous(), s.kind, s.group))
         elif s.kind == "scatter":
             pieces = _pieces(x, s).flatten(0, 1)
             x = wait(ops.reduce_scatter_tensor(pieces, "sum", s.ways, s.group))

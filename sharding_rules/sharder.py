@@ -92,6 +92,10 @@ class Sharder(Gathering):
         axes = self._axes(self.columns)
         return move(x, (self._step("sum", axes),), ()) if axes else x
 
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        axes = self._axes(self.columns)
+        return run(x, (self._step("max", axes),)) if axes else x
+
     def share(self, x: torch.Tensor) -> torch.Tensor:
         return move(x, tuple(self._step("scale", axis) for axis in self._axes(self.columns)), ())
 

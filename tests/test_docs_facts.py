@@ -160,7 +160,14 @@ def test_the_glossary_has_every_key_of_a_run_and_no_other(tmp_path):
     sft_runs.run(
         tmp_path, "--model.path", "moe", *data, *wild, "--batch", 2, "--steps", 5, "--compile", "off", "--out", "run"
     )
-    written = set().union(*map(keys, sft_runs.rows(tmp_path / "run")))
+    text = "def odd(completion_ids, **columns):\n    return [1 / (ids[0] % 2) for ids in completion_ids]\n"
+    (tmp_path / "mine.py").write_text(text)  # raises for every second answer or so
+    flags = ("--data.train", "train.jsonl", "--data.split", 0.5, "--data.seq-len", 64, "--batch", 4, "--answers", 1)
+    flags += ("--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--reward.functions", "mine.py:odd")
+    flags += ("--rollout.filter-groups", "--rollout.steps-per-generation", 2, "--loss.old", "trainer")
+    flags += ("--loss.loss-type", "ppo", "--loss.beta", 0.1, "--micro-batch", 2, "--steps", 2, "--compile", "off")
+    sft_runs.run(tmp_path, "--model.path", "moe", *flags, "--out", "rl", recipe="qwen3_moe_grpo")
+    written = set().union(*(keys(row) for out in ("run", "rl") for row in sft_runs.rows(tmp_path / out)))
     entries = {key for row in cells("metrics.md") for key in re.findall(r"^`([^`]+)`$", row[0])}
     matches = {entry: fnmatch.filter(written, re.sub("[A-Z]+", "*", entry)) for entry in entries}
     assert written == set().union(*matches.values())

@@ -215,6 +215,6 @@ def fill(
     batch["segment_ids"].flat[place] = spread(segment)
     batch["positions"].flat[place] = spread(pieces.position[flat]) + within
     for name, values in (more or {}).items():
-        batch[name] = np.zeros(shape, values.dtype)
-        batch[name].flat[place] = values[token + 1]
+        batch[name] = np.zeros((*shape, *values.shape[1:]), values.dtype)
+        batch[name].reshape(-1, *values.shape[1:])[place] = values[token + 1]
     return batch

@@ -169,7 +169,7 @@ def _record(row: Mapping[str, Any], form: Form, shape: str, where: str) -> Recor
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"'tools' must be a list of JSON schemas, got {str(tools)[:60]}")
     if not isinstance(given, Answers):
-        return Record(where, _conversation(given), tools or None, shape=shape, row=row)
+        return Record(where, _conversation(given, form == "questions"), tools or None, shape=shape, row=row)
     checked = []
     for name, answer in given.given.items():
         try:
@@ -182,16 +182,17 @@ def _record(row: Mapping[str, Any], form: Form, shape: str, where: str) -> Recor
     return Record(where, checked[0], tools or None, None, shape, len(given.prompt), rejected, given.label)
 
 
-def _conversation(given: list[Message]) -> list[Message]:
-    """Check messages, from the first to the assistant's last."""
+def _conversation(given: list[Message], question: bool = False) -> list[Message]:
+    """Check messages, from the first to the assistant's last; or to the user's, if it may be a `question` alone."""
     messages: list[Message] = []
     for index, message in enumerate(given):
         try:
             messages.append(_checked(message, messages))
         except ValueError as error:
             raise ValueError(f"message {index}: {error}") from error
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"the last message must be the assistant's, it is of role {messages[-1]['role']!r}")
+    if messages[-1]["role"] not in ("assistant", *["user"] * question):
+        wanted = "the assistant's" + " or the user's" * question
+        raise ValueError(f"the last message must be {wanted}, it is of role {messages[-1]['role']!r}")
     return messages
 
 

@@ -14,6 +14,10 @@ Preferences are of two shapes, TRL's:
     preference    prompt, chosen, rejected: texts, or lists of messages; or chosen and rejected alone, as conversations
                   that begin with the same messages. A text beside two conversations is not read, as in TRL
     unpaired      prompt, completion: texts, or lists of messages; label: whether the completion is a wanted one
+
+Questions for reinforcement learning are chats, of which the last answer is the right one, or have none:
+
+    prompt    prompt: a text, or a list of messages that ends with the user's                             TRL
 """
 
 from collections.abc import Callable, Mapping
@@ -122,6 +126,14 @@ def _preference(row: Mapping[str, Any]) -> Answers:
     return Answers(chosen[:alike], {"chosen": chosen[alike:], "rejected": rejected[alike:]})
 
 
+def _prompt(row: Mapping[str, Any]) -> list[Message]:
+    if not row["prompt"] or not isinstance(row["prompt"], str | list):
+        raise ValueError(
+            f"'prompt' must be a text or a list of messages that is not empty, got {row['prompt']!r}"[:160]
+        )
+    return _turns(row["prompt"], "user")
+
+
 LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -157,9 +169,13 @@ PAIRS = {"preference": Shape("'chosen' and 'rejected'", lambda row: {"chosen", "
 UNPAIRED = Shape(
     "'prompt', 'completion' and 'label'", lambda row: {"prompt", "completion", "label"} <= row.keys(), _unpaired
 )
-Form = Literal["chats", "pairs", "answers"]
-FORMS: dict[Form, dict[str, Shape]] = {"chats": SHAPES, "pairs": PAIRS, "answers": PAIRS | {"unpaired": UNPAIRED}}
-"""What a recipe reads: chats and texts, pairs of answers, or answers each by itself, which pairs are too."""
+QUESTIONS = SHAPES | {"prompt": Shape("'prompt'", lambda row: "prompt" in row, _prompt)}
+Form = Literal["chats", "pairs", "answers", "questions"]
+FORMS: dict[Form, dict[str, Shape]] = {
+    "chats": SHAPES, "pairs": PAIRS, "answers": PAIRS | {"unpaired": UNPAIRED}, "questions": QUESTIONS,
+}  # fmt: skip
+"""What a recipe reads: chats and texts, pairs of answers, answers each by itself, which pairs are too, or questions,
+which chats are too."""
 
 COLUMNS = (
     "messages", "conversations", "system", "tools", "instruction", "input", "output", "history", "prompt", "completion",

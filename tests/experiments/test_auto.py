@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import models
-from experiments import auto, plan
+from experiments import auto, plan, qwen3_moe_grpo
 from experiments.estimate import estimate
+from functional_trainer.options import MeshOptions, ModelOptions, PromptOptions, RolloutOptions
 from sharding_rules import roofline
 
 H100 = roofline.DEVICES["H100"]
@@ -68,3 +69,17 @@ def test_what_cannot_be_shared_is_refused():
 def test_what_no_arrangement_can_do_is_said():
     _, reason = choose("tiny", 2, 4, seq_len=64, rules="nowhere.yaml")
     assert "\nthe first one: " in reason and "nowhere.yaml" in reason.split("the first one: ")[1]
+
+
+def test_reinforcement_is_planned_by_packed_rows_and_not_by_prompts():
+    """2 prompts, fewer than devices, of which 8 answers of 64 tokens are 8 rows of 128."""
+    o = qwen3_moe_grpo.Options(
+        model=ModelOptions(path="m"), batch=2, micro_batch=1, data=PromptOptions(seq_len=128),
+        rollout=RolloutOptions(num_generations=8, max_completion_length=64), mesh=MeshOptions(layout="auto"),
+        dtype="bfloat16",
+    )  # fmt: skip
+    assert o.packed_rows(8) == 8 and o.packed_rows(3) == 9
+    sizes = auto.sizes(o, model("tiny"), torch.device("cpu"), 0, 8)
+    assert sizes["dp"] * sizes["fsdp"] * sizes["ep"] == 8, "each device has rows of its own"
+    by_prompts, _ = choose("tiny", 8, 2, seq_len=128)
+    assert by_prompts["cp"] * by_prompts["tp"] == 4

@@ -1,6 +1,7 @@
 """The recipe of reinforcement learning as users run it: what it says, resuming, several processes."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -35,28 +36,30 @@ def test_a_short_run_says_what_happened(place):
         assert row["reward"] == 0 and row["frac_reward_zero_std"] == 1 and row["pg_loss"] == row["loss"] == 0
         assert row["ratio/mean"] == 1 and row["clip_ratio/region"] == 0
         assert 0 < row["sampling_logp_difference/mean"] < 1e-5 and row["entropy"] > 1
-        assert 1 <= row["completions"]["mean_length"] <= 5 and row["rollout_s"] > 0
+        assert row["ratio/min"] == row["ratio/max"] == 1 and 0.999 < row["rollout_corr/eff_sample_size"] < 1 + 1e-9
+        assert row["sampling_logp_difference/mean"] < row["sampling_logp_difference/max"] < 1e-4
+        assert 1 <= row["completions"]["mean_length"] <= 5 and row["rollout_s"] > row["timing_s"]["gen"] > 0
+        assert row["generated_tokens_per_s"] > 1 and row["prompts"]["mean_length"] > 1 and row["reward_best"] == 0
     assert [("accuracy" in row) for row in rows] == [False, True, True]
     out = place / "short"
     assert (out / "reward.png").stat().st_size > 1000 and "reward.png" in (out / "index.html").read_text()
+    shown = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in shown] == [1] * 16 + [2] * 16 + [3] * 16
+    names = ["step", "prompt", "completion", "exact", "reward", "advantage", "tokens", "finish_reason"]
+    assert all(list(row) == names and row["reward"] == row["exact"] == 0 for row in shown)
+    assert len({row["prompt"] for row in shown[:4]}) == 1 and shown[-1]["prompt"] in (out / "index.html").read_text()
     assert transformers.AutoModelForCausalLM.from_pretrained(out / "hf").num_parameters() > 0
 
 
 def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
-    several = (
-        "--steps",
-        5,
-        "--rollout.steps-per-generation",
-        2,
-        "--rollout.num-iterations",
-        2,
-        "--loss.loss-type",
-        "grpo",
-    )
+    several = ("--steps", 5, "--rollout.steps-per-generation", 2, "--rollout.num-iterations", 2)
+    several += ("--loss.loss-type", "grpo", "--loss.old", "trainer", "--loss.correction", "token_truncate")
+    several += ("--rollout.routing-replay", "--loss.off-policy-mask-threshold", 0.1, "--rollout.log-every", 2)
     run(place, *several, "--save-every", 1, "--keep", 5, "--out", "straight")
     run(place, *several, "--resume", "straight/checkpoints/step-3", "--out", "resumed")
     sft_runs.same_state(place / "straight", place / "resumed")
     assert sft_runs.learned(place / "straight")[3:] == sft_runs.learned(place / "resumed")
+    assert [sft_runs.rows(place / "straight")[i]["ratio/max"] == 1 for i in (0, 4)] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -65,13 +68,23 @@ def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
         (("--rollout.steps-per-generation", 5), 2, "--batch 4 prompts cannot be split into"),
         (("--data.seq-len", 12), 1, "prompts do not fit into rows of 12 with an answer of 5"),
         (("--rollout.max-disagreement", 0), 1, "the rollout engine and the trainer disagree"),
-        (("--loss.correction", "token_mask", "--rollout.num-iterations", 2), 1, "correction must be 'none'"),
+        (("--loss.correction", "token_mask", "--rollout.num-iterations", 2), 1, "add --loss.old trainer"),
+        (("--loss.old", "trainer"), 1, "--loss.old trainer has no effect with one step per rollout"),
         (("--loss.advantage", "rloo", "--loss.scale-rewards", "none"), 2, "has no effect with"),
+        (("--loss.correction-range", 0.5, 2), 2, "--loss.correction-range has no effect without"),
     ],
 )
 def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, message):
     said = run(place, "--steps", 2, "--out", tmp_path / "run", *flags, status=status)
     assert message in said and "Traceback" not in said
+
+
+def test_experts_of_a_dense_model_cannot_be_replayed(place):
+    sft_runs.folder(place / "dense", "qwen3")
+    flags = ("--model.path", "dense", *FLAGS, "--steps", 1, "--out", "refused", "--rollout.routing-replay")
+    said = sft_runs.run(place, *flags, recipe=RECIPE.stem, status=1)
+    assert "(--rollout.routing-replay): the model has no routed experts, leave it away" in " ".join(said.split())
+    assert "Traceback" not in said
 
 
 def test_the_recipe_holds_no_code_of_a_training_step():
@@ -89,3 +102,28 @@ def test_two_processes(place):
     assert "right" in said
     rows = sft_runs.rows(place / "two")
     assert all(row["ratio/mean"] == 1 and row["sampling_logp_difference/mean"] < 1e-5 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["ep", "cp", "tp"])
+def test_what_the_trainer_computes_of_rollouts_on_a_mesh(place, axis):
+    """Old log-probabilities, a reference in the reward, greedy answers and recorded experts, in two steps a rollout."""
+    text = "def even(completion_ids, **columns):\n    return [1.0 - ids[0] % 2 for ids in completion_ids]\n"
+    (place / "mine.py").write_text(text)
+    flags = "--model.path", "model", *FLAGS, "--steps", 3, "--mesh.fsdp", 1, f"--mesh.{axis}", 2, "--out", axis
+    flags += "--loss.old", "trainer", "--loss.correction", "sequence_mask", "--rollout.steps-per-generation", 2
+    flags += (
+        "--reward.functions",
+        "mine.py:even",
+        "--loss.advantage",
+        "remax",
+        "--loss.beta",
+        0.1,
+        "--loss.kl-in-reward",
+        "--rollout.routing-replay",
+    )
+    sft_runs.run_ranks(place, 2, *flags, recipe=RECIPE.stem)
+    for row in (rows := sft_runs.rows(place / axis)):
+        assert row["sampling_logp_difference/max"] < 1e-4 and row["rollout_corr/eff_sample_size"] > 0.999
+    assert [("kl" in row) for row in rows] == [True, False, True] and abs(rows[0]["kl"]) < 1e-5
+    assert [abs(row["ratio/max"] - 1) < 1e-6 for row in rows] == [True, False, True]

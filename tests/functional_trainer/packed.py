@@ -63,7 +63,8 @@ def parts(loss, batch, buffers=None, shard=ONE_DEVICE):
     output, unembed = Output(batch["logits"], {}, buffers=buffers), Unembed(torch.eye(V, dtype=F64))
     sums, reported = loss.terms(output, unembed, columns, shard)
     weights = total_weights(loss, columns, shard)
-    return tuple({k: v / weights.get(k, 1) for k, v in found.items()} for found in (sums, reported))
+    terms, said = ({k: v / weights.get(k, 1) for k, v in found.items()} for found in (sums, reported))
+    return terms, loss.derive(said)
 
 
 def value(loss, batch, buffers=None) -> torch.Tensor:

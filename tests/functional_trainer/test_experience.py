@@ -193,3 +193,88 @@ def test_what_the_policy_did_not_choose_is_not_trained():
         trained = [i for i, w in enumerate(a["weights"]) if w]
         expected = [w if len(trained) < 3 or i != trained[1] else 0.0 for i, w in enumerate(a["weights"])]
         assert b["weights"] == expected
+
+
+# what advantages need beside rewards ---------------------------------------------------------------------------------
+
+
+def test_remax_compares_with_the_greedy_answer_of_the_same_prompt():
+    """Greedy answers are drawn with the rollout, are scored, and are in no batch; filtered groups lose theirs."""
+    asked = []
+
+    def greedy(prompts, seed):
+        asked.append([p.text for p in prompts])
+        return [Sample([p.ids[0]] * (p.ids[0] % 3 + 1), [0.0] * (p.ids[0] % 3 + 1), "stop", []) for p in prompts]
+
+    for how in (USUAL, Plan(3, 4, filter_groups=True)):
+        asked.clear()
+        rollouts = made(how, greedy=greedy, reward=uniform)
+        rollouts.advantage = lambda rewards, sizes, likeliest: advantages.remax(rewards, likeliest)
+        batch, last = next(rollouts), rollouts.last
+        for group, own in enumerate(np.array_split(np.arange(12), 3)):
+            first = last.prompts[own[0]].ids[0]
+            baseline = (first % 3 + 1) * (first % 2 == 0)
+            wanted = [len(last.answers[i].tokens) * (first % 2 == 0) - baseline for i in own]
+            np.testing.assert_array_equal(last.advantages[group], wanted)
+        assert all(len(texts) == len(set(texts)) == 3 for texts in asked) and len(documents(batch)) == 12
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_the_divergence_from_a_reference_is_taken_from_rewards(kl):
+    """By hand, answer by answer: the reference gives each token -token / 9000; what tools said does not count."""
+
+    def reference(batch, number, size):
+        found = np.zeros(size)
+        found[number] = np.where(batch["weights"] != 0, -batch["targets"].numpy() / 9000, 0)
+        return found
+
+    def with_tools(prompts, seed):
+        return [a._replace(sampled=[i != 1 for i in range(len(a.tokens))]) for a in draw(prompts, seed)]
+
+    rollouts = made(Plan(3, 4, beta=0.7, kl=kl, steps=2), reference=reference, generate=with_tools)
+    next(rollouts)
+    last, total = rollouts.last, []
+    for answer in last.answers:
+        x = [p + t / 9000 for i, (p, t) in enumerate(zip(answer.logprobs, answer.tokens, strict=True)) if i != 1]
+        each = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: np.exp(-d) - 1 + d}[kl]
+        total.append(sum(each(d) for d in x))
+    apart = np.array(total).reshape(3, 4)
+    np.testing.assert_allclose(last.advantages, advantages.grpo(last.rewards - 0.7 * apart), rtol=1e-5, atol=1e-5)
+    tokens = sum(len(a.tokens) for a in last.answers)
+    assert rollouts.report()["kl"] == pytest.approx(apart.sum() / tokens, rel=1e-5)
+
+
+# what is said of a rollout -------------------------------------------------------------------------------------------
+
+
+def test_what_is_reported_by_hand():
+    def two_functions(prompts, answers):
+        first = [float(len(a.tokens) > 3) for a in answers]
+        return Scores(
+            first, {}, {"long": first, "none": [None] * len(answers)}, [f"text {a.tokens[0]}" for a in answers]
+        )
+
+    rollouts = made(Plan(3, 4, shown=5, shown_every=2), reward=two_functions)
+    tables = []
+    for _ in range(4):
+        next(rollouts)
+        said, last = rollouts.report(), rollouts.last
+        tables.append(said.get("completions_table"))
+        sizes = np.array([len(a.tokens) for a in last.answers])
+        ended = np.array([a.finish_reason == "stop" for a in last.answers])
+        right = (sizes > 3).reshape(3, 4)
+        assert said["reward"] == right.mean() and said["reward_best"] == right.any(1).mean()
+        assert said["completions"]["mean_terminated_length"] == sizes[ended].mean()
+        assert said["completions"]["clipped_ratio"] == pytest.approx(1 - ended.mean())
+        assert said["prompts"]["mean_length"] == 2 and abs(said["advantages"]["mean"]) < 1e-9
+        assert said["generated_tokens_per_s"] == pytest.approx(sizes.sum() / said["timing_s"]["gen"])
+    assert [table is None for table in tables] == [True, False, True, False]
+    rows = tables[3]
+    for i, row in enumerate(rows):
+        answer = last.answers[i]
+        assert row == {
+            "prompt": last.prompts[i].text, "completion": f"text {answer.tokens[0]}",
+            "long": float(len(answer.tokens) > 3), "none": None, "reward": float(len(answer.tokens) > 3),
+            "advantage": last.advantages.flat[i], "tokens": len(answer.tokens), "finish_reason": answer.finish_reason,
+        }  # fmt: skip
+    assert len(rows) == 5

@@ -326,3 +326,23 @@ def test_a_long_run_is_remembered_without_its_long_parts(tmp_path, monkeypatch):
     rows, loads = metrics.history(tmp_path)
     assert len(rows) == 50 and rows[-1] == {"step": 50, "loss": 1.0}
     assert [int(load[0, 0]) for load in loads] == [48, 49, 50]
+
+
+def test_answers_of_rollouts_are_written_shown_and_dropped_with_their_step(tmp_path):
+    def answers(step, count=20):
+        each = {"none": None, "advantage": 1 / 3, "finish_reason": "stop"}
+        return [{"prompt": f"<b>{step}</b>", "completion": f"no. {i}", **each} for i in range(count)]
+
+    with Metrics(tmp_path, total_steps=9, console=quiet()) as m:
+        for step in (1, 2, 3):
+            m.log(step, {"loss": 0.0} | ({"completions_table": answers(step)} if step != 2 else {}))
+    assert [set(row) for row in rows(tmp_path)] == [{"step", "loss"}] * 3
+    told = list(metrics.read(tmp_path / "completions.jsonl"))
+    assert told == [{"step": step, **answer} for step in (1, 3) for answer in answers(step)]
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("&lt;b&gt;3&lt;/b&gt;") == 16 and "0.3333" in html and "no. 19" in html and "no. 3<" not in html
+    with Metrics(tmp_path, total_steps=9, start_step=2, console=quiet()):
+        assert {row["step"] for row in metrics.read(tmp_path / "completions.jsonl")} == {1}
+    with Metrics(tmp_path, total_steps=9, start_step=2, console=quiet(), main=False) as other:
+        other.log(3, {"completions_table": answers(3)})
+    assert {row["step"] for row in metrics.read(tmp_path / "completions.jsonl")} == {1}

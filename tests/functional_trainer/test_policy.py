@@ -269,6 +269,8 @@ def test_rollout_correction(how, data, sizes, seed, opsm):
         "rollout_corr/kl": -d.mean(),
         "rollout_corr/k3_kl": (d.exp() - 1 - d).mean(),
         "rollout_corr/chi2_token": (d.exp() ** 2).mean() - 1,
+        "rollout_corr/eff_sample_size": d.exp().sum() ** 2 / (d.exp() ** 2).sum() / len(d),
+        "sampling_logp_difference/max": d.abs().max(),
         "rollout_corr/rollout_is_mean": w.mean(),
         "rollout_corr/masked_fraction": (w == 0).to(F64).mean(),
     }
@@ -295,7 +297,8 @@ def test_what_is_clipped_is_reported():
     a = torch.cat([of(s, "advantages") for s in sequences[:2]])
     low, high = ((r < 0.8) & (a < 0)).double().mean(), ((r > 1.2) & (a > 0)).double().mean()
     wanted = {
-        "ratio/mean": r.mean(), "ppo_kl": -r.log().mean(), "clip_ratio/low": low, "clip_ratio/high": high,
+        "ratio/mean": r.mean(), "ratio/max": r.max(), "ratio/min": r.min(),
+        "ppo_kl": -r.log().mean(), "clip_ratio/low": low, "clip_ratio/high": high,
         "clip_ratio/region": low + high, "clip_ratio/dual": ((r > 1.5) & (a < 0)).double().mean(),
     }  # fmt: skip
     assert low > 0 and high > 0

@@ -1,0 +1,85 @@
+"""Questions for reinforcement learning: chats with the right answer, or prompts alone."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import data
+from functional_trainer.data import Tokenizer
+from functional_trainer.options import PromptOptions
+from functional_trainer.types import ONE_DEVICE
+from tests.experiments import sft_runs
+
+TOKENIZER = Tokenizer(sft_runs.TOKENIZER)
+USER = {"role": "user", "content": "Add 3 to 4."}
+
+
+def read(tmp_path, rows, questions=9, **options):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    o = SimpleNamespace(data=PromptOptions(train=(str(tmp_path / "rows.jsonl"),), **options), out=str(tmp_path))
+    return data.prompts(o, TOKENIZER, 384, ONE_DEVICE, questions, lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "Add 3 to 4.", "level": 2}, {}),
+        ({"prompt": [USER], "level": 2}, {}),
+        ({"messages": [USER], "level": 2}, {}),
+        ({"question": "Add 3 to 4.", "level": 2}, {"columns": ("prompt=question",)}),
+    ],
+)
+def test_a_prompt_needs_no_answer(row, options, tmp_path):
+    (prompt,), _, held_out = read(tmp_path, [row], **options)
+    assert prompt.ids == TOKENIZER.prompt([USER]) and prompt.text == "Add 3 to 4."
+    assert prompt.columns["level"] == 2 and "answer" not in prompt.columns and not held_out
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, {"role": "assistant", "content": "7"}]},
+        {"prompt": "Add 3 to 4.", "completion": "7"},
+        {"prompt": "Add 3 to 4.", "answer": "7"},
+    ],
+)
+def test_the_right_answer_is_a_column(row, tmp_path):
+    (prompt,), *_ = read(tmp_path, [row])
+    assert prompt.ids == TOKENIZER.prompt([USER]) and prompt.columns["answer"] == "7"
+
+
+def test_only_questions_with_an_answer_are_measured(tmp_path):
+    rows = [{"prompt": f"Add {i} to 4."} for i in range(40)]
+    answered = [{"messages": [{**USER, "content": str(i)}, {"role": "assistant", "content": "7"}]} for i in range(40)]
+    for kind, measured in ((rows, False), (answered, True)):
+        asked, _, held_out = read(tmp_path, kind, questions=99, split=0.5)
+        assert 0 < len(asked) < 40 and len(held_out) == (40 - len(asked)) * measured
+
+
+def test_what_is_wrong_with_a_row_is_said(tmp_path):
+    for row, message in (
+        ({"prompt": ""}, "rows.jsonl:1: 'prompt' must be a text or a list of messages that is not empty"),
+        ({"prompt": [{"role": "system", "content": "x"}]}, "must be the assistant's or the user's, it is .* 'system'"),
+        ({"query": "x"}, "'prompt' and 'completion', or 'text', or 'prompt'; this has the columns query"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path, [row])
+
+
+def test_the_recipe_learns_from_prompts_alone(tmp_path):
+    sft_runs.folder(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"Add {i}."}) + "\n" for i in range(9)))
+    flags = ("--model.path", "model", "--data.train", "rows.jsonl", "--data.seq-len", 64)
+    text = "def even(completion_ids, **columns):\n    return [1.0 - ids[0] % 2 for ids in completion_ids]\n"
+    (tmp_path / "mine.py").write_text(text)
+    flags += ("--reward.functions", "mine.py:even")
+    flags += ("--batch", 4, "--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--steps", 2)
+    flags += ("--micro-batch", 4, "--compile", "off", "--out", "run", "--loss.advantage", "remax", "--answers", 0)
+    flags += ("--loss.beta", 0.1, "--loss.kl-in-reward", "--loss.kl", "k2")
+    sft_runs.run(tmp_path, *flags, "--samples", 0, recipe="qwen3_moe_grpo")
+    first, second = sft_runs.rows(tmp_path / "run")
+    assert first["grad_norm"] > 1e-3 and first["rewards/even/mean"] == first["reward"] > 0
+    assert 0 <= first["kl"] < 1e-9 < second["kl"]
+    said = sft_runs.run(tmp_path, *flags, "--out", "other", "--answers", 3, recipe="qwen3_moe_grpo", status=1)
+    assert "--answers 3: no held-out conversation to answer" in said

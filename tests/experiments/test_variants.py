@@ -1,0 +1,82 @@
+"""Recipes that are only other defaults of qwen3_moe_grpo.py: they hold no code, and the defaults are the papers'."""
+
+import ast
+import importlib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from experiments import policies, qwen3_moe_grpo, rl
+from functional_trainer import config
+from tests.experiments import sft_runs
+
+PAPERS = {
+    "qwen3_moe_dapo": "2503.14476", "qwen3_moe_dr_grpo": "2503.20783", "qwen3_moe_gspo": "2507.18071",
+    "qwen3_moe_cispo": "2506.13585",
+}  # fmt: skip
+
+
+def options(name: str):
+    return importlib.import_module(f"experiments.{name}").Options
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_it_holds_defaults_and_nothing_else(name):
+    text = Path(sft_runs.RECIPE.with_stem(name)).read_text()
+    assert text.count("\n") <= 40 and PAPERS[name] in ast.get_docstring(ast.parse(text))
+    nodes = list(ast.walk(ast.parse(text)))
+    assert not [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.For | ast.While)]
+    assert sum(isinstance(n, ast.ClassDef) for n in nodes) == 1 and "main = qwen3_moe_grpo.main" in text
+    theirs = {field.name for field in fields(qwen3_moe_grpo.Options)}
+    assert {field.name for field in fields(options(name))} == theirs
+    called = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
+    assert called <= {
+        "field", "dataclass", "RolloutOptions", "PolicyOptions", "config.run", "sys.path.insert", "str", "Path",
+        "Path(__file__).resolve",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_help_shows_its_defaults(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        config.cli(options(name), doc=importlib.import_module(f"experiments.{name}").__doc__, argv=["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    loss = options(name)(**{"model": qwen3_moe_grpo.ModelOptions(path="m")}).loss.loss_type
+    assert PAPERS[name] in said and f"runs/{name}" in said and f"(default: {loss})" in said
+
+
+def made(name: str, **changes):
+    """Return the loss's policy and the plan of a recipe's defaults."""
+    o = options(name)(model=qwen3_moe_grpo.ModelOptions(path="m"), **changes)
+    return policies.loss(o).weights.args[0], rl.plan(o), policies.advantage(o)
+
+
+def test_defaults_are_the_papers():
+    """Clipping, mean, steps per rollout, what is done to groups and lengths; none has a divergence."""
+    p, plan, _ = made("qwen3_moe_dapo")  # section 4.1: 512 prompts x 16 answers, mini-batches of 512; 4,096 of 20,480
+    assert (p.form, p.epsilon_low, p.epsilon_high, p.aggregate) == ("clip", 0.2, 0.28, "token_mean")
+    assert (plan.group, plan.steps, plan.iterations, plan.filter_groups) == (16, 16, 1, True)
+    longest, buffer = plan.overlong
+    assert buffer / longest == 4096 / 20480 and p.old == "old_logprobs"
+    p, plan, advantage = made("qwen3_moe_dr_grpo")
+    assert (p.form, p.aggregate, p.max_length) == ("clip", "seq_mean_token_sum_norm", 32) and plan.steps == 1
+    assert advantage([[0.0, 1.0, 5.0]], None).tolist() == [[-2.0, -1.0, 3.0]], "no deviation"
+    p, plan, _ = made("qwen3_moe_gspo")  # section 5.1: ranges 3e-4 and 4e-4, four mini-batches of a rollout
+    assert (p.form, p.epsilon_low, p.epsilon_high, plan.steps) == ("sequence", 3e-4, 4e-4, 4)
+    p, plan, _ = made("qwen3_moe_cispo")  # section 3.1: no lower bound, no divergence, 16 off-policy updates
+    assert p.form == "cispo" and p.bounds[0] == 0 and p.aggregate == "token_mean"
+    assert (plan.steps, plan.filter_groups) == (16, True)
+    assert all(made(name)[0].beta == 0 for name in PAPERS)
+
+
+@pytest.mark.slow
+def test_one_of_them_trains(tmp_path):
+    sft_runs.folder(tmp_path / "model")
+    flags = ("--model.path", "model", "--batch", 4, "--rollout.num-generations", 4, "--micro-batch", 2, "--answers", 4)
+    flags += ("--rollout.max-completion-length", 5, "--data.seq-len", 64, "--compile", "off", "--steps", 5)
+    flags += ("--rollout.steps-per-generation", 4)
+    sft_runs.run(tmp_path, *flags, recipe="qwen3_moe_gspo")
+    rows = sft_runs.rows(tmp_path / "runs" / "qwen3_moe_gspo")
+    assert [("reward" in row) for row in rows] == [True, False, False, False, True]
