@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from experiments import engines
 from experiments.recipe import Run
 from functional_trainer import advantages, backend, tree
 from functional_trainer.agreement import differences
-from functional_trainer.engine import LocalEngine
 from functional_trainer.experience import Experience, Plan, Prompt, Scores
 from functional_trainer.losses import Loss
 from functional_trainer.objectives import OBJECTIVES
@@ -58,10 +58,10 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     """
     r, rank, world = o.rollout, run.shard.rank, run.shard.world
     length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
-    engine = LocalEngine(model, tree.map(run.shard.full, params), slots=r.slots, length=length, compile=r.compile)
+    engine, whole = engines.choose(o, run, model, params, length)
 
     def draw(prompts: list[Prompt], seed: int) -> list[Sample]:
-        engine.update(tree.map(run.shard.full, params), engine.version + 1)
+        engine.update(whole(params), engine.version + 1)
         share = -(-len(prompts) // world)
         own = [prompt.ids for prompt in prompts[rank * share : (rank + 1) * share]]
         drawn = r.max_completion_length, r.temperature, r.top_k, r.top_p
