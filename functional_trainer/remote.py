@@ -134,7 +134,7 @@ class RemoteEngine:
         seed = int(np.random.SeedSequence([sampling.seed, number]).generate_state(1, np.uint64)[0] >> 1)
         path, body = self.dialect.ask(prompt, sampling, seed)
         data, oldest, said = json.dumps(body).encode(), self.version, ""
-        for _ in range(self.tries * len(self.servers)):
+        for _ in range(self.tries * len(self.servers) + 1):
             server = self._take()
             try:
                 sample = self._read(server, path, call(server.url, path, data, self.timeout), sampling)
@@ -152,7 +152,7 @@ class RemoteEngine:
                 continue
             server.failures = 0
             return sample
-        raise RuntimeError(f"a prompt was not answered in {self.tries * len(self.servers)} tries; the last: {said}")
+        raise RuntimeError(f"a prompt failed again and again, while others were answered; the last time: {said}")
 
     def _take(self) -> Server:
         """Choose a server, waiting until one may be asked again."""
