@@ -216,6 +216,7 @@ class RemoteEngine:
         `params` are as the train state has them. One that does not take them is left out until the next time.
         """
         dtype = self.model.dtype
+        self.versions[str(version)] = version  # a sample under way may end with them before all servers have them
         for server in self.servers if self.shard.rank == 0 else []:
             if server.out:
                 self._readmit(server)
@@ -226,7 +227,7 @@ class RemoteEngine:
             server.out = out
             server.failures, server.until = 0, 0.0
         self._any_left()
-        self.version, self.versions[str(version)] = version, version
+        self.version = version
 
     def pause(self) -> None:
         """Compute no token until `resume`; what is under way goes on then (LMDeploy: nothing may be)."""
