@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -50,9 +51,9 @@ class Server:
 
     ranks = 1
 
-    def __init__(self, model, params):
+    def __init__(self, model, params, length=40):
         self.model, self.named, self.version = model, {}, "default"
-        self.engine, self.busy = LocalEngine(model, params, slots=1, length=40), threading.Lock()
+        self.engine, self.busy = LocalEngine(model, params, slots=1, length=length), threading.Lock()
         self.faults: deque[Callable] = deque()
         self.edit: Callable = lambda said: said
         self.paths: list[str] = []
@@ -63,15 +64,17 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
-    def stop(self):
+    def close(self):
         self.http.shutdown()
         self.http.server_close()
 
     def sample(self, ids, max_tokens, temperature, top_k, top_p, min_p, stop):
         """Return what the engine says, once it is no longer paused."""
         self.going.wait()
-        if self.faults:
-            self.faults.popleft()(self)
+        with self.busy:
+            fault = self.faults.popleft() if self.faults else None
+        if fault:
+            fault(self)
         with self.busy:
             (found,) = self.engine.generate([ids], Sampling(max_tokens, temperature, top_k, top_p, min_p, tuple(stop)))
             self.answered += 1
@@ -93,6 +96,10 @@ class Server:
 
 class Handler(BaseHTTPRequestHandler):
     server_of: Server
+
+    def handle(self):
+        with suppress(BrokenPipeError, ConnectionResetError):  # who asked has gone
+            super().handle()
 
     def log_message(self, *_):
         pass
@@ -135,11 +142,11 @@ def refuse(server):
 
 
 def hang(server):
-    time.sleep(0.6)
+    time.sleep(1.2)
 
 
 def die(server):
-    threading.Thread(target=server.stop, daemon=True).start()
+    threading.Thread(target=server.close, daemon=True).start()
     time.sleep(0.05)
     raise ConnectionAbortedError
 

@@ -35,7 +35,7 @@ def make():
     yield start
     for server in started:
         server.going.set()
-        server.stop()
+        server.close()
 
 
 def engine(*made, **options):
@@ -136,7 +136,7 @@ def test_a_paused_server_says_nothing_until_it_goes_on(make):
 def test_a_request_that_fails_is_sent_again(fault, make):
     (server,) = make()
     server.faults.append(fault)
-    found = engine(server, timeout=0.3).generate(PROMPTS, replace(SAMPLING, temperature=0.0))
+    found = engine(server, timeout=1.0, at_once=1).generate(PROMPTS, replace(SAMPLING, temperature=0.0))
     assert [s.tokens for s in found] == [
         s.tokens for s in models.generate(MODEL, OLD, PROMPTS, 9, eos_ids=SAMPLING.stop)
     ]
