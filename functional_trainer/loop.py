@@ -25,8 +25,8 @@ from functional_trainer.watchdog import watched
 MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "saving", "eval_every", "device", "max_skipped"}
 MAY_DIFFER |= {"answers", "samples", "mesh", "micro_batch", "compile", "remat", "offload", "profile", "wandb"}
 MAY_DIFFER |= {"timeout", "rules", "data.workers", "data.cache", "rollout.slots", "rollout.compile"}
-MAY_DIFFER |= {"rollout.log_completions", "rollout.log_every"}
-MAY_DIFFER |= {"reward.workers", "reference"}
+MAY_DIFFER |= {"rollout.log_completions", "rollout.log_every", "rollout.url", "rollout.sync", "rollout.timeout"}
+MAY_DIFFER |= {"reward.workers", "reference", "rollout.wait"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 

@@ -343,6 +343,16 @@ class RolloutOptions:
     """Rollouts between two of which answers are written."""
     max_disagreement: float = 0.01
     """Mean |log-probability, as sampled - as trained| of the first rollout above which the run is refused."""
+    engine: Literal["local", "vllm", "sglang", "lmdeploy"] = "local"
+    """What answers: this process, or servers, at --rollout.url (docs/rl.md)."""
+    url: tuple[str, ...] = ()
+    """Servers, http://HOST:PORT; each process has up to --rollout.slots requests under way."""
+    sync: Literal["memory", "disk"] = "memory"
+    """How servers get new weights: from requests, or from rollout-weights/ in --out, which they must see."""
+    timeout: float = 600.0
+    """Longest time of a request to a server, seconds."""
+    wait: float = 0.0
+    """Seconds to wait at the start for servers that are not there yet."""
 
     def __post_init__(self):
         ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
@@ -359,6 +369,23 @@ class RolloutOptions:
             raise ValueError("--rollout.max-num-gen-batches has no effect without --rollout.filter-groups")
         if self.overlong_buffer > self.max_completion_length:
             raise ValueError(f"--rollout.overlong-buffer {self.overlong_buffer} is more than the longest answer")
+        within("rollout.", self, timeout=(0, ""), wait=(0, ""))
+        self._servers()
+
+    def _servers(self) -> None:
+        """Check what goes with servers, and what only without."""
+        said = f"--rollout.engine {self.engine}"
+        if (self.engine == "local") == bool(self.url):
+            raise ValueError(f"{said} and {len(self.url)} of --rollout.url: servers and their addresses go together")
+        if wrong := [url for url in self.url if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url)]:
+            raise ValueError(f"--rollout.url {wrong[0]}: it must be http://HOST:PORT")
+        alone = ("sync", "timeout", "wait") if self.engine == "local" else ("compile",)
+        if odd := [name for name in alone if getattr(self, name) != getattr(RolloutOptions, name)]:
+            raise ValueError(f"--rollout.{odd[0]} has no effect with {said}")
+        if self.engine == "lmdeploy" and (self.temperature != 1 or self.sync == "disk"):
+            raise ValueError(f"{said} goes with --rollout.temperature 1 and --rollout.sync memory only (docs/rl.md)")
+        if self.engine == "vllm" and self.temperature != 1 and (self.top_k or self.top_p < 1):
+            raise ValueError(f"{said}: with --rollout.temperature other than 1 there is no --rollout.top-k and top-p")
 
     def packed_rows(self, prompts: int, seq_len: int, equal: int) -> int:
         """Return the rows of a step if all answers are as long as may be, raised to a multiple of `equal`."""

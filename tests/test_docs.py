@@ -17,6 +17,7 @@ import sys
 import tomllib
 import types
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ import models
 from experiments import compare, plan, rules
 from experiments.first_light import tasks
 from experiments.qwen3_moe_sft import Options
+from experiments.vllm_worker import Weights
 from functional_trainer import config
 from functional_trainer.options import Mix
 from sharding_rules import files, qwen3_moe
@@ -34,7 +36,9 @@ from sharding_rules.lint import lint
 from sharding_rules.mesh import parse
 from tests.experiments import sft_runs
 from tests.experiments.sft_runs import RECIPE, rows
+from tests.functional_trainer import servers
 from tests.sharding_rules import golden
+from tests.vllm import against_vllm
 
 ROOT = Path(__file__).parents[1]
 FIRST = ["README.md", "docs/quickstart.md"]
@@ -151,11 +155,24 @@ def reinforced(words: list[str], place: Path) -> None:
     ]
     few += ["--data.split", "0"] if "--data.split" in flags else []
     options = {"recipe": "qwen3_moe_grpo"}
-    if world == 1:
+    if "--rollout.url" in flags:
+        at = flags.index("--rollout.url") + 1
+        model = models.from_pretrained(place / flags[flags.index("--model.path") + 1])
+        with closing(servers.KINDS[flags[flags.index("--rollout.engine") + 1]](*model, length=90)) as server:
+            sft_runs.run(place, *flags[:at], server.url, *flags[at + 1 :], *few, "--out", out, **options)
+    elif world == 1:
         sft_runs.run(place, *flags, *few, "--out", out, **options)
     else:
         sft_runs.run_ranks(place, world, *flags, *few, "--out", out, *axes(flags), **options)
     assert rows(out)[-1]["step"] == 2 and (out / "hf" / "config.json").exists()
+
+
+def served(words: list[str], place: Path) -> None:
+    """Flags are those with which a real vLLM is tested."""
+    given = {words[i] for i in range(3, len(words)) if words[i].startswith("--")} - {"--model", "--port"}
+    assert words[2] == "vllm.entrypoints.openai.api_server" and given <= {*against_vllm.FLAGS}
+    assert (place / words[words.index("--model") + 1] / "config.json").exists()
+    assert words[words.index("--worker-extension-cls") + 1] == f"{Weights.__module__}.{Weights.__name__}"
 
 
 def axes(flags: list[str]) -> list[str]:
@@ -272,6 +289,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"torchrun (--nnodes .* )?--nproc-per-node \d+ .*{RUN} .*": recipe,
     rf"({PYTHON}|torchrun --nproc-per-node \d+ )experiments/preference\.py( .*)?": preferred,
     rf"({PYTHON}|torchrun --nproc-per-node \d+ )experiments/qwen3_moe_grpo\.py( .*)?": reinforced,
+    rf"{PYTHON}-m vllm\.entrypoints\.\S+ .*": served,
     rf"accelerate launch .*{RUN} .*": accelerated,
     rf"{PYTHON}experiments/rules\.py .*": ruled,
     rf"{PYTHON}experiments/compare\.py .*": compared,

@@ -1,0 +1,89 @@
+"""The recipe of reinforcement learning with answers from servers: those of tests/functional_trainer/servers.py."""
+
+from contextlib import ExitStack, closing
+
+import pytest
+
+import models
+from experiments.qwen3_moe_grpo import Options
+from functional_trainer import config
+from tests.experiments import sft_runs
+from tests.experiments.test_grpo import FLAGS
+from tests.functional_trainer import servers
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("servers")
+    sft_runs.folder(place / "model")
+    return place
+
+
+@pytest.fixture
+def make(place):
+    """Start servers of the model, with room for its prompts."""
+    with ExitStack() as stack:
+
+        def start(kind):
+            server = servers.KINDS[kind](*models.from_pretrained(place / "model"), length=90)
+            return stack.enter_context(closing(server))
+
+        yield start
+
+
+def run(place, made, *flags, status=0):
+    kind = type(made[0]).__name__.lower()
+    asked = "--rollout.engine", kind, "--rollout.url", *(server.url for server in made)
+    few = *FLAGS, "--answers", 0, "--samples", 0, "--rollout.slots", 4, "--steps", 2, "--batch", 2
+    return sft_runs.run(
+        place, "--model.path", "model", *few, *asked, *flags, recipe="qwen3_moe_grpo", status=status
+    )  # fmt: skip
+
+
+def test_two_servers_answer_with_the_weights_of_each_step(place, make):
+    made = make("sglang"), make("sglang")
+    run(place, made, "--out", "two", "--optim.lr", 1e-2, "--reward.functions", "length:3")
+    rows = sft_runs.rows(place / "two")
+    assert [row["sampling_logp_difference/mean"] < 1e-5 for row in rows] == [True] * 2
+    assert min(server.answered for server in made) > 1 and sum(server.answered for server in made) == 2 * 8
+    assert [server.version for server in made] == ["2", "2"]
+
+
+def test_weights_that_arrive_wrong_are_found_before_the_first_step(place, make):
+    server = make("vllm")
+    server.load_folder = lambda folder: None  # it says that it has loaded them, and has others
+    server.engine.update(server.model.init(7), 0)
+    said = run(place, [server], "--rollout.sync", "disk", "--out", "wrong", status=1)
+    assert "the rollout engine and the trainer disagree: their log-probabilities differ by" in said
+    assert (place / "wrong" / "rollout-weights" / "model.safetensors").exists() and "Traceback" not in said
+
+
+def test_no_server_is_one_message(place, make):
+    server = make("vllm")
+    server.close()
+    said = run(place, [server], "--out", "none", status=1)
+    assert f"no vllm server at {server.url} that can be trained with" in said and "Traceback" not in said
+    assert "lmdeploy opens the memory of a GPU" in run(place, [make("lmdeploy")], "--out", "lmdeploy", status=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("engine", "vllm"), "vllm and 0 of --rollout.url: servers and their addresses go together"),
+        (("url", "http://a:1"), "local and 1 of --rollout.url"),
+        (("engine", "vllm", "url", "a:1"), "--rollout.url a:1: it must be http://HOST:PORT"),
+        (("sync", "disk"), "--rollout.sync has no effect with --rollout.engine local"),
+        (("wait", "3"), "--rollout.wait has no effect with --rollout.engine local"),
+        (("engine", "sglang", "url", "http://a:1", "compile", "step"), "--rollout.compile has no effect"),
+        (("engine", "lmdeploy", "url", "http://a:1", "temperature", "0.5"), "goes with --rollout.temperature 1"),
+        (("engine", "lmdeploy", "url", "http://a:1", "sync", "disk"), "--rollout.sync memory only"),
+        (("engine", "vllm", "url", "http://a:1", "temperature", "0.5", "top-k", "3"), "there is no --rollout.top-k"),
+        (("timeout", "-1"), "--rollout.timeout is -1.0; it must be at least 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(flags, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    words = [f"--rollout.{word}" if i % 2 == 0 else word for i, word in enumerate(flags)]
+    with pytest.raises(SystemExit) as ended:
+        config.cli(Options, doc="", argv=["--model.path", "model", *words])
+    assert ended.value.code == 2 and message in "".join(capsys.readouterr())

@@ -1,0 +1,274 @@
+"""functional_trainer.remote: samples and weights over the wire protocols of three servers, and what goes wrong there.
+
+The servers are those of servers.py; a real vLLM is in tests/vllm.
+"""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+import models
+from functional_trainer import remote, tree
+from functional_trainer.remote import RemoteEngine
+from functional_trainer.rollout import Sampling
+from tests.functional_trainer import servers
+from tests.models import small
+
+MODEL = small.model(small.MOE, initializer_range=0.5)
+OLD, NEW = MODEL.init(0), MODEL.init(1)
+PROMPTS = [[3, 1, 4, 1, 5, 9], [2], [7, 7, 1], [11, 0, 6, 8, 1, 2, 2, 20, 5], [4, 4], [9, 9, 9]]
+SAMPLING = Sampling(max_tokens=9, stop=(3, 5, 12), seed=3)
+
+
+@pytest.fixture
+def make():
+    """Start servers, with the old weights."""
+    started = []
+
+    def start(kind="vllm", count=1):
+        new = [servers.KINDS[kind](MODEL, OLD) for _ in range(count)]
+        started.extend(new)
+        return new
+
+    yield start
+    for server in started:
+        server.going.set()
+        server.close()
+
+
+def engine(*made, **options):
+    (kind,) = {type(server).__name__.lower() for server in made}
+    options = {"tries": 3, "backoff": 0.01, "at_once": 4} | options
+    return RemoteEngine(kind, [server.url for server in made], MODEL, **options)
+
+
+def apart(samples, params, temperature=1.0):
+    """Return the largest difference between what samples say and log_softmax of whole sequences."""
+    worst = 0.0
+    for prompt, sample in zip(PROMPTS, samples, strict=True):
+        assert 1 <= len(sample.tokens) <= 9 and (sample.tokens[-1] in SAMPLING.stop) == (sample.finish_reason == "stop")
+        logits = models.logits(MODEL, params, torch.tensor([prompt + sample.tokens]))[0, len(prompt) - 1 : -1]
+        own = (logits / temperature).log_softmax(-1)[range(len(sample.tokens)), sample.tokens]
+        worst = max(worst, float((own - torch.tensor(sample.logprobs)).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("kind", servers.KINDS)
+def test_samples_are_of_the_weights_that_were_sent(kind, make, monkeypatch):
+    monkeypatch.setattr(remote, "BUCKET", 2000)  # bytes: several requests
+    (server,) = make(kind)
+    found = engine(server).generate(PROMPTS, SAMPLING)
+    assert apart(found, OLD) < 1e-5 < 0.1 < apart(found, NEW)
+    assert {sample.finish_reason for sample in found} == {"stop", "length"}
+    sampler = engine(server)
+    for version, params in ((5, NEW), (6, OLD)):
+        sampler.update(params, version)
+        found = sampler.generate(PROMPTS, SAMPLING)
+        assert apart(found, params) < 1e-5
+        assert all(sample.versions == [version] * len(sample.tokens) for sample in found)
+    loads = [
+        path for path in server.paths if path in ("/update_weights", "/update_weights_from_tensor", "/collective_rpc")
+    ]
+    assert len(loads) > 2 * 5
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_weights_go_through_a_folder(kind, make, tmp_path):
+    (server,) = make(kind)
+    sampler = engine(server, folder=tmp_path / "weights")
+    sampler.update(NEW, 1)
+    assert apart(sampler.generate(PROMPTS, SAMPLING), NEW) < 1e-5
+    assert (tmp_path / "weights" / "model.safetensors").exists()
+
+
+def test_lmdeploy_has_no_way_through_a_folder(make, tmp_path):
+    with pytest.raises(ValueError, match="lmdeploy servers load no weights from a folder"):
+        engine(*make("lmdeploy"), folder=tmp_path)
+
+
+def test_weights_go_in_the_dtype_of_the_model(make):
+    (server,) = make()
+    sampler = RemoteEngine("vllm", [server.url], replace(MODEL, dtype=torch.bfloat16))
+    sampler.update(NEW, 1)
+    assert {p.dtype for p in tree.leaves(server.engine.params)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", servers.KINDS)
+def test_sampling_is_what_was_asked_for(kind, make):
+    sampler = engine(*make(kind))
+    greedy = sampler.generate(PROMPTS, replace(SAMPLING, temperature=0.0))
+    assert [sample.tokens for sample in greedy] == [
+        sample.tokens for sample in models.generate(MODEL, OLD, PROMPTS, 9, eos_ids=SAMPLING.stop)
+    ]
+    assert sampler.generate(PROMPTS, replace(SAMPLING, temperature=0.7, top_k=1))[0].tokens == greedy[0].tokens
+    endless = sampler.generate(PROMPTS, replace(SAMPLING, stop=()))
+    assert {(len(sample.tokens), sample.finish_reason) for sample in endless} == {(9, "length")}
+
+
+def test_many_prompts_are_shared_and_keep_their_order(make):
+    made = make(count=3)
+    prompts = [[i % 23, i // 23] for i in range(60)]
+    greedy = Sampling(max_tokens=3, temperature=0.0)
+    found = engine(*made, at_once=6).generate(prompts, greedy)
+    assert [s.tokens for s in found] == [s.tokens for s in models.generate(MODEL, OLD, prompts, 3)]
+    assert sum(server.answered for server in made) == 60 and min(server.answered for server in made) > 5
+
+
+def test_a_paused_server_says_nothing_until_it_goes_on(make):
+    (server,) = make()
+    sampler = engine(server)
+    sampler.pause()
+    asked = threading.Thread(target=sampler.generate, args=(PROMPTS, SAMPLING))
+    asked.start()
+    asked.join(0.1)
+    assert asked.is_alive() and not server.answered
+    sampler.resume()
+    asked.join(5)
+    assert server.answered == len(PROMPTS)
+
+
+# what goes wrong -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [servers.fail, servers.hang], ids=["error", "no answer in time"])
+def test_a_request_that_fails_is_sent_again(fault, make):
+    (server,) = make()
+    server.faults.append(fault)
+    found = engine(server, timeout=1.0, at_once=1).generate(PROMPTS, replace(SAMPLING, temperature=0.0))
+    assert [s.tokens for s in found] == [
+        s.tokens for s in models.generate(MODEL, OLD, PROMPTS, 9, eos_ids=SAMPLING.stop)
+    ]
+    assert len([path for path in server.paths if path.endswith("generate")]) == len(PROMPTS) + 1
+
+
+def test_a_server_that_dies_is_left_out_and_comes_back_with_new_weights(make):
+    made = make(count=2)
+    made[0].faults.extend([lambda server: None, servers.die])
+    sampler = engine(*made)
+    found = sampler.generate(PROMPTS * 3, SAMPLING)
+    assert apart(found[:6], OLD) < 1e-5 and len(found) == 18
+    assert sampler.servers[0].out and not sampler.servers[1].out
+    (again,) = make()
+    sampler.servers[0].url = again.url
+    sampler.update(NEW, 1)
+    assert not sampler.servers[0].out
+    assert apart(sampler.generate(PROMPTS, SAMPLING), NEW) < 1e-5 and again.answered
+
+
+def test_no_server_is_left(make):
+    (server,) = make()
+    server.faults.extend([servers.fail] * 99)
+    with pytest.raises(RuntimeError, match=f"no vllm server is left: {server.url}: .*status 500: .*EngineCore"):
+        engine(server).generate(PROMPTS, SAMPLING)
+
+
+def test_a_prompt_that_always_fails_ends_the_call(make):
+    (server,) = make()
+    generate = server.routes["POST /inference/v1/generate"]
+
+    def poisoned(self, body):
+        if body["token_ids"] == PROMPTS[0]:
+            raise servers.Refuse(500, "poison")
+        return generate(self, body)
+
+    server.routes = server.routes | {"POST /inference/v1/generate": poisoned}
+    with pytest.raises(RuntimeError, match="(failed again and again|no vllm server is left).*poison"):
+        engine(server, at_once=2).generate([PROMPTS[0], *PROMPTS[1:] * 20], SAMPLING)
+
+
+def test_a_server_with_other_weights_than_it_was_given_is_left_out(make):
+    made = make(count=2)
+    sampler = engine(*made)
+    sampler.update(NEW, 1)
+    made[0].faults.append(servers.restart)
+    found = sampler.generate(PROMPTS, SAMPLING)
+    assert apart(found, NEW) < 1e-5 and all({*sample.versions} == {1} for sample in found)
+    assert "weights of version -1, not 1" in sampler.servers[0].out
+    made[1].faults.append(servers.restart)
+    with pytest.raises(RuntimeError, match="no vllm server is left: .*version -1, not 1"):
+        sampler.generate(PROMPTS, SAMPLING)
+
+
+def test_a_server_that_does_not_take_weights_is_left_out(make):
+    made = make("sglang", count=2)
+    made[0].session = True  # somebody else's
+    sampler = engine(*made)
+    sampler.update(NEW, 1)
+    assert "already open" in sampler.servers[0].out
+    assert apart(sampler.generate(PROMPTS, SAMPLING), NEW) < 1e-5 and not made[0].answered
+    made[1].session = True
+    with pytest.raises(RuntimeError, match="no sglang server is left"):
+        sampler.update(OLD, 2)
+
+
+def longer(said):
+    said["choices"][0]["token_ids"] += [1]
+    return said
+
+
+def too_long(said):
+    choice = said["choices"][0]
+    choice["token_ids"], choice["logprobs"]["content"] = [1] * 10, [{"logprob": 0.0}] * 10
+    return said
+
+
+def elsewhere(said):
+    said["choices"][0].update(finish_reason="stop", token_ids=[1] * len(said["choices"][0]["token_ids"]))
+    return said
+
+
+@pytest.mark.parametrize("edit, message", [
+    (longer, r"\d log-probabilities of \d+ tokens"), (too_long, "10 tokens, asked for 1 to 9"),
+    (elsewhere, r"ended with token 1, which is not among the stop ids \[3, 5, 12\]"),
+    (lambda said: {"text": "hello"}, "no answer of a vllm server: KeyError 'choices' in {'text': 'hello'}"),
+])  # fmt: skip
+def test_an_answer_that_was_not_asked_for_is_refused(edit, message, make):
+    (server,) = make()
+    server.edit = edit
+    with pytest.raises(RuntimeError, match=f"{server.url}/inference/v1/generate: {message}"):
+        engine(server).generate(PROMPTS, SAMPLING)
+
+
+@pytest.mark.parametrize("kind", servers.KINDS)
+def test_an_answer_without_log_probabilities_is_refused(kind, make):
+    (server,) = make(kind)
+    server.edit = server.strip
+    with pytest.raises(RuntimeError, match=r"generate: 0 log-probabilities of \d tokens; it must run with"):
+        engine(server).generate(PROMPTS, SAMPLING)
+
+
+def test_a_prompt_that_the_server_refuses_is_not_sent_again(make):
+    (server,) = make()
+    server.faults.append(servers.refuse)
+    with pytest.raises(RuntimeError, match="a vllm server refused a prompt: .*maximum context length is 40"):
+        engine(server, at_once=1).generate(PROMPTS, SAMPLING)
+    assert server.answered < len(PROMPTS)
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        engine(server).generate([[]], SAMPLING)
+
+
+@pytest.mark.parametrize("kind", servers.KINDS)
+def test_a_server_of_another_kind_or_none_is_refused_at_the_start(kind, make):
+    (other,) = make({"vllm": "sglang", "sglang": "lmdeploy", "lmdeploy": "vllm"}[kind])
+    for url, why in ((other.url, "status 404"), ("http://127.0.0.1:9", "ConnectionRefusedError")):
+        with pytest.raises(ValueError, match=f"no {kind} server at {url} that can be trained with: .*{why}.*must run"):
+            RemoteEngine(kind, [url], MODEL)
+
+
+def test_a_server_that_still_starts_is_waited_for(make):
+    (server,) = make()
+    route = server.routes["GET /health"]
+    states = [503]
+
+    def health(self, body):
+        if states:
+            raise servers.Refuse(states.pop(), "starting")
+        return route(self, body)
+
+    server.routes = server.routes | {"GET /health": health}
+    with pytest.raises(ValueError, match="status 503: .*starting"):
+        engine(server)
+    states.append(503)
+    engine(server, wait=5.0)
