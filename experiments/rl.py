@@ -3,24 +3,30 @@
 from collections.abc import Callable
 from typing import Any
 
+from experiments import engines
 from experiments.recipe import Run
 from functional_trainer import advantages, backend, tree
 from functional_trainer.agreement import differences
-from functional_trainer.engine import LocalEngine
+from functional_trainer.ahead import Ahead
 from functional_trainer.experience import Experience, Plan, Prompt, Scores
 from functional_trainer.losses import Loss
 from functional_trainer.objectives import OBJECTIVES
 from functional_trainer.policy import policy
 from functional_trainer.rewards import Rewards, load
-from functional_trainer.rollout import Sample, Sampling
+from functional_trainer.rollout import Sample
 
 
 def loss(o: Any) -> Loss:
     """Return the loss that options ask for.
 
-    With one step per rollout ratios are to the policy itself, and exactly 1; with several, to what the engine said.
+    With one step per rollout, of the current weights, ratios are to the policy itself, and exactly 1; with several, or
+    of older weights, to what the engine said, unless --loss.correction weighs the tokens instead.
     """
     once = o.rollout.steps_per_generation * o.rollout.num_iterations == 1
+    if stale := o.rollout.max_async_level > 0 or o.rollout.partial > 0:
+        once = once and o.loss.correction != "none"
+    if stale and not once and OBJECTIVES[o.loss.loss_type].form == "reinforce":
+        raise ValueError("--loss.loss-type reinforce has no ratio to older weights: give --loss.correction as well")
     changes = {"old": "current" if once else "rollout_logprobs", "temperature": o.rollout.temperature}
     given = {"epsilon_low": o.loss.epsilon, "epsilon_high": o.loss.epsilon_high, "delta": o.loss.delta}
     changes |= {k: v for k, v in given.items() if v is not None}
@@ -54,27 +60,31 @@ def plan(o: Any) -> Plan:
 def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     """Return the rollouts of `params`, which the step changes in place.
 
-    On a mesh every rank gathers the weights and answers its share of the prompts.
+    On a mesh every rank gathers the weights and answers its share of the prompts. What is drawn ahead is drawn from a
+    copy of the weights, in a thread whose exchanges have a process group of their own.
     """
-    r, rank, world = o.rollout, run.shard.rank, run.shard.world
-    length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
-    engine = LocalEngine(model, tree.map(run.shard.full, params), slots=r.slots, length=length, compile=r.compile)
+    r, full, ahead = o.rollout, run.shard.full, bool(o.rollout.max_async_level or o.rollout.partial)
+    group = backend.host_group() if ahead else None
+    engine = engines.made(o, run, model, params)
 
-    def draw(prompts: list[Prompt], seed: int) -> list[Sample]:
-        engine.update(tree.map(run.shard.full, params), engine.version + 1)
-        share = -(-len(prompts) // world)
-        own = [prompt.ids for prompt in prompts[rank * share : (rank + 1) * share]]
-        drawn = r.max_completion_length, r.temperature, r.top_k, r.top_p
-        found = engine.generate(own, Sampling(*drawn, stop=tuple(run.tokenizer.eos_ids), seed=seed + rank))
-        return [sample for samples in backend.everyone(found) for sample in samples]
+    def copied() -> tree.Tree:
+        return tree.map(lambda p: full(p).detach().to(model.dtype or p.dtype, copy=True), params)
 
     part, parts = run.shard.data
-    rows = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
-    rows |= {"longest": r.max_completion_length}
-    return Experience(run.loader, draw, rewards(o, run), advantage(o), plan(o), seed=o.seed, **rows)
+    settings: dict[str, Any] = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
+    settings |= {"longest": r.max_completion_length, "seed": o.seed, "update": engine.update}
+    given = run.loader, engines.drawn_by(engine, o, run, group), rewards(o, run, group), advantage(o), plan(o)
+    if not ahead:
+        return Experience(*given, weights=lambda: tree.map(full, params), **settings)
+    steps = o.steps or plan(o).total_steps(len(run.loader), o.epochs)
+    return Ahead(
+        *given, weights=copied, level=r.max_async_level, staleness=r.max_staleness, budget=r.partial,
+        last=-(-steps // (r.steps_per_generation * r.num_iterations)), in_flight=r.in_flight_weight_updates,
+        everyone=lambda value: backend.everyone(value, group), stop=engine.pause, **settings,
+    )  # fmt: skip
 
 
-def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores]:
+def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
     found = [load(given) for given in o.reward.functions]
     if len({name for name, _ in found}) < len(found):
@@ -83,21 +93,17 @@ def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores]:
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds}
     functions = Rewards(dict(found), r.weights or None, **how) if run.shard.rank == 0 else None
 
-    def score(prompts: list[Prompt], answers: list[Sample]) -> Scores:
-        made = None
-        if functions is not None:
-            names = {name for prompt in prompts for name in prompt.columns} - {
-                "prompts",
-                "completions",
-                "completion_ids",
-            }
-            columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-            texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
-            found = functions([p.text for p in prompts], texts, ids, **columns)
-            made = Scores(found.total, found.report())
-        return backend.everyone(made)[0]
+    def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
+        if functions is None:
+            return None
+        own = {"prompts", "completions", "completion_ids"}
+        names = {name for prompt in prompts for name in prompt.columns} - own
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
+        found = functions([p.text for p in prompts], texts, ids, **columns)
+        return Scores(found.total, found.report())
 
-    return score
+    return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]
 
 
 def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:

@@ -25,6 +25,8 @@ from functional_trainer.data.packing import Cursor, Documents, cut, fill, first_
 from functional_trainer.rollout import Sample
 
 Batch = dict[str, torch.Tensor]
+
+
 class Prompt(NamedTuple):
     """A question: ids, the text that is shown, and what reward functions are given beside it."""
 
@@ -90,17 +92,27 @@ class Rollout(NamedTuple):
     advantages: np.ndarray
 
 
+class Drawn(NamedTuple):
+    """A rollout, packed into the batch of each of its steps, and what it reports."""
+
+    parts: list[dict[str, np.ndarray]]
+    said: dict[str, Any]
+    rollout: Rollout | None
+
+
 class Experience:
     """Iterate over batches of columns (rows / world, S) that `policy.policy` wants, drawn by the current policy.
 
     `rows` are those of a pass over all data-parallel ranks; a batch has as many passes as its answers need. `advantage`
-    maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. ValueError if a prompt and its
-    longest answer do not fit into a row.
+    maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. Before a rollout `weights` says what
+    the weights are, and `update` gives them to what generates, with their version: how many rollouts came before.
+    ValueError if a prompt and its longest answer do not fit into a row.
     """
 
     def __init__(
         self, prompts: Prompts, generate: Generate, reward: Reward, advantage: Callable, how: Plan, *,
         seq_len: int, longest: int, rows: int, seed: int = 0, rank: int = 0, world: int = 1,
+        weights: Callable[[], Any] = dict, update: Callable[[Any, int], Any] = lambda weights, version: None,
     ):  # fmt: skip
         over = [p for p in prompts if len(p.ids) + longest > seq_len + 1]
         if over or not prompts:
@@ -110,6 +122,7 @@ class Experience:
             raise ValueError(f"{said}; the first: {over[0].text[:80]!r}" if over else "there are no prompts to answer")
         self.prompts, self.generate, self.reward, self.advantage = prompts, generate, reward, advantage
         self.how, self.seq_len, self.rows, self.seed = how, seq_len, rows, seed
+        self.weights, self.update = weights, update
         self.mine = slice(rank * rows // world, (rank + 1) * rows // world)
         self.order = mixed([Share(len(prompts))], seed, True)
         self.drawn, self.count, self.waiting = 0, 0, list[dict[str, np.ndarray]]()
@@ -160,13 +173,21 @@ class Experience:
 
     def _roll(self) -> None:
         """Draw a rollout, and let its batches wait."""
+        self.update(self.weights(), self.count)
+        self._hold(self._drawn())
+
+    def _drawn(self) -> Drawn:
+        """Draw a rollout and pack it."""
         begun = time.perf_counter()
         rollout, said = self._draw()
         how, groups = self.how, np.arange(len(rollout.rewards))
         parts = [_pack(rollout, part, how, self.seq_len, self.rows) for part in np.array_split(groups, how.steps)]
-        self.waiting, self.last = parts * how.iterations, rollout
+        return Drawn(parts, said | {"rollout_s": time.perf_counter() - begun}, rollout)
+
+    def _hold(self, drawn: Drawn) -> None:
+        """Let the batches of a rollout wait."""
+        self.waiting, self.last, self.said = drawn.parts * self.how.iterations, drawn.rollout, drawn.said
         self.count += 1
-        self.said = said | {"rollout_s": time.perf_counter() - begun}
 
     def _draw(self) -> tuple[Rollout, dict[str, Any]]:
         """Draw groups until there are enough that teach something, or the last resort: any."""
@@ -191,16 +212,24 @@ class Experience:
     def _groups(self) -> tuple[list["_Group"], Scores]:
         """Ask the next prompts."""
         how = self.how
-        asked = [self.prompts[self.order.piece(self.drawn + i)] for i in range(how.prompts)]
-        seed = int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0])
-        self.drawn += how.prompts
-        prompts = [p for p in asked for _ in range(how.group)]
-        answers = self.generate(prompts, seed)
+        prompts, answers = self._answers()
         scores = self.reward(prompts, answers)
         cuts = range(0, len(prompts), how.group)
         rewards = [scores.rewards[i : i + how.group] for i in cuts]
         each = zip(cuts, rewards, advantages.has_spread(rewards), strict=True)
         return [_Group(prompts[i], answers[i : i + how.group], r, bool(spread)) for i, r, spread in each], scores
+
+    def _answers(self) -> tuple[list[Prompt], list[Sample]]:
+        """Return the groups of the next prompts, one after the other: each answer's prompt, and the answer."""
+        asked, seed = self._next(self.how.prompts)
+        prompts = [self.prompts[i] for i in asked for _ in range(self.how.group)]
+        return prompts, self.generate(prompts, seed)
+
+    def _next(self, count: int) -> tuple[list[int], int]:
+        """Return which prompts come next, and a seed for their answers."""
+        seed = int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0])
+        self.drawn += count
+        return [self.order.piece(self.drawn - count + i) for i in range(count)], seed
 
 
 class _Group(NamedTuple):

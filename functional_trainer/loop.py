@@ -25,7 +25,7 @@ from functional_trainer.watchdog import watched
 MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "saving", "eval_every", "device", "max_skipped"}
 MAY_DIFFER |= {"answers", "samples", "mesh", "micro_batch", "compile", "remat", "offload", "profile", "wandb"}
 MAY_DIFFER |= {"timeout", "rules", "data.workers", "data.cache", "rollout.slots", "rollout.compile"}
-MAY_DIFFER |= {"reward.workers", "reference"}
+MAY_DIFFER |= {"rollout.ray", "reward.workers", "reference"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 
@@ -245,6 +245,8 @@ def _save(
     writes: Callable, options: Any, done: int, state: TrainState, loader: Loader, value: float, best: float, due: bool
 ) -> float:
     """Save the state as the best, if its held-out loss `value` is below it, and then if it is due; return the best."""
+    if not (due or value < best):
+        return best
     extra = {"loader": loader.state(), "step": done}
 
     def write(flat: Mapping[str, torch.Tensor], group: Any) -> None:
@@ -253,8 +255,7 @@ def _save(
         if due:
             checkpoint.save(options.out, done, flat, extra, options.keep, group=group)
 
-    if due or value < best:
-        writes(write, tree.flatten(state))
+    writes(write, tree.flatten(state))
     return value if value < best else best
 
 

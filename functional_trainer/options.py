@@ -335,6 +335,16 @@ class RolloutOptions:
     """Tokens before the longest answer over which a penalty of the reward grows to 1 (DAPO; 0: none)."""
     max_disagreement: float = 0.01
     """Mean |log-probability, as sampled - as trained| of the first rollout above which the run is refused."""
+    max_async_level: int = 0
+    """Rollouts that are drawn ahead, while the step trains (0: none, synchronous; 1: one-step-off)."""
+    max_staleness: int = 4
+    """Rollouts that the weights a token was sampled with may be behind; answers with older tokens are drawn anew."""
+    in_flight_weight_updates: bool = False
+    """Let answers under way go on with new weights at once, whenever there are some."""
+    partial: int = 0
+    """Tokens that an answer grows by in a rollout; what has not ended waits for the next one (0: no limit)."""
+    ray: int = 0
+    """Workers that draw rollouts as actors of Ray, on this machine or a cluster (0: none, this process does)."""
 
     def __post_init__(self):
         ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
@@ -350,6 +360,29 @@ class RolloutOptions:
             raise ValueError("--rollout.max-num-gen-batches has no effect without --rollout.filter-groups")
         if self.overlong_buffer > self.max_completion_length:
             raise ValueError(f"--rollout.overlong-buffer {self.overlong_buffer} is more than the longest answer")
+        self._ahead()
+
+    def _ahead(self) -> None:
+        """Refuse what makes no sense together of rollouts that are drawn ahead, in parts or elsewhere."""
+        within("rollout.", self, **dict.fromkeys(("max_async_level", "max_staleness", "partial", "ray"), (0, "")))
+        level, said = self.max_async_level, f"--rollout.max-async-level {self.max_async_level}"
+        if self.max_staleness != RolloutOptions.max_staleness and not (level or self.partial):
+            raise ValueError("--rollout.max-staleness has no effect without --rollout.max-async-level or .partial")
+        if (needed := level + bool(self.partial)) > self.max_staleness:
+            why = " and --rollout.partial" if self.partial else ""
+            raise ValueError(f"{said}{why} need --rollout.max-staleness {needed} at least, not {self.max_staleness}")
+        if self.partial >= self.max_completion_length:
+            raise ValueError(f"--rollout.partial {self.partial} has no effect: no answer is longer")
+        if self.in_flight_weight_updates and (not level or self.ray):
+            other = "with --rollout.ray, whose workers get weights with their prompts" if level else f"with {said}"
+            raise ValueError(f"--rollout.in-flight-weight-updates has no effect {other}")
+        if level and self.compile != "off" and not self.ray:
+            raise ValueError(
+                f"{said} with --rollout.compile {self.compile}: the compiler's settings are the process's, and the "
+                "step's are others; leave one away, or draw in other processes, with --rollout.ray"
+            )
+        if self.ray and importlib.util.find_spec("ray") is None:
+            raise ValueError(f"--rollout.ray {self.ray}: Ray is not installed; pip install '.[ray]'")
 
 
 @dataclass(frozen=True)
