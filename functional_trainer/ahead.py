@@ -11,8 +11,9 @@ trains, where on a mesh all ranks gather. Everything else of a rollout, rewards 
 whose exchanges between ranks need a process group of their own.
 
 With a budget (partial rollouts: Kimi k1.5, arxiv 2501.12599, 2.6; slime) an answer grows by so many tokens in a call. A
-rollout is whole when enough groups have ended; what has not waits for the next rollout, and goes on there first. One
-that could not wait any longer is ended at once instead: dropping it would starve long answers.
+rollout is whole when enough groups have ended; what has not waits for the next rollout, and goes on there first. What
+could not wait any longer is ended at once instead, and no more is begun than can be trained in time: dropping answers
+that are too old would starve the long ones.
 """
 
 import atexit
@@ -190,20 +191,30 @@ class Ahead(Experience):
     def _answers(self) -> tuple[list[Prompt], list[Sample]]:
         """Ask and go on until there are enough groups that have ended; return the oldest ones."""
         how = self.how
+        room = how.prompts * (self.staleness - self.level + 1)  # what is begun can be trained before it is too old
         self._drop()
         while (missing := how.prompts - sum(group.ended for group in self.groups)) > 0:
-            asked, seed = self._next(missing)
+            asked, seed = self._next(min(missing, room - len(self.groups)))
             self.groups += [Group(i, [None] * how.group) for i in asked]
-            if self.calls:
+            if self.calls or not asked:
                 seed = int(np.random.SeedSequence([self.seed, self.drawn, self.made, self.calls]).generate_state(1)[0])
-            last = [group for group in self.groups if group.oldest <= self.made - self.staleness]
-            self._go_on(last, seed, 0)
-            self._go_on([group for group in self.groups if not any(group is one for one in last)], seed, self.budget)
+            self.groups.sort(key=lambda group: group.oldest)
+            now = self._due()
+            self._go_on(self.groups[:now], seed, 0)
+            self._go_on(self.groups[now:], seed, self.budget)
             self._drop()
         ended = sorted((group for group in self.groups if group.ended), key=lambda group: group.oldest)[: how.prompts]
         self.groups = [group for group in self.groups if not any(group is one for one in ended)]
         prompts = [self.prompts[group.prompt] for group in ended for _ in group.answers]
         return prompts, [answer for group in ended for answer in group.answers if answer is not None]
+
+    def _due(self) -> int:
+        """Return how many groups, of those sorted by age, cannot wait: later rollouts have no room before their time.
+
+        Of k + 1 groups that must be trained in rollout d or before, P in each of the d - n after this one can be.
+        """
+        until = [group.oldest + self.staleness - self.made for group in self.groups]
+        return max([0, *(k + 1 - self.how.prompts * int(d) for k, d in enumerate(until) if d < float("inf"))])
 
     def _go_on(self, groups: list[Group], seed: int, budget: int) -> None:
         """Let the answers of groups that have not ended grow."""
