@@ -1,29 +1,66 @@
-"""From a recipe's options to what answers its prompts."""
+"""The rollout engine that a recipe's options ask for, and how ranks share its work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.engine import LocalEngine
+from functional_trainer.experience import Prompt
 from functional_trainer.remote import RemoteEngine
+from functional_trainer.rollout import Engine, Sample, Sampling
+from functional_trainer.types import OneDevice
 
 
-def choose(
-    o: Any, run: Run, model: Any, params: tree.Tree, length: int
-) -> tuple[Any, Callable[[tree.Tree], tree.Tree]]:
+class Whole(OneDevice):
+    """Parameters that every rank has whole, of which rank 0's are sent."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.rank = rank
+
+    def collect(self, x):
+        return super().collect(x) if self.rank == 0 else None
+
+
+def choose(o: Any, run: Run, model: Any, params: tree.Tree, ahead: bool, group: Any) -> tuple[Engine, Callable]:
     """Return the engine, and what turns parameters at rest into those that it is updated with.
 
-    The local one gets whole parameters; a remote one those of each rank, and sends them part by part. `length` is the
-    longest prompt with its answer. ValueError if servers do not answer.
+    Servers get those of each rank, part by part, unless rollouts are drawn `ahead`, whose exchanges between ranks are
+    `group`'s; all others whole ones. ValueError if servers do not answer.
     """
     r, shard = o.rollout, run.shard
     if r.engine == "local":
-        whole = lambda held: tree.map(shard.full, held)  # noqa: E731
+        length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
         how: dict[str, Any] = {"slots": r.slots, "compile": r.compile, "record_routing": r.routing_replay}
-        return LocalEngine(model, whole(params), length=length, **how), whole
+        return LocalEngine(model, tree.map(shard.full, params), length=length, **how), shard.full
     if r.engine == "lmdeploy" and not backend.has_own_memory(run.device):
         raise ValueError("--rollout.engine lmdeploy opens the memory of a GPU of this machine: train on one")
     folder = f"{o.out}/rollout-weights" if r.sync == "disk" else None
-    how = {"shard": shard, "folder": folder, "at_once": r.slots, "timeout": r.timeout, "wait": r.wait}
-    return RemoteEngine(r.engine, r.url, model, **how), lambda held: held
+    how = {"folder": folder, "at_once": r.slots, "timeout": r.timeout, "wait": r.wait, "group": group}
+    engine = RemoteEngine(r.engine, r.url, model, shard=Whole(shard.rank) if ahead else shard, **how)
+    return engine, shard.full if ahead else lambda held: held
+
+
+def drawn_by(engine: Engine, o: Any, run: Run, group: Any) -> Callable:
+    """Return the function from prompts and a seed to answers, of which every rank draws a share, and all have all.
+
+    They are those of one rank alone. What `begun` holds is gone on with, by `budget` tokens at most (0: any number).
+    `greedy` answers have the likeliest tokens.
+    """
+    r, rank, world = o.rollout, run.shard.rank, run.shard.world
+    usual: dict[str, Any] = {"temperature": r.temperature, "top_k": r.top_k, "top_p": r.top_p}
+
+    def draw(
+        prompts: list[Prompt], seed: int, begun: Sequence[Sample | None] = (), budget: int = 0, greedy: bool = False
+    ) -> list[Sample]:  # fmt: skip
+        share = -(-len(prompts) // world)
+        own = slice(rank * share, (rank + 1) * share)
+        how = {"temperature": 0.0} if greedy else usual
+        how |= {"stop": tuple(run.tokenizer.eos_ids), "seed": seed, "first": own.start, "budget": budget}
+        ids = [prompt.ids for prompt in prompts[own]]
+        sampling = Sampling(r.max_completion_length, **how)
+        found = backend.together(lambda: engine.generate(ids, sampling, begun[own]), group)
+        return [sample for samples in found for sample in samples]
+
+    return draw

@@ -12,13 +12,22 @@ from functional_trainer.policy import policy
 def loss(o: Any) -> Loss:
     """Return the loss that options ask for.
 
-    With one step per rollout ratios are to the policy itself, and exactly 1; with several, to what the engine said, or
-    the trainer before the first. ValueError for what has no effect or would count twice.
+    With one step per rollout, of the current weights, ratios are to the policy itself, and exactly 1; with several, or
+    of older weights, to what the engine said, or the trainer before the first. ValueError for what has no effect or
+    would count twice.
     """
     once, trainers = o.rollout.steps_per_generation * o.rollout.num_iterations == 1, o.loss.old == "trainer"
+    corrected = o.loss.correction != "none"
     if once and trainers:
         raise ValueError("--loss.old trainer has no effect with one step per rollout: ratios are to the policy itself")
-    if not (once or trainers) and o.loss.correction != "none":
+    if o.rollout.max_async_level or o.rollout.partial:
+        once = once and corrected
+        if not (once or trainers) and OBJECTIVES[o.loss.loss_type].form == "reinforce":
+            raise ValueError("--loss.loss-type reinforce has no ratio to older weights: give --loss.correction as well")
+        if o.loss.kl_in_reward:
+            why = "the reference is computed between steps, and rollouts beside them"
+            raise ValueError(f"--loss.kl-in-reward is for synchronous rollouts: {why}; use --loss.beta alone")
+    if corrected and not (once or trainers):
         why = "with several steps per rollout ratios are to what the engine said, and correct for it already"
         raise ValueError(f"--loss.correction {o.loss.correction}: {why}; add --loss.old trainer")
     old = "current" if once else "old_logprobs" if trainers else "rollout_logprobs"

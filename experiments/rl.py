@@ -1,7 +1,7 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from experiments import engines
@@ -9,9 +9,10 @@ from experiments.policies import advantage
 from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
+from functional_trainer.ahead import Ahead
 from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
 from functional_trainer.rewards import Rewards, load
-from functional_trainer.rollout import Sample, Sampling
+from functional_trainer.rollout import Sample
 
 
 def plan(o: Any) -> Plan:
@@ -27,41 +28,40 @@ def plan(o: Any) -> Plan:
 def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     """Return the rollouts of `params`, which the step changes in place.
 
-    On a mesh every rank gathers the weights and answers its share of the prompts.
+    On a mesh every rank gathers the weights and answers its share of the prompts. What is drawn ahead is drawn from a
+    copy of the weights, in a thread whose exchanges have a process group of their own.
     """
-    r, rank, world = o.rollout, run.shard.rank, run.shard.world
-    length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
-    engine, whole = engines.choose(o, run, model, params, length)
+    r, ahead = o.rollout, bool(o.rollout.max_async_level or o.rollout.partial)
+    group = backend.host_group() if ahead else None
+    engine, whole = engines.choose(o, run, model, params, ahead, group)
 
-    def answer(prompts: list[Prompt], sampling: Sampling) -> list[Sample]:
-        share = -(-len(prompts) // world)
-        own = [prompt.ids for prompt in prompts[rank * share : (rank + 1) * share]]
-        found = engine.generate(own, replace(sampling, seed=sampling.seed + rank))
-        return [sample for samples in backend.everyone(found) for sample in samples]
-
-    usual = Sampling(r.max_completion_length, r.temperature, r.top_k, r.top_p, stop=tuple(run.tokenizer.eos_ids))
-
-    def draw(prompts: list[Prompt], seed: int) -> list[Sample]:
-        engine.update(whole(params), engine.version + 1)
-        return answer(prompts, replace(usual, seed=seed))
-
-    def greedy(prompts: list[Prompt], seed: int) -> list[Sample]:
-        return answer(prompts, replace(usual, temperature=0.0, top_k=0, top_p=1.0))
-
-    part, parts = run.shard.data
-    rows = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
-    rows |= {"longest": r.max_completion_length, "greedy": greedy if o.loss.advantage == "remax" else None}
+    def copied() -> tree.Tree:
+        return tree.map(lambda p: whole(p).detach().to(model.dtype or p.dtype, copy=True), params)
 
     def score(weights: tree.Tree) -> Scorer:
         form = "layer" if o.compile == "auto" else o.compile
         return scorer(model, weights, o.micro_batch, run.shard, run.device, form, r.temperature)
 
-    rows["old"] = score(params) if o.loss.old == "trainer" else None
-    rows["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
-    return Experience(run.loader, draw, rewards(o, run), advantage(o), plan(o), seed=o.seed, **rows)
+    part, parts = run.shard.data
+    draw = engines.drawn_by(engine, o, run, group)
+    settings: dict[str, Any] = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
+    settings |= {"longest": r.max_completion_length, "seed": o.seed, "update": engine.update}
+    settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
+    settings["old"] = score(params) if o.loss.old == "trainer" else None
+    settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
+    given = run.loader, draw, rewards(o, run, group), advantage(o), plan(o)
+    if not ahead:
+        return Experience(*given, weights=lambda: tree.map(whole, params), **settings)
+    steps = o.steps or plan(o).total_steps(len(run.loader), o.epochs)
+    return Ahead(
+        *given, weights=copied, level=r.max_async_level, staleness=r.max_staleness, budget=r.partial,
+        last=-(-steps // (r.steps_per_generation * r.num_iterations)), in_flight=r.in_flight_weight_updates,
+        everyone=lambda value: backend.everyone(value, group),
+        stop=engine.pause if r.engine == "local" else lambda: None, **settings,
+    )  # fmt: skip
 
 
-def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores]:
+def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
     found = [load(given) for given in o.reward.functions]
     if len({name for name, _ in found}) < len(found):
@@ -70,21 +70,17 @@ def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores]:
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds}
     functions = Rewards(dict(found), r.weights or None, **how) if run.shard.rank == 0 else None
 
-    def score(prompts: list[Prompt], answers: list[Sample]) -> Scores:
-        made = None
-        if functions is not None:
-            names = {name for prompt in prompts for name in prompt.columns} - {
-                "prompts",
-                "completions",
-                "completion_ids",
-            }
-            columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-            texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
-            found = functions([p.text for p in prompts], texts, ids, **columns)
-            made = Scores(found.total, found.report(), found.each, texts)
-        return backend.everyone(made)[0]
+    def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
+        if functions is None:
+            return None
+        own = {"prompts", "completions", "completion_ids"}
+        names = {name for prompt in prompts for name in prompt.columns} - own
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
+        found = functions([p.text for p in prompts], texts, ids, **columns)
+        return Scores(found.total, found.report(), found.each, texts)
 
-    return score
+    return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]
 
 
 def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:

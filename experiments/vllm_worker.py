@@ -11,10 +11,15 @@ it was before the first load, filled, and packed again.
 
 import base64
 from pathlib import Path
+from typing import Any
 
 
 class Weights:
     """Methods that vLLM adds to its worker (`--worker-extension-cls`)."""
+
+    device: Any
+    model_runner: Any
+    vllm_config: Any
 
     def begin_weights(self) -> None:
         """Let the model take weights as they are in checkpoints."""

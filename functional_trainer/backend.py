@@ -161,13 +161,33 @@ def flight_record() -> bytes:
     return getattr(torch._C._distributed_c10d, name, bytes)()
 
 
-def everyone(value: Any) -> list[Any]:
-    """Return what each rank gives, in their order."""
+def everyone(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return what each rank gives, in their order; a thread beside the step's needs a `host_group` of its own."""
     if not dist.is_initialized():
         return [value]
     given = [None] * dist.get_world_size()
-    dist.all_gather_object(given, value)
+    dist.all_gather_object(given, value, group)
     return given
+
+
+def together(make: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return what `make` returns on each rank; what it raises on one ends all of them at once, none waits for it.
+
+    Others than the one raise ValueError if it does, else RuntimeError, and say what it was and where.
+    """
+    value, error = None, None
+    try:
+        value = make()
+    except Exception as raised:
+        error = raised
+    told = (isinstance(error, ValueError), f"{type(error).__name__}: {error}") if error else None
+    given = everyone((value, told), group)
+    if error:
+        raise error
+    for rank, (_, theirs) in enumerate(given):
+        if theirs:
+            raise (ValueError if theirs[0] else RuntimeError)(f"rank {rank}: {theirs[1]}")
+    return [value for value, _ in given]
 
 
 def host_group() -> dist.ProcessGroup | None:

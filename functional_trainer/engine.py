@@ -10,13 +10,20 @@ Every row of the cache has its own place to write. Place and position are one nu
 beyond a row's place lies in the future, where no query looks, until it is written over. A row that has ended goes on as
 padding, which reaches no expert, until the host looks, every few tokens: nothing is read back in between.
 
+An answer can be interrupted at such a look, by new parameters or by `pause`, and goes on from its prompt and the tokens
+that it has, whose keys and values are computed again by the parameters of then, as in AReaL (arxiv 2505.24298, 4.1).
+So every log-probability is the one that parameters of its version give after all that stands before it, which is what
+the trainer computes; with keys and values of older parameters kept, as PipelineRL does, it would be no policy's.
+
 B rows (slots), E tokens between two looks, V vocabulary.
 """
 
+import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,24 +54,32 @@ class Rows(NamedTuple):
     live: torch.Tensor
 
 
-class Ready(NamedTuple):
-    """A prompt whose beginning has been run: its number in the call, which row of a cache has what that left, and the
-    experts that were chosen, if they are recorded."""
-
-    number: int
-    cache: tree.Tree
-    row: int
-    routed: list[np.ndarray]
-
-
 class Request(NamedTuple):
-    """A prompt that has a row: its number in the call, its random numbers, and what it gave until now."""
+    """A prompt: its number in the call, its random numbers, after how many tokens the call ends at most, and what it
+    gave until now."""
 
     number: int
+    prompt: Prompt
     uniforms: np.ndarray
+    end: int
     tokens: list[int]
     logprobs: list[float]
+    versions: list[int]
     routed: list[np.ndarray]
+    """Experts of the tokens that were run, if they are recorded."""
+
+    @property
+    def prefix(self) -> list[int]:
+        """What the next token follows."""
+        return [*self.prompt, *self.tokens]
+
+
+class Ready(NamedTuple):
+    """A request whose beginning has been run, and which row of a cache has what that left."""
+
+    request: Request
+    cache: tree.Tree
+    row: int
 
 
 def decode(
@@ -99,6 +114,8 @@ class LocalEngine:
 
     Parameters are used where they are, so a train step, which writes into them, changes the engine's too. Where the
     model computes in another dtype `update` makes a copy instead.
+
+    One thread calls `generate`; `update`, `pause` and `resume` may come from another meanwhile.
     """
 
     def __init__(
@@ -114,39 +131,83 @@ class LocalEngine:
         whole = compile == "step"
         self._decode = torch.compile(step, fullgraph=True, dynamic=False, backend=backend) if whole else step
         self._compiles = compile != "off"
+        self._lock, self._busy, self._paused = threading.Lock(), False, False
+        self._next: tuple[tree.Tree, int] | None = None
         self.update(params, version)
         self._cache = self._new_cache(slots, length)
 
     def update(self, params: tree.Tree, version: int) -> None:
-        """Sample with these parameters from now on."""
+        """Sample with these parameters from now on; answers under way, from the next look on."""
         dtype = self.model.dtype
-        self.params, self.version = tree.map(lambda p: p.detach().to(dtype or p.dtype), params), version
+        new = tree.map(lambda p: p.detach().to(dtype or p.dtype), params), version
+        with self._lock:
+            if self._busy:
+                self._next = new
+            else:
+                self.params, self.version = new
+
+    def pause(self) -> None:
+        """Return from `generate` at the next look, and at once when it is called, until `resume`.
+
+        What has not ended has finish_reason "abort"; `generate` goes on with it if it is `begun`.
+        """
+        self._paused = True
+
+    def resume(self) -> None:
+        """Let `generate` work again."""
+        self._paused = False
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Sample]:
-        """Continue every prompt; samples come in the prompts' order. ValueError for a prompt that does not fit."""
-        self._check(prompts, sampling)
-        stop_V, zero_B = self._stops(sampling.stop), self._ids([0] * self._fewer(self.slots, len(prompts)))
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, begun: Sequence[Sample | None] = ()
+    ) -> list[Sample]:
+        """Continue every prompt; samples come in the prompts' order. ValueError for a prompt that does not fit.
+
+        `begun` has for each prompt the sample that it goes on from, all of whose tokens are kept, or None.
+        """
+        self._check(prompts, sampling, begun)
+        requests = [_request(i, *pair, sampling) for i, pair in enumerate(zip_longest(prompts, begun))]
+        self._take(busy=True)
+        try:
+            self._run(requests, sampling)
+        finally:
+            self._take(busy=False)
+        return [_sample(request, sampling) for request in requests]
+
+    def _run(self, requests: list[Request], sampling: Sampling) -> None:
+        """Add tokens to requests until all have ended or the engine is paused."""
+        stop_V, zero_B = self._stops(sampling.stop), self._ids([0] * self._fewer(self.slots, len(requests)))
         rows = Rows(zero_B.clone(), zero_B.clone(), zero_B.clone(), zero_B != 0)
-        waiting = deque(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i]))))
-        ready: deque[Ready] = deque()
-        running: dict[int, Request] = {}
-        samples: dict[int, Sample] = {}
+        waiting, ready, running = _queue(requests), deque[Ready](), dict[int, Request]()
         with ExitStack() as stack:
             if self._compiles:
                 for context in (settings(False), kernels.kept_on_disk()):
                     stack.enter_context(context)
-            while waiting or ready or running:
+            while (waiting or ready or running) and not self._paused:
+                if self._take(busy=True):  # what was computed by the old ones is computed again
+                    waiting = _queue([*waiting, *(one.request for one in ready), *running.values()])
+                    rows, ready, running = rows._replace(live=torch.zeros_like(rows.live)), deque(), {}
                 while (waiting or ready) and len(running) < len(rows.live):
-                    ready = ready or self._prefill(waiting, prompts)
-                    self._admit(rows, ready, running, prompts, sampling)
-                rows, ended = self._advance(rows, stop_V, running, sampling)
-                samples |= {done.number: self._sample(done, sampling) for done in ended}
+                    ready = ready or self._prefill(waiting)
+                    self._admit(rows, ready, running)
+                rows = self._advance(rows, stop_V, running, sampling)
                 if running and not (waiting or ready):
                     rows, running = self._gather(rows, running)
-        return [samples[i] for i in range(len(prompts))]
 
-    def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    def _take(self, busy: bool) -> bool:
+        """Use the parameters that came last, and say whether any came; `busy`: those to come wait for a look."""
+        with self._lock:
+            self._busy, new, self._next = busy, self._next, None
+            if new is not None:
+                self.params, self.version = new
+        return new is not None
+
+    def _check(self, prompts: Sequence[Prompt], sampling: Sampling, begun: Sequence[Sample | None]) -> None:
+        if begun and len(begun) != len(prompts):
+            raise ValueError(f"begun has {len(begun)} samples for {len(prompts)} prompts")
+        for i, one in enumerate(begun):
+            if one and one.finish_reason != "abort":
+                raise ValueError(f"begun {i} has ended, by {one.finish_reason!r}: there is nothing to go on with")
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"prompt {i} is empty: every prompt needs at least one token")
@@ -172,12 +233,12 @@ class LocalEngine:
         cache = self.model.init_cache(rows, length, self.params)
         return {name: columns for name, columns in cache.items() if name != "length"}
 
-    def _prefill(self, waiting: deque[int], prompts: Sequence[Prompt]) -> deque[Ready]:
-        """Take prompts that wait, run all their tokens but the last ones at once, those that are equal only once."""
+    def _prefill(self, waiting: deque[Request]) -> deque[Ready]:
+        """Take requests that wait, run all their tokens but the last ones at once, those that are equal only once."""
         numbers: dict[tuple[int, ...], int] = {}
-        taken: list[tuple[int, int]] = []
+        taken: list[tuple[Request, int]] = []
         while waiting:
-            beginning = tuple(prompts[waiting[0]][:-1])
+            beginning = tuple(waiting[0].prefix[:-1])
             if taken and beginning not in numbers and (len(numbers) + 1) * len(beginning) > TOGETHER:
                 break
             taken.append((waiting.popleft(), numbers.setdefault(beginning, len(numbers))))
@@ -185,28 +246,27 @@ class LocalEngine:
         cache = self._new_cache(*batch["tokens"].shape)
         aux = self.model.apply(self.params, batch, cache=cache | {"length": 0}).aux
         routed = None if self.record is None else routing.recorded(aux, self.record).numpy(force=True)
-        own = {i: [] if routed is None else [routed[row, : len(prompts[i]) - 1]] for i, row in taken}
-        return deque(Ready(number, cache, row, own[number]) for number, row in taken)
+        if routed is not None:
+            for request, row in taken:  # what was recorded before is as it was
+                request.routed.append(routed[row, sum(map(len, request.routed)) : len(request.prefix) - 1])
+        return deque(Ready(request, cache, row) for request, row in taken)
 
-    def _admit(self, rows: Rows, ready: deque[Ready], running: dict[int, Request], prompts, sampling: Sampling) -> None:
-        """Give free rows to prompts that are ready, in place."""
+    def _admit(self, rows: Rows, ready: deque[Ready], running: dict[int, Request]) -> None:
+        """Give free rows to requests that are ready, in place."""
         free = [slot for slot in range(len(rows.live)) if slot not in running][: len(ready)]
         entering = [ready.popleft() for _ in free]
         at, source = self._ids(free), self._ids([one.row for one in entering])
         for held, new in zip(tree.leaves(self._cache), tree.leaves(entering[0].cache), strict=True):
             held[at, : new.shape[1]] = new[source]
-        mine = [prompts[one.number] for one in entering]
-        place = self._ids([len(prompt) - 1 for prompt in mine])
-        rows.token[at], rows.place[at] = self._ids([prompt[-1] for prompt in mine]), place
-        rows.end[at], rows.live[at] = place + sampling.max_tokens, True
-        for slot, one in zip(free, entering, strict=True):
-            numbers = uniforms(sampling.seed, one.number, sampling.max_tokens)
-            running[slot] = Request(one.number, numbers, [], [], one.routed)
+        mine = [one.request for one in entering]
+        place = self._ids([len(request.prefix) - 1 for request in mine])
+        rows.token[at], rows.place[at] = self._ids([request.prefix[-1] for request in mine]), place
+        rows.end[at] = place + self._ids([request.end - len(request.tokens) for request in mine])
+        rows.live[at] = True
+        running.update(zip(free, mine, strict=True))
 
-    def _advance(
-        self, rows: Rows, stop_V: torch.Tensor, running: dict[int, Request], sampling: Sampling
-    ) -> tuple[Rows, list[Request]]:
-        """Decode `look_every` tokens and hand them to their requests; return the rows, and requests that have ended."""
+    def _advance(self, rows: Rows, stop_V: torch.Tensor, running: dict[int, Request], sampling: Sampling) -> Rows:
+        """Decode `look_every` tokens and hand them to their requests; return the rows, those that have ended free."""
         u_EB = np.ones((self.look_every, len(rows.live)))
         for slot, request in running.items():
             u = request.uniforms[len(request.tokens) :][: self.look_every]
@@ -219,12 +279,15 @@ class LocalEngine:
             routed += [] if routed_BLK is None else [routed_BLK]
         token_BE, logp_BE, fed_BE, live_BE = (torch.stack(x, 1).tolist() for x in zip(*found, strict=True))
         routed_BELK = torch.stack(routed, 1).numpy(force=True) if routed else None
-        for slot, request in running.items():
+        for slot, request in list(running.items()):
             count = sum(fed_BE[slot])
             request.tokens.extend(token_BE[slot][:count])
             request.logprobs.extend(logp_BE[slot][:count])
+            request.versions.extend([self.version] * count)
             request.routed.extend([] if routed_BELK is None else [routed_BELK[slot, :count]])
-        return rows, [running.pop(slot) for slot in list(running) if not live_BE[slot][-1]]
+            if not live_BE[slot][-1]:
+                del running[slot]
+        return rows
 
     def _fewer(self, rows: int, wanted: int) -> int:
         """Return how many rows go on for so many requests: all, half or a quarter of the slots, at most `rows`."""
@@ -241,11 +304,25 @@ class LocalEngine:
             held[:fewer] = held[from_]
         return Rows(*(x[from_] for x in rows)), dict(enumerate(running.values()))
 
-    def _sample(self, done: Request, sampling: Sampling) -> Sample:
-        reason: Literal["stop", "length"] = "stop" if done.tokens[-1] in sampling.stop else "length"
-        routed = np.concatenate(done.routed) if done.routed else None
-        versions = [self.version] * len(done.tokens)
-        return Sample(done.tokens, done.logprobs, reason, versions, routed_experts=routed)
+
+def _request(number: int, prompt: Prompt, begun: Sample | None, sampling: Sampling) -> Request:
+    tokens, logprobs, versions = (begun.tokens, begun.logprobs, begun.versions) if begun else ([], [], [])
+    end = min(sampling.max_tokens, len(tokens) + (sampling.budget or sampling.max_tokens))
+    numbers = uniforms(sampling.seed, sampling.first + number, sampling.max_tokens)
+    routed = [] if begun is None or begun.routed_experts is None else [begun.routed_experts]
+    return Request(number, prompt, numbers, end, [*tokens], [*logprobs], [*versions], routed)
+
+
+def _queue(requests: Sequence[Request]) -> deque[Request]:
+    """Return requests in the order in which they are run: short ones first, equal ones together."""
+    return deque(sorted(requests, key=lambda request: (len(request.prefix), request.prefix, request.number)))
+
+
+def _sample(request: Request, sampling: Sampling) -> Sample:
+    tokens, routed = request.tokens, np.concatenate(request.routed) if request.routed else None
+    stopped, full = bool(tokens) and tokens[-1] in sampling.stop, len(tokens) == sampling.max_tokens
+    reason: Literal["stop", "length", "abort"] = "stop" if stopped else "length" if full else "abort"
+    return Sample(tokens, request.logprobs, reason, request.versions, routed_experts=routed)
 
 
 def _padded(prompts: Sequence[Prompt], device: torch.device) -> Batch:

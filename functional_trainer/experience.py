@@ -109,12 +109,21 @@ class Rollout(NamedTuple):
     """Of each answer the text and the rewards by function."""
 
 
+class Drawn(NamedTuple):
+    """A rollout, packed into the batch of each of its steps, and what it reports."""
+
+    parts: list[dict[str, np.ndarray]]
+    said: dict[str, Any]
+    rollout: Rollout | None
+
+
 class Experience:
     """Iterate over batches of columns (rows / world, S) that `policy.policy` wants, drawn by the current policy.
 
     `rows` are those of a pass over all data-parallel ranks; a batch has as many passes as its answers need. `advantage`
-    maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. ValueError if a prompt and its
-    longest answer do not fit into a row.
+    maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. Before a rollout `weights` says what
+    the weights are, and `update` gives them to what generates, with their version: how many rollouts came before.
+    ValueError if a prompt and its longest answer do not fit into a row.
 
     With `old` batches have old_logprobs: what it returns of a rollout's batches before the first of them is taken. With
     `greedy`, which answers a prompt with the likeliest tokens, `advantage` is given the rewards of these answers, (P,),
@@ -124,6 +133,7 @@ class Experience:
     def __init__(
         self, prompts: Prompts, generate: Generate, reward: Reward, advantage: Callable, how: Plan, *,
         seq_len: int, longest: int, rows: int, seed: int = 0, rank: int = 0, world: int = 1,
+        weights: Callable[[], Any] = dict, update: Callable[[Any, int], Any] = lambda weights, version: None,
         old: Scorer | None = None, greedy: Generate | None = None, reference: Scorer | None = None,
     ):  # fmt: skip
         over = [p for p in prompts if len(p.ids) + longest > seq_len + 1]
@@ -134,6 +144,7 @@ class Experience:
             raise ValueError(f"{said}; the first: {over[0].text[:80]!r}" if over else "there are no prompts to answer")
         self.prompts, self.generate, self.reward, self.advantage = prompts, generate, reward, advantage
         self.how, self.seq_len, self.rows, self.seed = how, seq_len, rows, seed
+        self.weights, self.update = weights, update
         self.old, self.greedy, self.reference = old, greedy, reference
         self.mine = slice(rank * rows // world, (rank + 1) * rows // world)
         self.order = mixed([Share(len(prompts))], seed, True)
@@ -214,15 +225,23 @@ class Experience:
 
     def _roll(self) -> None:
         """Draw a rollout, and let its batches wait."""
+        self.update(self.weights(), self.count)
+        self._hold(self._drawn())
+
+    def _drawn(self) -> Drawn:
+        """Draw a rollout and pack it."""
         begun = time.perf_counter()
         rollout, said = self._draw()
         how, groups = self.how, np.arange(len(rollout.rewards))
         parts = [_pack(rollout, part, how, self.seq_len, self.rows) for part in np.array_split(groups, how.steps)]
-        self.waiting, self.last = parts * how.iterations, rollout
+        return Drawn(parts, said | {"rollout_s": time.perf_counter() - begun}, rollout)
+
+    def _hold(self, drawn: Drawn) -> None:
+        """Let the batches of a rollout wait."""
+        self.waiting, self.last, self.said = drawn.parts * self.how.iterations, drawn.rollout, drawn.said
         self.count += 1
-        self.said = said | {"rollout_s": time.perf_counter() - begun}
-        if how.shown and self.count % how.shown_every == 0:
-            self.said["completions_table"] = _shown(rollout, how.shown)
+        if self.how.shown and drawn.rollout and self.count % self.how.shown_every == 0:
+            self.said["completions_table"] = _shown(drawn.rollout, self.how.shown)
 
     def _draw(self) -> tuple[Rollout, dict[str, Any]]:
         """Draw groups until there are enough that teach something, or the last resort: any."""
@@ -255,13 +274,10 @@ class Experience:
     def _groups(self, spent: dict[str, float]) -> tuple[list["_Group"], Scores]:
         """Ask the next prompts; add what it took to `spent`."""
         how = self.how
-        asked = [self.prompts[self.order.piece(self.drawn + i)] for i in range(how.prompts)]
-        seed = int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0])
-        self.drawn += how.prompts
-        prompts = [p for p in asked for _ in range(how.group)]
         begun = time.perf_counter()
-        answers = self.generate(prompts, seed)
-        likeliest = self.greedy(asked, seed) if self.greedy else []
+        prompts, answers = self._answers()
+        asked = prompts[:: how.group]
+        likeliest = self.greedy(asked, 0) if self.greedy else []
         drawn = time.perf_counter()
         scores = self.reward(prompts, answers)
         baseline = self.reward(asked, likeliest).rewards if self.greedy else [None] * how.prompts
@@ -275,6 +291,18 @@ class Experience:
             spread = bool(advantages.has_spread([scores.rewards[own]])[0])
             groups.append(_Group(prompt, answers[own], scores.rewards[own], spread, greedy, said[own]))
         return groups, scores
+
+    def _answers(self) -> tuple[list[Prompt], list[Sample]]:
+        """Return the groups of the next prompts, one after the other: each answer's prompt, and the answer."""
+        asked, seed = self._next(self.how.prompts)
+        prompts = [self.prompts[i] for i in asked for _ in range(self.how.group)]
+        return prompts, self.generate(prompts, seed)
+
+    def _next(self, count: int) -> tuple[list[int], int]:
+        """Return which prompts come next, and a seed for their answers."""
+        seed = int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0])
+        self.drawn += count
+        return [self.order.piece(self.drawn - count + i) for i in range(count)], seed
 
 
 class _Group(NamedTuple):

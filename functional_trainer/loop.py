@@ -26,7 +26,7 @@ MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "saving", "eva
 MAY_DIFFER |= {"answers", "samples", "mesh", "micro_batch", "compile", "remat", "offload", "profile", "wandb"}
 MAY_DIFFER |= {"timeout", "rules", "data.workers", "data.cache", "rollout.slots", "rollout.compile"}
 MAY_DIFFER |= {"rollout.log_completions", "rollout.log_every", "rollout.url", "rollout.sync", "rollout.timeout"}
-MAY_DIFFER |= {"reward.workers", "reference", "rollout.wait"}
+MAY_DIFFER |= {"rollout.ray", "reward.workers", "reference", "rollout.wait"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 
@@ -246,6 +246,8 @@ def _save(
     writes: Callable, options: Any, done: int, state: TrainState, loader: Loader, value: float, best: float, due: bool
 ) -> float:
     """Save the state as the best, if its held-out loss `value` is below it, and then if it is due; return the best."""
+    if not (due or value < best):
+        return best
     extra = {"loader": loader.state(), "step": done}
 
     def write(flat: Mapping[str, torch.Tensor], group: Any) -> None:
@@ -254,8 +256,7 @@ def _save(
         if due:
             checkpoint.save(options.out, done, flat, extra, options.keep, group=group)
 
-    if due or value < best:
-        writes(write, tree.flatten(state))
+    writes(write, tree.flatten(state))
     return value if value < best else best
 
 

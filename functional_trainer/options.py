@@ -353,6 +353,16 @@ class RolloutOptions:
     """Longest time of a request to a server, seconds."""
     wait: float = 0.0
     """Seconds to wait at the start for servers that are not there yet."""
+    max_async_level: int = 0
+    """Rollouts that are drawn ahead, while the step trains (0: none, synchronous; 1: one-step-off)."""
+    max_staleness: int = 4
+    """Rollouts that the weights a token was sampled with may be behind; answers with older tokens are drawn anew."""
+    in_flight_weight_updates: bool = False
+    """Let answers under way go on with new weights at once, whenever there are some."""
+    partial: int = 0
+    """Tokens that an answer grows by in a rollout; what has not ended waits for the next one (0: no limit)."""
+    ray: int = 0
+    """Workers that draw rollouts as actors of Ray, on this machine or a cluster (0: none, this process does)."""
 
     def __post_init__(self):
         ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
@@ -371,6 +381,7 @@ class RolloutOptions:
             raise ValueError(f"--rollout.overlong-buffer {self.overlong_buffer} is more than the longest answer")
         within("rollout.", self, timeout=(0, ""), wait=(0, ""))
         self._servers()
+        self._ahead()
 
     def _servers(self) -> None:
         """Check what goes with servers, and what only without."""
@@ -379,13 +390,37 @@ class RolloutOptions:
             raise ValueError(f"{said} and {len(self.url)} of --rollout.url: servers and their addresses go together")
         if wrong := [url for url in self.url if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url)]:
             raise ValueError(f"--rollout.url {wrong[0]}: it must be http://HOST:PORT")
-        alone = ("sync", "timeout", "wait") if self.engine == "local" else ("compile",)
+        alone: tuple[str, ...] = ("sync", "timeout", "wait")
+        if self.engine != "local":
+            alone = ("compile", "routing_replay", "partial", "ray")
         if odd := [name for name in alone if getattr(self, name) != getattr(RolloutOptions, name)]:
             raise ValueError(f"--rollout.{odd[0]} has no effect with {said}")
         if self.engine == "lmdeploy" and (self.temperature != 1 or self.sync == "disk"):
             raise ValueError(f"{said} goes with --rollout.temperature 1 and --rollout.sync memory only (docs/rl.md)")
         if self.engine == "vllm" and self.temperature != 1 and (self.top_k or self.top_p < 1):
             raise ValueError(f"{said}: with --rollout.temperature other than 1 there is no --rollout.top-k and top-p")
+
+    def _ahead(self) -> None:
+        """Refuse what makes no sense together of rollouts that are drawn ahead, in parts or elsewhere."""
+        within("rollout.", self, **dict.fromkeys(("max_async_level", "max_staleness", "partial", "ray"), (0, "")))
+        level, said = self.max_async_level, f"--rollout.max-async-level {self.max_async_level}"
+        if self.max_staleness != RolloutOptions.max_staleness and not (level or self.partial):
+            raise ValueError("--rollout.max-staleness has no effect without --rollout.max-async-level or .partial")
+        if (needed := level + bool(self.partial)) > self.max_staleness:
+            said += f" and --rollout.partial {self.partial}" if self.partial else ""
+            raise ValueError(f"{said}: --rollout.max-staleness must be at least {needed}, not {self.max_staleness}")
+        if self.partial >= self.max_completion_length:
+            raise ValueError(f"--rollout.partial {self.partial} has no effect: no answer is longer")
+        if self.in_flight_weight_updates and (not level or self.ray):
+            other = "with --rollout.ray, whose workers get weights with their prompts" if level else f"with {said}"
+            raise ValueError(f"--rollout.in-flight-weight-updates has no effect {other}")
+        if level and self.compile != "off" and not self.ray:
+            raise ValueError(
+                f"{said} with --rollout.compile {self.compile}: the compiler's settings are the process's, and the "
+                "step's are others; leave one away, or draw in other processes, with --rollout.ray"
+            )
+        if self.ray and importlib.util.find_spec("ray") is None:
+            raise ValueError(f"--rollout.ray {self.ray}: Ray is not installed; pip install '.[ray]'")
 
     def packed_rows(self, prompts: int, seq_len: int, equal: int) -> int:
         """Return the rows of a step if all answers are as long as may be, raised to a multiple of `equal`."""

@@ -90,12 +90,13 @@ class RemoteEngine:
     def __init__(
         self, dialect: str, urls: Sequence[str], model: Any, *, shard=ONE_DEVICE, folder: str | Path | None = None,
         at_once: int = 256, timeout: float = 600.0, wait: float = 0.0, tries: int = 5, backoff: float = 0.5,
+        group: Any = None,
     ):  # fmt: skip
         self.name, self.dialect, self.model, self.shard = dialect, DIALECTS[dialect], model, shard
         if folder and self.dialect.disk is None:
             raise ValueError(f"{dialect} servers load no weights from a folder; let them get them from memory")
         self.folder = str(Path(folder).resolve()) if folder else None
-        self.at_once, self.timeout, self.tries, self.backoff = at_once, timeout, tries, backoff
+        self.group, self.at_once, self.timeout, self.tries, self.backoff = group, at_once, timeout, tries, backoff
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.version, self.versions, self.lock = 0, dict[str, int](), threading.Lock()
         end = time.monotonic() + wait
@@ -117,13 +118,18 @@ class RemoteEngine:
 
     # answers ---------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Sample]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, begun: Sequence[Sample | None] = ()
+    ) -> list[Sample]:  # fmt: skip
         """Continue every prompt; samples come in the prompts' order.
 
-        RuntimeError if no server is left, if one refuses a prompt, or if its answer is not what was asked for.
+        ValueError for what has begun and for a budget, which servers do not know. RuntimeError if no server is left, if
+        one refuses a prompt, or if its answer is not what was asked for.
         """
         if any(not len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty: every prompt needs at least one token")
+        if any(begun) or sampling.budget:
+            raise ValueError("servers begin and end their answers: there are no partial rollouts (--rollout.partial)")
         pool = ThreadPoolExecutor(max(1, min(self.at_once, len(prompts))))
         try:
             return list(pool.map(lambda i: self._answer(i, prompts[i], sampling), range(len(prompts))))
@@ -131,7 +137,9 @@ class RemoteEngine:
             pool.shutdown(cancel_futures=True)
 
     def _answer(self, number: int, prompt: Sequence[int], sampling: Sampling) -> Sample:
-        seed = int(np.random.SeedSequence([sampling.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(
+            np.random.SeedSequence([sampling.seed, sampling.first + number]).generate_state(1, np.uint64)[0] >> 1
+        )
         path, body = self.dialect.ask(prompt, sampling, seed)
         data, oldest, said = json.dumps(body).encode(), self.version, ""
         for _ in range(self.tries * len(self.servers) + 1):
@@ -222,7 +230,7 @@ class RemoteEngine:
                 self._readmit(server)
         for path, body in self._requests(tree.map(lambda p: p.detach().to(dtype or p.dtype), params), str(version)):
             self._tell(path, body)
-        outs = backend.everyone([server.out for server in self.servers])[0]
+        outs = backend.everyone([server.out for server in self.servers], self.group)[0]
         for server, out in zip(self.servers, outs, strict=True):
             server.out = out
             server.failures, server.until = 0, 0.0

@@ -30,6 +30,10 @@ class Sampling:
     """Ids that end a sample, and are its last token."""
     seed: int = 0
     """A sample depends on the seed, on its prompt and on the prompt's place in the call, on no other prompt."""
+    first: int = 0
+    """Place of the first prompt, where the call is a part of a larger one."""
+    budget: int = 0
+    """Tokens that a sample grows by in the call; one that goes on has finish_reason "abort" (0: no limit)."""
 
     def __post_init__(self) -> None:
         for name, good, wanted in (
@@ -39,6 +43,8 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
             ("min_p", 0 <= self.min_p < 1, ">= 0 and < 1"),
             ("seed", self.seed >= 0, ">= 0"),
+            ("first", self.first >= 0, ">= 0"),
+            ("budget", self.budget >= 0, ">= 0 (0: no limit)"),
         ):
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {name} {wanted}")
@@ -74,8 +80,17 @@ class Sample(NamedTuple):
 class Engine(Protocol):
     """What samples from a policy."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Sample]:
-        """Continue every prompt; samples come in the prompts' order."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, begun: Sequence[Sample | None] = ()
+    ) -> list[Sample]:
+        """Continue every prompt, from its sample in `begun` if there is one; samples come in the prompts' order."""
 
     def update(self, params: Tree, version: int) -> Any:
         """Sample with these parameters from now on."""
+
+    def pause(self) -> None:
+        """Compute no more tokens: in another thread `generate` returns soon with what there is, ended by "abort", or,
+        where servers keep what is under way, goes on after `resume`."""
+
+    def resume(self) -> None:
+        """Let it work again."""

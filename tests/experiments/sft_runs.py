@@ -126,7 +126,7 @@ def rows(out: Path) -> list[dict]:
 
 def learned(out: Path) -> list[dict]:
     """Read metrics.jsonl without what differs between equal runs: times and memory."""
-    vary = ("time", "timing_s", "generated_tokens_per_s", "rollout_s", "tokens_per_s", "memory_bytes")
+    vary = ("time", "timing_s", "generated_tokens_per_s", "rollout_s", "wait_s", "tokens_per_s", "memory_bytes")
     return [{k: v for k, v in row.items() if k not in vary} for row in rows(out)]
 
 
