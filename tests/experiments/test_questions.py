@@ -81,5 +81,3 @@ def test_the_recipe_learns_from_prompts_alone(tmp_path):
     first, second = sft_runs.rows(tmp_path / "run")
     assert first["grad_norm"] > 1e-3 and first["rewards/even/mean"] == first["reward"] > 0
     assert 0 <= first["kl"] < 1e-9 < second["kl"]
-    said = sft_runs.run(tmp_path, *flags, "--out", "other", "--answers", 3, recipe="qwen3_moe_grpo", status=1)
-    assert "--answers 3: no held-out conversation to answer" in said

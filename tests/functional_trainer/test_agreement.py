@@ -122,3 +122,15 @@ def test_a_rollout_that_is_resumed_keeps_its_old_logprobs():
     resumed.restore(source.state())
     for _ in range(3):
         assert torch.equal(next(resumed)["old_logprobs"], next(source)["old_logprobs"])
+
+
+@pytest.mark.slow
+def test_a_compiled_trainer_says_the_same():
+    model = small.model(num_hidden_layers=1)
+    params = model.init(0, dtype=torch.float64)
+    found = []
+    for compile in ("off", "layer"):
+        scored = agreement.scorer(model, params, 2, ONE_DEVICE, CPU, compile)
+        found.append(next(rollouts(model, params, how=SEVERAL, old=scored))["old_logprobs"])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    assert found[0].any()
