@@ -1,7 +1,9 @@
 """What a vLLM server gets so that a trainer can replace its weights in place. Needs vllm, torch and safetensors only.
 
-    PYTHONPATH=. python -m vllm.entrypoints.openai.api_server \\
-        --worker-extension-cls experiments.vllm_worker.Weights ...
+    PYTHONPATH=experiments/serving python -m vllm.entrypoints.openai.api_server \\
+        --worker-extension-cls vllm_worker.Weights ...
+
+This folder has nothing but what runs beside vLLM, so that its path hides none of vLLM's libraries.
 
 `begin_weights`, then `load_weights_from` or `load_weights_bytes` as often as it takes, then `finish_weights`, each by
 /collective_rpc. On a GPU this is vLLM's own layerwise reload. On a CPU that one (0.32) leaves wrong weights behind, in
