@@ -246,11 +246,12 @@ class RemoteEngine:
 
     def _requests(self, params: tree.Tree, version: str) -> Iterator[Request]:
         """Yield what a server is told, in order; ranks other than 0 only send their parts."""
-        dialect = self.dialect
+        dialect, model = self.dialect, self.model
+        if self.folder:
+            hf.save(params, model.specs, model.names[0], self.folder, model.config.hf, shard=self.shard)
         if dialect.held:
             yield dialect.pause
         if self.folder and dialect.disk:
-            hf.save(params, self.model.specs, self.model.names[0], self.folder, self.model.config.hf, shard=self.shard)
             yield from dialect.disk(self.folder, version)
         else:
             yield from dialect.begin

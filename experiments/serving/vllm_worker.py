@@ -13,20 +13,26 @@ it was before the first load, filled, and packed again.
 
 import base64
 from pathlib import Path
+from typing import Any
 
 
 class Weights:
-    """Methods that vLLM adds to its worker (`--worker-extension-cls`)."""
+    """Methods that vLLM adds to its worker (`--worker-extension-cls`), which has the rest."""
+
+    model_runner: Any
+    vllm_config: Any
+    device: Any
 
     def begin_weights(self) -> None:
         """Let the model take weights as they are in checkpoints."""
         import torch
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.platforms import current_platform
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config), torch.device(self.device), torch.no_grad():
-            if self.device.type != "cpu":
+            if not current_platform.is_cpu():
                 initialize_layerwise_reload(model)
                 return
             for module in model.modules():
@@ -52,10 +58,11 @@ class Weights:
         import torch
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.platforms import current_platform
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config), torch.device(self.device), torch.no_grad():
-            if self.device.type != "cpu":
+            if not current_platform.is_cpu():
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
                 return
             for module in model.modules():
