@@ -148,7 +148,7 @@ class RemoteEngine:
                 with self.lock:
                     server.open -= 1
             if sample.versions and min(sample.versions) < oldest:
-                server.out = f"answers with weights of version {min(sample.versions)}, not {oldest}"
+                server.out = f"it answers with other weights than version {oldest}, which it was sent"
                 continue
             server.failures = 0
             return sample
