@@ -67,7 +67,7 @@ class Served:
         self.model, self.params = models.from_pretrained(self.folder)
 
     def wait(self) -> "Served":
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         while time.monotonic() < end and self.process.poll() is None:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5)
@@ -175,14 +175,15 @@ def test_a_run_learns_through_it(served, tmp_path):
     (tmp_path / "copy.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records * 16))
     (tmp_path / "copied.py").write_text(REWARD)
     flags = "--rollout.engine", "vllm", "--rollout.url", served.url
-    said = sft_runs.run(tmp_path, *COPYING, "--model.path", served.folder, *flags, recipe="qwen3_moe_grpo")
+    started = sft_runs.start(tmp_path, *COPYING, "--model.path", served.folder, *flags, recipe="qwen3_moe_grpo")
+    assert started.wait(900) == 0, started.output
     rows = sft_runs.rows(tmp_path / "run")
     rewards = [row["reward"] for row in rows]
     first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
     print(f"\n{served.kind}: reward {first:.3f} to {last:.3f} in {len(rows)} steps, "
           f"{sum(row['rollout_s'] for row in rows):.1f} s of rollouts, largest mean difference "
           f"{max(row['sampling_logp_difference/mean'] for row in rows):.2g}")  # fmt: skip
-    assert "log-probabilities as sampled and as trained differ by" in said
+    assert "log-probabilities as sampled and as trained differ by" in started.output
     assert first < 0.2 and last > first + 0.3
     assert all(row["sampling_logp_difference/mean"] < 1e-5 for row in rows)
 
