@@ -70,7 +70,7 @@ def _text(data: bytes) -> str:
 
 
 def _rpc(method: str, **arguments: str) -> Request:
-    """Call a method of `experiments/vllm_worker.py` in every worker."""
+    """Call a method of `experiments/serving/vllm_worker.py` in every worker."""
     return "/collective_rpc", {"method": method, "kwargs": arguments}
 
 
@@ -136,7 +136,7 @@ def _lmdeploy_load(named: Named, ranks: int, version: str, finished: bool = Fals
 DIALECTS = {
     "vllm": Dialect(
         probe="/weight_info",
-        started="VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --worker-extension-cls experiments.vllm_worker.Weights",
+        started="VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --worker-extension-cls vllm_worker.Weights",
         ask=_vllm_ask, read=_vllm_read, pause=("/pause?mode=keep", {}), resume=("/resume", {}),
         begin=(_rpc("begin_weights"),), finish=_vllm_finish,
         load=lambda named, ranks, version: _rpc(

@@ -156,7 +156,7 @@ class RemoteEngine:
                 with self.lock:
                     server.open -= 1
             if sample.versions and min(sample.versions) < oldest:
-                server.out = f"answers with weights of version {min(sample.versions)}, not {oldest}"
+                server.out = f"it answers with other weights than version {oldest}, which it was sent"
                 continue
             server.failures = 0
             return sample
@@ -254,11 +254,12 @@ class RemoteEngine:
 
     def _requests(self, params: tree.Tree, version: str) -> Iterator[Request]:
         """Yield what a server is told, in order; ranks other than 0 only send their parts."""
-        dialect = self.dialect
+        dialect, model = self.dialect, self.model
+        if self.folder:
+            hf.save(params, model.specs, model.names[0], self.folder, model.config.hf, shard=self.shard)
         if dialect.held:
             yield dialect.pause
         if self.folder and dialect.disk:
-            hf.save(params, self.model.specs, self.model.names[0], self.folder, self.model.config.hf, shard=self.shard)
             yield from dialect.disk(self.folder, version)
         else:
             yield from dialect.begin

@@ -28,7 +28,7 @@ import models
 from experiments import compare, plan, rules
 from experiments.first_light import tasks
 from experiments.qwen3_moe_sft import Options
-from experiments.vllm_worker import Weights
+from experiments.serving.vllm_worker import Weights
 from functional_trainer import config
 from functional_trainer.options import Mix
 from sharding_rules import files, qwen3_moe
@@ -172,7 +172,7 @@ def served(words: list[str], place: Path) -> None:
     given = {words[i] for i in range(3, len(words)) if words[i].startswith("--")} - {"--model", "--port"}
     assert words[2] == "vllm.entrypoints.openai.api_server" and given <= {*against_vllm.FLAGS}
     assert (place / words[words.index("--model") + 1] / "config.json").exists()
-    assert words[words.index("--worker-extension-cls") + 1] == f"{Weights.__module__}.{Weights.__name__}"
+    assert words[words.index("--worker-extension-cls") + 1] == f"vllm_worker.{Weights.__name__}"
 
 
 def axes(flags: list[str]) -> list[str]:

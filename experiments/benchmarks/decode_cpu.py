@@ -12,11 +12,13 @@ two tokens are equally likely in float32, rounding chooses. If more differ the e
     ours-F         `LocalEngine` with compile F
     hf-generate-X  `generate` with experts implementation X, all prompts as one batch, padded on the left
     hf-batch-X     `generate_batch`, continuous batching, the same
+    vllm           vLLM in a process of its own, with log-probabilities as ours has, if --vllm-python is there
 """
 
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -68,6 +70,8 @@ class Options:
     """Depth of the model."""
     seed: int = 0
     """Seed of weights and questions."""
+    vllm_python: Path = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "python"
+    """Python that has vLLM; `make test-vllm` makes it."""
     json: Path | None = None
     """Also write the results here."""
 
@@ -120,6 +124,32 @@ def theirs(o: Options, folder: Path, prompts: Ids, stops: list[int], experts: st
     return continuous if batch else generate
 
 
+def vllm(o: Options, folder: Path, prompts: Ids, stops: list[int]) -> Callable[[], Ids]:
+    """Return a call of vLLM, whose process ends with this one."""
+    sampling = {"max_tokens": o.tokens, "temperature": o.temperature, "stop_token_ids": stops}
+    job = {"model": str(folder), "length": max(map(len, prompts)) + o.tokens, "slots": o.slots, "prompts": prompts}
+    env = {"OMP_NUM_THREADS": str(o.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env |= {"PYTHONPATH": ""}  # in which our kernels would hide a library of that name
+    script, log = Path(__file__).parents[1] / "serving" / "vllm_decode.py", folder / "vllm.log"
+    with open(log, "wb") as errors:
+        process = subprocess.Popen(
+            [str(o.vllm_python), str(script)], env=os.environ | env, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+    assert process.stdin and process.stdout
+    ask, answers = process.stdin, process.stdout
+
+    def say(line: str) -> str:
+        ask.write(line + "\n")
+        ask.flush()
+        if not (said := answers.readline()):
+            raise RuntimeError(f"{o.vllm_python} ended: {log.read_text(errors='replace')[-2000:]}")
+        return said
+
+    say(json.dumps(job | {"sampling": sampling}))
+    return lambda: json.loads(say(""))
+
+
 def contestants(o: Options, folder: Path) -> dict[str, Callable[[], Callable[[], Ids]]]:
     """Write the weights into a folder; return what builds each contestant, by name."""
     import models
@@ -134,7 +164,7 @@ def contestants(o: Options, folder: Path) -> dict[str, Callable[[], Callable[[],
     for name, batch in (("generate", False), ("batch", True)):
         for experts in EXPERTS:
             found[f"hf-{name}-{experts}"] = partial(theirs, o, folder, prompts, stops, experts, batch)
-    return found
+    return found | ({"vllm": partial(vllm, o, folder, prompts, stops)} if o.vllm_python.exists() else {})
 
 
 def race(o: Options, calls: dict[str, Callable[[], Ids]], console: Console) -> list[dict[str, Any]]:
@@ -194,7 +224,7 @@ def main(o: Options) -> None:
     rows = race(o, calls, console)
     show(o, rows, console)
     if o.json:
-        options = asdict(o) | {"json": str(o.json)}
+        options = asdict(o) | {"json": str(o.json), "vllm_python": str(o.vllm_python)}
         o.json.write_text(json.dumps({"options": options, "results": rows}, indent=1) + "\n", encoding="utf-8")
     sys.exit(any((row["others"] or 0) > o.ties for row in rows))
 

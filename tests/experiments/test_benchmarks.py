@@ -101,6 +101,16 @@ def test_decode_cpu_times_contestants_that_agree(tmp_path, flags):
         assert row["others"] == (None if "temperature" in flags else 0)
 
 
+def test_decode_cpu_runs_without_a_vllm(tmp_path):
+    """With one: tests/vllm."""
+    absent = decode_cpu.Options(prompts=2, layers=1, vllm_python=tmp_path / "none")
+    assert "vllm" not in decode_cpu.contestants(absent, tmp_path)
+    present = decode_cpu.Options(prompts=2, layers=1, vllm_python=Path(sys.executable))
+    assert list(decode_cpu.contestants(present, tmp_path))[-1] == "vllm"
+    with pytest.raises(RuntimeError, match="(?s)ended: .*No module named 'vllm'"):
+        decode_cpu.contestants(present, tmp_path)["vllm"]()
+
+
 def test_decode_cpu_counts_answers_that_are_not_ours():
     calls = {"ours-off": lambda: [[1, 2], [3]], "hf-generate-eager": lambda: [[1, 2], [4]]}
     rows = decode_cpu.race(decode_cpu.Options(rounds=1), calls, Console(quiet=True))

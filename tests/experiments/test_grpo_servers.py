@@ -31,13 +31,15 @@ def make(place):
         yield start
 
 
-def run(place, made, *flags, status=0):
-    kind = type(made[0]).__name__.lower()
-    asked = "--rollout.engine", kind, "--rollout.url", *(server.url for server in made)
+def asked(made):
+    """Return the flags of a short run with these servers."""
     few = *FLAGS, "--answers", 0, "--samples", 0, "--rollout.slots", 4, "--steps", 2, "--batch", 2
-    return sft_runs.run(
-        place, "--model.path", "model", *few, *asked, *flags, recipe="qwen3_moe_grpo", status=status
-    )  # fmt: skip
+    kind = type(made[0]).__name__.lower()
+    return "--model.path", "model", *few, "--rollout.engine", kind, "--rollout.url", *(server.url for server in made)
+
+
+def run(place, made, *flags, status=0):
+    return sft_runs.run(place, *asked(made), *flags, recipe="qwen3_moe_grpo", status=status)
 
 
 def test_two_servers_answer_with_the_weights_of_each_step(place, make):
@@ -47,6 +49,17 @@ def test_two_servers_answer_with_the_weights_of_each_step(place, make):
     assert [row["sampling_logp_difference/mean"] < 1e-5 for row in rows] == [True] * 2
     assert min(server.answered for server in made) > 1 and sum(server.answered for server in made) == 2 * 8
     assert [server.version for server in made] == ["1", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["memory", "disk"])
+def test_two_processes_ask_and_one_sends_the_weights(place, make, sync):
+    made, out = [make("vllm"), make("vllm")], f"mesh-{sync}"
+    flags = "--rollout.sync", sync, "--mesh.fsdp", 2, "--optim.lr", 1e-2, "--reward.functions", "length:3"
+    sft_runs.run_ranks(place, 2, *asked(made), *flags, "--out", out, recipe="qwen3_moe_grpo")
+    assert [row["sampling_logp_difference/mean"] < 1e-5 for row in sft_runs.rows(place / out)] == [True] * 2
+    assert sum(server.answered for server in made) == 2 * 8
+    assert all(server.paths.count("/update_weight_version") == 2 for server in made)
 
 
 def test_weights_that_arrive_wrong_are_found_before_the_first_step(place, make):

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import models
+from experiments.benchmarks import decode_cpu
 from functional_trainer import remote, tree
 from functional_trainer.options import RolloutOptions
 from functional_trainer.remote import RemoteEngine
@@ -26,7 +27,7 @@ from tests.experiments import sft_runs
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 FLAGS = (
-    *("--enable-scale-out", "--worker-extension-cls", "experiments.vllm_worker.Weights"),
+    *("--enable-scale-out", "--worker-extension-cls", "vllm_worker.Weights"),
     *("--logprobs-mode", "processed_logprobs", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"),
 )
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -56,7 +57,7 @@ class Served:
             port = free.getsockname()[1]
         self.kind, self.folder, self.url = kind, folder / "model", f"http://127.0.0.1:{port}"
         sft_runs.folder(self.folder, **SIZES | KINDS[kind])
-        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT / "experiments" / "serving"), "OMP_NUM_THREADS": "1"}
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder, "--port", str(port)]
         self.log = folder / "log"
         with open(self.log, "wb") as log:
@@ -66,7 +67,7 @@ class Served:
         self.model, self.params = models.from_pretrained(self.folder)
 
     def wait(self) -> "Served":
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         while time.monotonic() < end and self.process.poll() is None:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5)
@@ -174,16 +175,27 @@ def test_a_run_learns_through_it(served, tmp_path):
     (tmp_path / "copy.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records * 16))
     (tmp_path / "copied.py").write_text(REWARD)
     flags = "--rollout.engine", "vllm", "--rollout.url", served.url
-    said = sft_runs.run(tmp_path, *COPYING, "--model.path", served.folder, *flags, recipe="qwen3_moe_grpo")
+    started = sft_runs.start(tmp_path, *COPYING, "--model.path", served.folder, *flags, recipe="qwen3_moe_grpo")
+    assert started.wait(900) == 0, started.output
     rows = sft_runs.rows(tmp_path / "run")
     rewards = [row["reward"] for row in rows]
     first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
     print(f"\n{served.kind}: reward {first:.3f} to {last:.3f} in {len(rows)} steps, "
           f"{sum(row['rollout_s'] for row in rows):.1f} s of rollouts, largest mean difference "
           f"{max(row['sampling_logp_difference/mean'] for row in rows):.2g}")  # fmt: skip
-    assert "log-probabilities as sampled and as trained differ by" in said
+    assert "log-probabilities as sampled and as trained differ by" in started.output
     assert first < 0.2 and last > first + 0.3
     assert all(row["sampling_logp_difference/mean"] < 1e-5 for row in rows)
+
+
+def test_the_decoding_benchmark_has_it_beside_ours(tmp_path):
+    small = {"prompts": 8, "samples": 2, "tokens": 6, "stops": 24, "slots": 4, "rounds": 2, "warmup": 1, "layers": 1}
+    with pytest.raises(SystemExit) as ended:
+        decode_cpu.main(
+            decode_cpu.Options(**small, contestants=("ours-off", "vllm"), threads=1, json=tmp_path / "out.json")
+        )
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert not ended.value.code and rows["vllm"]["others"] == 0 and rows["vllm"]["tokens"] == rows["ours-off"]["tokens"]
 
 
 def test_what_vllm_itself_reloads_on_a_cpu_would_be_found(served, tmp_path):

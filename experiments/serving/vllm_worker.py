@@ -1,7 +1,9 @@
 """What a vLLM server gets so that a trainer can replace its weights in place. Needs vllm, torch and safetensors only.
 
-    PYTHONPATH=. python -m vllm.entrypoints.openai.api_server \\
-        --worker-extension-cls experiments.vllm_worker.Weights ...
+    PYTHONPATH=experiments/serving python -m vllm.entrypoints.openai.api_server \\
+        --worker-extension-cls vllm_worker.Weights ...
+
+This folder has nothing but what runs beside vLLM, so that its path hides none of vLLM's libraries.
 
 `begin_weights`, then `load_weights_from` or `load_weights_bytes` as often as it takes, then `finish_weights`, each by
 /collective_rpc. On a GPU this is vLLM's own layerwise reload. On a CPU that one (0.32) leaves wrong weights behind, in
@@ -15,7 +17,11 @@ from typing import Any
 
 
 class Weights:
-    """Methods that vLLM adds to its worker (`--worker-extension-cls`)."""
+    """Methods that vLLM adds to its worker (`--worker-extension-cls`), which has the rest."""
+
+    model_runner: Any
+    vllm_config: Any
+    device: Any
 
     device: Any
     model_runner: Any
@@ -26,10 +32,11 @@ class Weights:
         import torch
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.platforms import current_platform
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config), torch.device(self.device), torch.no_grad():
-            if self.device.type != "cpu":
+            if not current_platform.is_cpu():
                 initialize_layerwise_reload(model)
                 return
             for module in model.modules():
@@ -55,10 +62,11 @@ class Weights:
         import torch
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.platforms import current_platform
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config), torch.device(self.device), torch.no_grad():
-            if self.device.type != "cpu":
+            if not current_platform.is_cpu():
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
                 return
             for module in model.modules():

@@ -1,0 +1,30 @@
+"""Generate with vLLM in a process of its own, for `decode_cpu.py`: runs in the virtual environment of `make test-vllm`.
+
+The first line of standard input says what to run, every other line runs it; the ids of all answers come back as a line.
+"""
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # vLLM writes its log to standard output
+    import vllm
+
+    job = json.loads(sys.stdin.readline())
+    how = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": True}
+    llm = vllm.LLM(job["model"], max_model_len=job["length"], max_num_seqs=job["slots"], **how)
+    sampling = vllm.SamplingParams(**job["sampling"], ignore_eos=True, detokenize=False, logprobs=0)
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    print("ready", file=answers)
+    for _ in sys.stdin:
+        llm.reset_prefix_cache()  # prompts of the call before are the same
+        found = llm.generate(prompts, sampling, use_tqdm=False)
+        print(json.dumps([list(one.outputs[0].token_ids) for one in found]), file=answers)
+
+
+if __name__ == "__main__":
+    main()
