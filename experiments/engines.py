@@ -11,9 +11,13 @@ from functional_trainer.rollout import Engine, Sample, Sampling
 
 
 def made(o: Any, run: Run, model: Any, params: tree.Tree) -> Engine:
-    """Return what answers the run's prompts: this process, or Ray's workers."""
+    """Return what answers the run's prompts: this process, or Ray's workers, which the first one has."""
     length = max((len(prompt.ids) for prompt in run.loader), default=0) + o.rollout.max_completion_length
     how: dict[str, Any] = {"slots": o.rollout.slots, "length": length, "compile": o.rollout.compile}
+    if o.rollout.ray:
+        from functional_trainer.ray_engine import RayEngine
+
+        return RayEngine(model, workers=o.rollout.ray if run.shard.rank == 0 else 0, device=run.device.type, **how)
     return LocalEngine(model, tree.map(run.shard.full, params), **how)
 
 
@@ -27,7 +31,7 @@ def drawn_by(engine: Engine, o: Any, run: Run, group: Any) -> Any:
     def draw(
         prompts: list[Prompt], seed: int, begun: Sequence[Sample | None] = (), budget: int = 0
     ) -> list[Sample]:  # fmt: skip
-        share = -(-len(prompts) // world)
+        share = len(prompts) if r.ray else -(-len(prompts) // world)
         own = slice(rank * share, (rank + 1) * share)
         how = r.max_completion_length, r.temperature, r.top_k, r.top_p
         sampling = Sampling(*how, stop=tuple(run.tokenizer.eos_ids), seed=seed, first=own.start, budget=budget)

@@ -369,8 +369,8 @@ class RolloutOptions:
         if self.max_staleness != RolloutOptions.max_staleness and not (level or self.partial):
             raise ValueError("--rollout.max-staleness has no effect without --rollout.max-async-level or .partial")
         if (needed := level + bool(self.partial)) > self.max_staleness:
-            why = " and --rollout.partial" if self.partial else ""
-            raise ValueError(f"{said}{why} need --rollout.max-staleness {needed} at least, not {self.max_staleness}")
+            said += f" and --rollout.partial {self.partial}" if self.partial else ""
+            raise ValueError(f"{said}: --rollout.max-staleness must be at least {needed}, not {self.max_staleness}")
         if self.partial >= self.max_completion_length:
             raise ValueError(f"--rollout.partial {self.partial} has no effect: no answer is longer")
         if self.in_flight_weight_updates and (not level or self.ray):
