@@ -92,6 +92,7 @@ class RayEngine:
         self.params: tree.Tree = None
         self.version, self.put = -1, (-1, None)
         self.workers: list[Any] = []
+        self.started: list[Any] = []
         if not workers:  # another rank has them
             return
         import ray
@@ -102,8 +103,15 @@ class RayEngine:
             ray.init(logging_level="warning", log_to_driver=False, **local)  # type: ignore[arg-type]
         own = backend.has_own_memory(backend.setup(device))
         made = ray.remote(num_cpus=1, num_gpus=int(own), max_concurrency=2)(Worker)
-        self._start = lambda: made.remote(model, device, how)
-        self.workers = [self._start() for _ in range(workers)]
+        self._make = lambda: made.remote(model, device, how)
+        self.workers, self.started = [None] * workers, [None] * workers
+        for i in range(workers):
+            self._start(i)
+
+    def _start(self, i: int) -> None:
+        """Start a worker in place i; `started` is what it says when it is there."""
+        self.workers[i] = self._make()
+        self.started[i] = self.workers[i].process.remote()
 
     def update(self, params: tree.Tree, version: int) -> None:
         """Sample with these parameters from the next call on."""
@@ -136,15 +144,23 @@ class RayEngine:
         parts = deque(Part(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size))
         calls: dict[Any, Call] = {}
         while calls or parts and not self.paused:
-            for i in {*range(len(self.workers))} - {call.worker for call in calls.values()}:
-                if parts and not self.paused:
-                    part = parts.popleft()
-                    own, how = slice(part.first, part.last), replace(sampling, first=sampling.first + part.first)
-                    given = [*map(list, prompts[own])], how, begun[own], self.version, weights
-                    calls[self.workers[i].generate.remote(*given)] = Call(part, i, time.monotonic() + self.seconds)
-            left = min(call.until for call in calls.values()) - time.monotonic()
-            done, _ = ray.wait(list(calls), timeout=max(0.0, left))
-            for one in done or [one for one, call in calls.items() if call.until <= time.monotonic()]:
+            busy, coming = {call.worker for call in calls.values()}, []
+            for i in range(len(self.workers)):
+                if i in busy or not parts or self.paused:
+                    continue
+                if not ray.wait([self.started[i]], timeout=0)[0]:  # a new one takes a while
+                    coming.append(self.started[i])
+                    continue
+                part = parts.popleft()
+                own, how = slice(part.first, part.last), replace(sampling, first=sampling.first + part.first)
+                given = [*map(list, prompts[own])], how, begun[own], self.version, weights
+                calls[self.workers[i].generate.remote(*given)] = Call(part, i, time.monotonic() + self.seconds)
+            left = min([call.until for call in calls.values()] or [time.monotonic() + self.seconds]) - time.monotonic()
+            done, _ = ray.wait([*calls, *coming], timeout=max(0.0, left))
+            if not done and not calls:
+                raise RuntimeError(f"no rollout worker has started in {self.seconds:g} s; has the cluster room for it?")
+            late = [one for one, call in calls.items() if call.until <= time.monotonic()]
+            for one in [one for one in done if one in calls] or late:
                 call = calls.pop(one)
                 try:
                     samples[call.part.first : call.part.last] = ray.get(one, timeout=0)
@@ -170,7 +186,7 @@ class RayEngine:
         part = call.part._replace(tries=call.part.tries + 1)
         if part.tries == TRIES:
             raise RuntimeError(f"{TRIES} rollout workers were lost over prompts {part[:2]}, the last one so: {error}")
-        self.workers[call.worker] = self._start()
+        self._start(call.worker)
         return part
 
 

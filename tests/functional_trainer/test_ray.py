@@ -34,13 +34,15 @@ def processes(two: RayEngine) -> list[int]:
     return ray.get([worker.process.remote() for worker in two.workers])
 
 
-def begin_with(two: RayEngine, start) -> None:
+def begin_with(two: RayEngine, make) -> None:
     """Let other workers take the place of all, which hold the cores that they need."""
     import ray
 
-    for worker in two.workers:
+    two._make = make
+    for i, worker in enumerate(two.workers):
         ray.kill(worker)
-    two._start, two.workers = start, [start() for _ in two.workers]
+        two._start(i)
+    ray.get(two.started)
 
 
 def slowed(two: RayEngine, seconds: float) -> None:
@@ -123,20 +125,19 @@ def test_a_worker_that_hangs_is_replaced(two):
 
 
 def test_what_kills_every_worker_ends_the_call(two):
-    import ray
 
-    start, version = two._start, two.version
+    make, version = two._make, two.version
 
     def mortal():
-        worker = start()
+        worker = make()
         deadly = SimpleNamespace(version=version, generate=lambda *given: os._exit(1))
-        ray.get(worker.__ray_call__.remote(lambda own: setattr(own, "engine", deadly)))
+        worker.__ray_call__.remote(lambda own: setattr(own, "engine", deadly))
         return worker
 
     begin_with(two, mortal)
     with pytest.raises(RuntimeError, match=f"{ray_engine.TRIES} rollout workers were lost over prompts"):
         two.generate(PROMPTS, SAMPLED)
-    begin_with(two, start)
+    begin_with(two, make)
     assert len(two.generate(PROMPTS, SAMPLED)) == len(PROMPTS)
 
 
