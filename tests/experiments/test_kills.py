@@ -60,7 +60,7 @@ PHASES = {
     "step": ("functional_trainer.step:gradient", "functional_trainer.step:apply_gradient"),
     "evaluate": ("functional_trainer.loop:evaluate",),
     "log": ("functional_trainer.metrics:Metrics.log",),
-    "write": ("functional_trainer.checkpoint:_Writer.write_data",),
+    "write": ("functional_trainer.dcp:_Writer.write_data",),
     "publish": ("functional_trainer.checkpoint:_publish",),
     "prune": ("functional_trainer.checkpoint:_prune",),
     "export": ("functional_trainer.hf:_write", "functional_trainer.hf:_publish"),

