@@ -33,6 +33,11 @@ def choose(o: Any, run: Run, model: Any, params: tree.Tree, ahead: bool, group: 
     if r.engine == "local":
         length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
         how: dict[str, Any] = {"slots": r.slots, "compile": r.compile, "record_routing": r.routing_replay}
+        if r.ray:
+            from functional_trainer.ray_engine import RayEngine
+
+            first = r.ray if shard.rank == 0 else 0
+            return RayEngine(model, workers=first, device=run.device.type, length=length, **how), shard.full
         return LocalEngine(model, tree.map(shard.full, params), length=length, **how), shard.full
     if r.engine == "lmdeploy" and not backend.has_own_memory(run.device):
         raise ValueError("--rollout.engine lmdeploy opens the memory of a GPU of this machine: train on one")
@@ -54,12 +59,11 @@ def drawn_by(engine: Engine, o: Any, run: Run, group: Any) -> Callable:
     def draw(
         prompts: list[Prompt], seed: int, begun: Sequence[Sample | None] = (), budget: int = 0, greedy: bool = False
     ) -> list[Sample]:  # fmt: skip
-        share = -(-len(prompts) // world)
+        share = len(prompts) if r.ray else -(-len(prompts) // world)
         own = slice(rank * share, (rank + 1) * share)
-        how = {"temperature": 0.0} if greedy else usual
-        how |= {"stop": tuple(run.tokenizer.eos_ids), "seed": seed, "first": own.start, "budget": budget}
+        how = {"stop": tuple(run.tokenizer.eos_ids), "seed": seed, "first": own.start, "budget": budget}
+        sampling = Sampling(r.max_completion_length, **how, **({"temperature": 0.0} if greedy else usual))
         ids = [prompt.ids for prompt in prompts[own]]
-        sampling = Sampling(r.max_completion_length, **how)
         found = backend.together(lambda: engine.generate(ids, sampling, begun[own]), group)
         return [sample for samples in found for sample in samples]
 

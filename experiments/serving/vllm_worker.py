@@ -23,10 +23,6 @@ class Weights:
     vllm_config: Any
     device: Any
 
-    device: Any
-    model_runner: Any
-    vllm_config: Any
-
     def begin_weights(self) -> None:
         """Let the model take weights as they are in checkpoints."""
         import torch

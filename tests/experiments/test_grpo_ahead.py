@@ -78,8 +78,8 @@ def test_a_mesh_draws_ahead_what_one_process_does(place):
     ("options", "message"),
     [
         ({"max_staleness": 2}, "--rollout.max-staleness has no effect without"),
-        ({"max_async_level": 5}, "--rollout.max-async-level 5 need --rollout.max-staleness 5 at least, not 4"),
-        ({"partial": 2, "max_async_level": 1, "max_staleness": 1}, "need --rollout.max-staleness 2 at least, not 1"),
+        ({"max_async_level": 5}, "--rollout.max-async-level 5: --rollout.max-staleness must be at least 5, not 4"),
+        ({"partial": 2, "max_async_level": 1, "max_staleness": 1}, "partial 2: .* must be at least 2, not 1"),
         ({"partial": 32}, "--rollout.partial 32 has no effect: no answer is longer"),
         ({"in_flight_weight_updates": True}, "has no effect with --rollout.max-async-level 0"),
         ({"max_async_level": 1, "compile": "layer"}, "the compiler's settings are the process's"),

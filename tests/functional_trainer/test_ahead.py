@@ -155,7 +155,10 @@ def test_new_weights_reach_answers_under_way(run):
         return step(*args)
 
     one.engine._decode = decode
-    one.take(2)
+    one.take(1)
+    while calls.count(1) < 3:  # rollout 1 is begun
+        time.sleep(0.01)
+    one.take(1)
     answers = one.rollouts.last.answers
     assert {v for a in answers for v in a.versions} == {0, 1} and one.rollouts.report()["off_policy"]["max"] == 1
     by_trainer(one)
