@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from experiments import episodes
 from experiments.recipe import Run
 from functional_trainer import advantages, backend, tree
 from functional_trainer.agreement import differences
 from functional_trainer.engine import LocalEngine
+from functional_trainer.environments.episodes import report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Scores
 from functional_trainer.losses import Loss
 from functional_trainer.objectives import OBJECTIVES
@@ -57,15 +59,15 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     On a mesh every rank gathers the weights and answers its share of the prompts.
     """
     r, rank, world = o.rollout, run.shard.rank, run.shard.world
-    length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
+    length, ask = episodes.longest(o, [prompt.ids for prompt in run.loader]), episodes.ask(o, run.tokenizer)
     engine = LocalEngine(model, tree.map(run.shard.full, params), slots=r.slots, length=length, compile=r.compile)
 
     def draw(prompts: list[Prompt], seed: int) -> list[Sample]:
         engine.update(tree.map(run.shard.full, params), engine.version + 1)
         share = -(-len(prompts) // world)
-        own = [prompt.ids for prompt in prompts[rank * share : (rank + 1) * share]]
+        own = prompts[rank * share : (rank + 1) * share]
         drawn = r.max_completion_length, r.temperature, r.top_k, r.top_p
-        found = engine.generate(own, Sampling(*drawn, stop=tuple(run.tokenizer.eos_ids), seed=seed + rank))
+        found = ask(engine, own, Sampling(*drawn, stop=tuple(run.tokenizer.eos_ids), seed=seed + rank))
         return [sample for samples in backend.everyone(found) for sample in samples]
 
     part, parts = run.shard.data
@@ -76,7 +78,8 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
 
 def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores]:
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
-    found = [load(given) for given in o.reward.functions]
+    named = o.reward.functions or (() if o.rollout.environment else ("exact",))
+    found = [load(given) for given in named]
     if len({name for name, _ in found}) < len(found):
         raise ValueError(f"--reward.functions {' '.join(o.reward.functions)}: two have the same name")
     r = o.reward
@@ -92,9 +95,9 @@ def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores]:
                 "completion_ids",
             }
             columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-            texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
-            found = functions([p.text for p in prompts], texts, ids, **columns)
-            made = Scores(found.total, found.report())
+            said = [a.episode.messages if a.episode else run.tokenizer.decode(a.tokens) for a in answers]
+            found = functions([p.text for p in prompts], said, [a.tokens for a in answers], **columns)
+            made = Scores(rewarded(answers, found.total), found.report() | report(answers))
         return backend.everyone(made)[0]
 
     return score
