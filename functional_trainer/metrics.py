@@ -27,9 +27,9 @@ class Metrics:
 
     Keys the progress line knows: reward, accuracy, eval_reward, loss, eval_loss, tokens_per_s, mfu (a fraction or
     None); the plot also reads lr. On construction rows and events after `start_step` are dropped, a line torn by a
-    kill too, so a resumed run leaves one row per step: log a step before saving its checkpoint, and check first that the folder holds
-    this run. With `main=False` (other ranks) nothing is read or written. Without a terminal a plain line appears every
-    `every` steps.
+    kill too, so a resumed run leaves one row per step: log a step before saving its checkpoint, and check first that
+    the folder holds this run. With `main=False` (other ranks) nothing is read or written. Without a terminal a plain
+    line appears every `every` steps.
     With `wandb`, a project's name, rows and `config` go to Weights & Biases as well.
     """
 

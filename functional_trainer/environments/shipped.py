@@ -9,19 +9,19 @@ from typing import Any
 from functional_trainer.environments import Environment, Message, Row, Step
 
 OPERATORS: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-QUESTIONS = ("What is {}?", "Work out {}.", "How much is {}?")
 SIGNS = ("*", "+", "-")
 NUMBERS = range(11, 100)
 SPAN = 15
 """Numbers of a range to guess in: binary search needs `TRIES`."""
 TRIES = 4
+LOWS = range(10, 90, 10)
 
 
 def calculate(expression: str) -> int:
-    """Work out an expression of whole numbers.
+    """Compute an expression.
 
     Args:
-        expression: Numbers with +, - and * between them
+        expression: Numbers and +, -, *
     """
     try:
         return _value(ast.parse(expression, mode="eval").body)
@@ -60,7 +60,7 @@ class Calculator(Environment):
         rng = random.Random(f"calculator {seed}")
         every = [f"{a} {sign} {b}" for a in NUMBERS for b in NUMBERS for sign in SIGNS]
         drawn = rng.sample(every, train + held_out)
-        made: list[Row] = [{"question": rng.choice(QUESTIONS).format(e), "answer": str(calculate(e))} for e in drawn]
+        made: list[Row] = [{"question": f"What is {e}?", "answer": str(calculate(e))} for e in drawn]
         return made[held_out:], made[:held_out]
 
 
@@ -83,10 +83,10 @@ class Guess(Environment):
         return Step([{"role": "user", "content": said}], done=not self.left)
 
     @staticmethod
-    def rows(seed: int, held_out: int = 255) -> tuple[list[Row], list[Row]]:
-        """Shuffle all ranges of 15 numbers below 100 with all secrets; none is in both parts."""
+    def rows(seed: int, held_out: int = 40) -> tuple[list[Row], list[Row]]:
+        """Shuffle ranges with each of their numbers as the secret; no pair is in both parts."""
         rng = random.Random(f"guess {seed}")
-        both = [(low, low + SPAN - 1) for low in range(1, 100 - SPAN + 1)]
+        both = [(low, low + SPAN - 1) for low in LOWS]
         every: list[Row] = [{"low": a, "high": b, "secret": n} for a, b in both for n in range(a, b + 1)]
         rng.shuffle(every)
         return every[held_out:], every[:held_out]

@@ -9,7 +9,7 @@ whose GRPOTrainer finds the suffix of tool answers so.)
 
 import json
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from functional_trainer.data.chat import Message, Tokenizer
@@ -20,11 +20,16 @@ NAME, VALUE, TEXT = "tool_name", "tool_value", "said_before"
 
 
 class Turns:
-    """Prompts, and what stands between turns, by a tokenizer's chat template and with these descriptions of tools."""
+    """Prompts, and what stands between turns, by a tokenizer's chat template and with these descriptions of tools.
+
+    ValueError if the template has no place for a tool's call or answer.
+    """
 
     def __init__(self, tokenizer: Tokenizer, tools: Sequence[dict[str, Any]] = ()):
         self.tokenizer, self.tools = tokenizer, list(tools)
         self._prompt, self._between = lru_cache(4096)(self._prompt_ids), lru_cache(4096)(self._between_ids)
+        if self.tools:
+            self.marks, _ = self._marks(), self.between([{"role": "tool", "content": "x"}])
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Return the ids of an opening with the beginning of the policy's turn behind it."""
@@ -57,7 +62,6 @@ class Turns:
             raise ValueError("the chat template changes what was said where it begins the next turn")
         return self.tokenizer.encode(whole[spans[-1][1] :])
 
-    @cached_property
     def _marks(self) -> tuple[str, str, str]:
         """How the template writes a tool call: before its JSON object, behind it, and the key of the arguments."""
         user: Message = {"role": "user", "content": "x"}
@@ -89,7 +93,7 @@ class Turns:
             message["reasoning_content"] = thought.removeprefix("<think>").strip()
         if not self.tools:
             return message, []
-        opening, closing, key = self._marks
+        opening, closing, key = self.marks
         before, *found = message["content"].split(opening) if opening else _bare(message["content"])
         calls = [_call(body.partition(closing)[0] if closing else body, key) for body in found]
         if calls:
