@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed lint bench bench-trl gpu-suite docs clean
+.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed test-adapters lint bench bench-trl gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,6 +37,10 @@ test-fuzz: $(VENV)/.dev  ## Feed broken data, configs and checkpoints (part of t
 test-distributed: $(VENV)/.dev  ## Compare meshes of 2, 4 and 8 processes with one, compiled too (part of test-slow)
 	$(BIN)/python -m pytest -m slow tests/multi_rank $(ARGS)
 
+test-adapters: $(VENV)-verifiers/.made $(VENV)-openenv/.made  ## Play environments of verifiers and OpenEnv, which get virtual environments
+	$(VENV)-verifiers/bin/python -m pytest tests/adapters/check_verifiers.py $(ARGS)
+	$(VENV)-openenv/bin/python -m pytest tests/adapters/check_openenv.py $(ARGS)
+
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -54,7 +58,7 @@ docs: $(VENV)/.sft  ## Write what docs/ takes from the code: the tables of optio
 	$(BIN)/python experiments/docs.py
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-trl .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-verifiers $(VENV)-openenv .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " \
@@ -73,4 +77,14 @@ TRL_PINS := experiments/benchmarks/trl-constraints.txt
 $(VENV)-trl/.made: $(TRL_PINS) constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)-trl
 	PIP_CONSTRAINT="constraints.txt $(TRL_PINS)" $(VENV)-trl/bin/python -m pip install --quiet trl transformers jinja2
+	@touch $@
+
+$(VENV)-verifiers/.made: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-verifiers
+	$(VENV)-verifiers/bin/python -m pip install --quiet --editable . pytest 'verifiers==0.3.1'
+	@touch $@
+
+$(VENV)-openenv/.made: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-openenv
+	$(VENV)-openenv/bin/python -m pip install --quiet --editable . pytest 'openenv-core==0.3.0'
 	@touch $@

@@ -3,7 +3,7 @@
     python experiments/first_light/dialogues.py calculator|guess FOLDER [--n-train N] [--n-eval N] [--seed N]
 
 The scripts are no masters, so that there is something left to learn: half of the questions for the calculator are
-answered without it, with a number of about the right size; and half of the guesses are any number of the range, the
+answered without it, with a number of about the right size; and every fourth guess is any number of the range, the
 others one that is still possible. FOLDER gets train.jsonl, eval.jsonl, of questions that are held out, and tokenizer/.
 """
 
@@ -30,7 +30,7 @@ def calculator(rng: random.Random, row: Row) -> list[Message]:
     if rng.random() < 0.5:
         size = abs(int(row["answer"]))
         return [question, {"role": "assistant", "content": str(rng.randrange(size // 2, 2 * size + 2))}]
-    expression = " ".join(word.rstrip("?.") for word in row["question"].split()[-3:])
+    expression = " ".join(word.rstrip("?") for word in row["question"].split()[-5:])
     named = {"name": "calculate", "arguments": {"expression": expression}}
     call: Message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": named}]}
     result = {"role": "tool", "content": str(calculate(expression))}
@@ -38,12 +38,12 @@ def calculator(rng: random.Random, row: Row) -> list[Message]:
 
 
 def guess(rng: random.Random, row: Row) -> list[Message]:
-    """Play to the end with guesses that half of the time forget what was said."""
+    """Play to the end with guesses that forget every fourth time what was said."""
     environment = Guess()
     messages = environment.reset(row)
     low, high, done = row["low"], row["high"], False
     while not done:
-        forgets = rng.random() < 0.5
+        forgets = rng.random() < 0.25
         number = rng.randint(row["low"], row["high"]) if forgets else rng.randint(low, high)
         messages.append({"role": "assistant", "content": str(number)})
         said, _, done = environment.step(messages)

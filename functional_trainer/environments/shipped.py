@@ -4,17 +4,18 @@ import ast
 import operator
 import random
 import re
+from itertools import product
 from typing import Any
 
 from functional_trainer.environments import Environment, Message, Row, Step
 
 OPERATORS: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 SIGNS = ("*", "+", "-")
-NUMBERS = range(11, 100)
+NUMBERS = range(2, 10)
 SPAN = 15
 """Numbers of a range to guess in: binary search needs `TRIES`."""
 TRIES = 4
-LOWS = range(10, 90, 10)
+LOWS = range(10, 85)
 
 
 def calculate(expression: str) -> int:
@@ -55,10 +56,10 @@ class Calculator(Environment):
         return Step(reward=float(messages[-1]["content"].strip() == self.answer), done=True)
 
     @staticmethod
-    def rows(seed: int, train: int = 4000, held_out: int = 400) -> tuple[list[Row], list[Row]]:
-        """Draw expressions of two numbers; none is in both parts."""
+    def rows(seed: int, train: int = 4000, held_out: int = 200) -> tuple[list[Row], list[Row]]:
+        """Draw expressions of three numbers; none is in both parts."""
         rng = random.Random(f"calculator {seed}")
-        every = [f"{a} {sign} {b}" for a in NUMBERS for b in NUMBERS for sign in SIGNS]
+        every = [f"{a} {x} {b} {y} {c}" for a, b, c in product(NUMBERS, repeat=3) for x, y in product(SIGNS, repeat=2)]
         drawn = rng.sample(every, train + held_out)
         made: list[Row] = [{"question": f"What is {e}?", "answer": str(calculate(e))} for e in drawn]
         return made[held_out:], made[:held_out]
@@ -83,10 +84,10 @@ class Guess(Environment):
         return Step([{"role": "user", "content": said}], done=not self.left)
 
     @staticmethod
-    def rows(seed: int, held_out: int = 40) -> tuple[list[Row], list[Row]]:
-        """Shuffle ranges with each of their numbers as the secret; no pair is in both parts."""
-        rng = random.Random(f"guess {seed}")
-        both = [(low, low + SPAN - 1) for low in LOWS]
-        every: list[Row] = [{"low": a, "high": b, "secret": n} for a, b in both for n in range(a, b + 1)]
-        rng.shuffle(every)
-        return every[held_out:], every[:held_out]
+    def rows(seed: int, held_out: int = 8) -> tuple[list[Row], list[Row]]:
+        """Return ranges with each of their numbers as the secret; no range is in both parts."""
+        lows = random.Random(f"guess {seed}").sample(LOWS, len(LOWS))
+        every: list[list[Row]] = [
+            [{"low": low, "high": low + SPAN - 1, "secret": low + i} for i in range(SPAN)] for low in lows
+        ]
+        return sum(every[held_out:], []), sum(every[:held_out], [])
