@@ -34,7 +34,7 @@ def read(
         return data.prompts(o, tokenizer, vocab, shard, questions, say)
     files = [[row for f in sources.files(paths) for _, row in sources.rows(f)] for paths in (o.data.train, o.data.eval)]
     given = o.rollout.environment
-    train, held_out = files if o.data.train else environments.rows(given, environments.load(given), o.seed)
+    train, held_out = files if o.data.train else environments.rows(given, environments.load(given))
     episodes, found = made(o, tokenizer), []
     for opening, row in zip(episodes.openings(train), train, strict=True):
         ids = episodes.turns.prompt(opening)

@@ -2,7 +2,7 @@
 
     python experiments/first_light/dialogues.py calculator|guess FOLDER [--n-train N] [--n-eval N] [--seed N]
 
-The scripts are no masters, so that there is something left to learn: half of the questions for the calculator are
+The scripts are no masters, so that there is something left to learn: six of ten questions for the calculator are
 answered without it, with a number of about the right size; and every fourth guess is any number of the range, the
 others one that is still possible. FOLDER gets train.jsonl, eval.jsonl, of questions that are held out, and tokenizer/.
 """
@@ -27,7 +27,7 @@ def calculator(rng: random.Random, row: Row) -> list[Message]:
     """Ask the tool and say what it says, or say any number of about the size."""
     environment = Calculator()
     (question,) = environment.reset(row)
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         size = abs(int(row["answer"]))
         return [question, {"role": "assistant", "content": str(rng.randrange(size // 2, 2 * size + 2))}]
     expression = " ".join(word.rstrip("?") for word in row["question"].split()[-5:])
@@ -64,7 +64,7 @@ def make(name: str, n_train: int, n_eval: int, seed: int) -> tuple[list[dict[str
     kind, script = SCRIPTS[name]
     tools = {"tools": [schema(tool) for tool in kind.tools]} if kind.tools else {}  # type: ignore[arg-type]
     rng = random.Random(f"dialogues {name} {seed}")
-    parts = zip(load(name).rows(seed), (n_train, n_eval), strict=True)  # type: ignore[attr-defined]
+    parts = zip(load(name).rows(), (n_train, n_eval), strict=True)  # type: ignore[attr-defined]
     train, held_out = ([{"messages": script(rng, rng.choice(rows)), **tools} for _ in range(n)] for rows, n in parts)
     return train, held_out
 
@@ -96,6 +96,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", help="where train.jsonl, eval.jsonl and tokenizer/ go")
     parser.add_argument("--n-train", type=int, default=20_000, help="dialogues to train on (default %(default)s)")
     parser.add_argument("--n-eval", type=int, default=300, help="dialogues to hold out (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of rows and scripts (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scripts (default %(default)s)")
     options = parser.parse_args()
     print(write(options.environment, options.folder, options.n_train, options.n_eval, options.seed))

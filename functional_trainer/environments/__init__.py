@@ -54,7 +54,7 @@ class Maker(Protocol):
     def __call__(self) -> Environment:
         """Return an environment for one episode."""
 
-    # Without files of rows: def rows(seed: int) -> tuple[list[Row], list[Row]], to train on and held out.
+    # Without files of rows: def rows() -> tuple[list[Row], list[Row]], to train on and held out, the same every time.
 
 
 SHIPPED = {"calculator": "Calculator", "guess": "Guess"}
@@ -73,10 +73,10 @@ def load(given: str) -> Maker:
     return found
 
 
-def rows(given: str, maker: Maker, seed: int) -> tuple[list[Row], list[Row]]:
+def rows(given: str, maker: Maker) -> tuple[list[Row], list[Row]]:
     """Return an environment's own rows, to train on and held out; ValueError if it has none."""
     make = getattr(maker, "rows", None)
     if make is None:
-        raise ValueError(f"environment {given} has no `rows(seed)` of its own: give a file of rows, --data.train")
-    train, held_out = make(seed)
+        raise ValueError(f"environment {given} has no `rows()` of its own: give a file of rows, --data.train")
+    train, held_out = make()
     return list(train), list(held_out)

@@ -26,10 +26,9 @@ class Verifiers:
     def __call__(self) -> "VerifiersEpisode":
         return VerifiersEpisode(self.environment)
 
-    def rows(self, seed: int) -> tuple[list[Row], list[Row]]:
+    def rows(self) -> tuple[list[Row], list[Row]]:
         """Return its data set, and the one for evaluation."""
-        both = self.environment.get_dataset(seed=seed), self.environment.get_eval_dataset(seed=seed)
-        return both[0].to_list(), both[1].to_list()
+        return self.environment.get_dataset().to_list(), self.environment.get_eval_dataset().to_list()
 
 
 def from_verifiers(environment: Any) -> Verifiers:
@@ -152,9 +151,9 @@ class OpenEnv:
     def __call__(self) -> "OpenEnvEpisode":
         return OpenEnvEpisode(self)
 
-    def rows(self, seed: int) -> tuple[list[Row], list[Row]]:
+    def rows(self) -> tuple[list[Row], list[Row]]:
         """Return seeds, a tenth of them held out."""
-        every: list[Row] = [{"seed": seed * self.episodes + i} for i in range(self.episodes)]
+        every: list[Row] = [{"seed": i} for i in range(self.episodes)]
         return every[self.episodes // 10 :], every[: self.episodes // 10]
 
 

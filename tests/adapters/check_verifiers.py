@@ -37,7 +37,7 @@ async def quick(state) -> float:
 def test_a_game_of_verifiers():
     rubric = vf.Rubric(funcs=[right, quick], weights=[1.0, 0.5])
     maker = from_verifiers(Hints(dataset=DATA, rubric=rubric, system_prompt="Be brief.", max_turns=3))
-    train, held_out = maker.rows(0)
+    train, held_out = maker.rows()
     rows = sorted(train, key=lambda row: row["answer"])
     assert [row["answer"] for row in rows] == ["3", "4", "5"] and len(held_out) == 3
     script = Script(["3", "1", "1"], ["4", "2"], ["3"])
@@ -63,7 +63,7 @@ def add(a: int, b: int) -> int:
 
 def test_tools_of_verifiers():
     maker = from_verifiers(vf.ToolEnv(dataset=DATA, tools=[add], rubric=vf.Rubric(funcs=[right]), max_turns=4))
-    rows = [row for row in maker.rows(0)[0] if row["answer"] == "5"]
+    rows = [row for row in maker.rows()[0] if row["answer"] == "5"]
     call = '<|call|>{"name": "add", "arguments": {"a": 2, "b": 3}}'
     wrong = '<|call|>{"name": "add", "arguments": {"a": 2}}'
     script = Script([call, wrong], ["5", "4"])
@@ -81,5 +81,5 @@ class Broken(Hints):
 
 def test_a_verifiers_environment_that_fails_costs_its_episode():
     maker = from_verifiers(Broken(dataset=DATA, rubric=vf.Rubric(funcs=[right])))
-    (sample,) = play(maker, Script(["1"]), maker.rows(0)[0][:1])
+    (sample,) = play(maker, Script(["1"]), maker.rows()[0][:1])
     assert sample.reward is None and "no more" in sample.episode.error
