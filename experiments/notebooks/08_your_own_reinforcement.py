@@ -23,11 +23,11 @@ from functional_trainer.rollout import Sampling
 
 model = models.from_config(models.PRESETS["tiny"] | {"moe_intermediate_size": 96})
 tokenizer = Tokenizer(FOLDER)
-LETTERS = "ABCDEF"
+LETTERS = "ABCD"
 
 # %% [markdown]
 # ## An environment
-# It says a letter and wants the next one of the alphabet, behind F again A, three times. `reset` opens an episode from
+# It says a letter and wants the next one of the alphabet, behind D again A, twice. `reset` opens an episode from
 # its row, `step` gets the conversation until now and answers the policy's turn: what it says, what the turn was worth,
 # whether the episode is over.
 
@@ -41,7 +41,7 @@ class Next(Environment):
     def step(self, messages):
         wanted = LETTERS[(LETTERS.index(self.left.pop(0)) + 1) % len(LETTERS)]
         right = messages[-1]["content"] == wanted
-        return Step([{"role": "user", "content": "".join(self.left[:1])}], float(right) / 3, done=not self.left)
+        return Step([{"role": "user", "content": "".join(self.left[:1])}], float(right) / 2, done=not self.left)
 
 
 # %% [markdown]
@@ -54,16 +54,16 @@ rng = random.Random(0)
 
 
 def scripted() -> list[dict]:
-    turns = [("user" if i % 2 == 0 else "assistant", rng.choice(LETTERS)) for i in range(6)]
+    turns = [("user" if i % 2 == 0 else "assistant", rng.choice(LETTERS)) for i in range(4)]
     return [{"role": role, "content": letter} for role, letter in turns]
 
 
 documents = Documents.of(tokenizer.encode_chat(scripted()) for _ in range(600))
 optimizer = optimizers.adamw(lambda step: torch.tensor(3e-3))
 step, state = make_train_step(model, losses.sft(), optimizer, compile="off"), init_state(model.init(seed=0), optimizer)
-for batch, _ in zip(Loader(documents, rows=8, seq_len=64), range(40), strict=False):
+for batch, _ in zip(Loader(documents, rows=4, seq_len=64), range(40), strict=False):
     state, metrics = step(state, batch)
-print(f"supervised loss {float(metrics['loss']):.2f}; any of six letters, then the end of the turn, is {1.79 / 2:.2f}")
+print(f"supervised loss {float(metrics['loss']):.2f}; any of four letters, then the end of the turn, is {1.39 / 2:.2f}")
 
 # %% [markdown]
 # ## Episodes
@@ -71,19 +71,20 @@ print(f"supervised loss {float(metrics['loss']):.2f}; any of six letters, then t
 # opening. What the environment said is in it, as ids, but is not trained.
 
 # %%
-episodes = Episodes(Next, tokenizer, turns=3, turn_tokens=4)
-rows = [{"letters": rng.choices(LETTERS, k=3)} for _ in range(64)]
+episodes = Episodes(Next, tokenizer, turns=2, turn_tokens=4)
+rows = [{"letters": rng.choices(LETTERS, k=2)} for _ in range(64)]
 openings = episodes.openings(rows)
 prompts = Prompts(
     Prompt(episodes.turns.prompt(opening), opening[-1]["content"], row)
     for opening, row in zip(openings, rows, strict=True)
 )
-engine = LocalEngine(model, state.params, slots=128, length=64)
-sampling = Sampling(max_tokens=24, stop=tuple(tokenizer.eos_ids))
+engine = LocalEngine(model, state.params, slots=64, length=32)
+sampling = Sampling(max_tokens=16, stop=tuple(tokenizer.eos_ids))
 sample = episodes(engine, [prompts[0].ids], [rows[0]], sampling)[0]
-for id_, mine in zip(sample.tokens, sample.sampled, strict=True):
+mask = sample.sampled or []
+for id_, mine in zip(sample.tokens, mask, strict=True):
     print(f"{tokenizer.decode([id_], skip_special=False):15} {'trained' if mine else ''}")
-assert not all(sample.sampled) and sample.sampled[-1]
+assert not all(mask) and mask[-1]
 
 # %% [markdown]
 # ## A reward
@@ -127,28 +128,28 @@ def leashed(leash: float = 0.05) -> Loss:
 rollouts = Experience(
     prompts,
     lambda asked, seed: episodes(engine, [p.ids for p in asked], [p.columns for p in asked], Sampling(
-        max_tokens=24, stop=tuple(tokenizer.eos_ids), seed=seed)),
-    reward, lambda rewards, sizes: advantages.grpo(rewards), Plan(16, 8, iterations=2), seq_len=64, longest=24, rows=16,
+        max_tokens=16, stop=tuple(tokenizer.eos_ids), seed=seed)),
+    reward, lambda rewards, sizes: advantages.grpo(rewards), Plan(8, 8, iterations=2), seq_len=64, longest=16, rows=8,
 )  # fmt: skip
 optimizer = optimizers.adamw(lambda step: torch.tensor(1e-3))
-step, state = make_train_step(model, leashed(), optimizer, rows=16, compile="off"), init_state(state.params, optimizer)
+step, state = make_train_step(model, leashed(), optimizer, rows=8, compile="off"), init_state(state.params, optimizer)
 seen = []
-for i, batch in zip(range(120), rollouts, strict=False):
+for i, batch in zip(range(80), rollouts, strict=False):
     seen += [rollouts.report()] if i % 2 == 0 else []
     state, metrics = step(state, batch)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 axes[0].plot([row["reward"] for row in seen])
-axes[0].set(title="reward, at most 1 - 6 tokens x 0.01", xlabel="rollout")
+axes[0].set(title="reward, at most 1 - 4 tokens x 0.01", xlabel="rollout")
 axes[1].plot([row["completions"]["mean_length"] for row in seen])
 axes[1].set(title="tokens of an episode", xlabel="rollout")
 
 # %% [markdown]
 # ## What happened
-# At first every sixth letter was right, at the end nearly all are.
+# At first every fourth letter was right, at the end nearly all are.
 
 # %%
 first, last = (sum(row["reward"] for row in some) / len(some) for some in (seen[:3], seen[-3:]))
 print(f"reward {first:.2f} -> {last:.2f}")
-assert first < 0.3 and last > 0.7
+assert first < 0.4 and last > 0.6

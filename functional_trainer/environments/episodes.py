@@ -111,16 +111,21 @@ class Episodes:
 
     def _open(self, plays: Sequence[Play], rows: Sequence[Row]) -> None:
         """Begin; what the environments say must be what the ids of the openings were made of."""
-        for play in plays:
+
+        def begin(play: Play, row: Row) -> Any:
             play.environment = self.make()
-        found = self._all([partial(p.environment.reset, row) for p, row in zip(plays, rows, strict=True)])  # type: ignore[union-attr]
+            return play.environment.reset(row)
+
+        found = self._all([partial(begin, play, row) for play, row in zip(plays, rows, strict=True)])
         for play, opening in zip(plays, found, strict=True):
-            if isinstance(opening, BaseException):
-                play.lose(opening)
-            elif self.turns.prompt(opening) != play.opening:
-                play.lose(ValueError("reset said something else than before: it must depend on the row alone"))
-            else:
+            try:
+                if isinstance(opening, BaseException):
+                    raise opening
+                if self.turns.prompt(opening) != play.opening:
+                    raise ValueError("reset said something else than before: it must depend on the row alone")
                 play.messages, play.begun = list(opening), len(opening)
+            except (Exception, SystemExit) as error:
+                play.lose(error)
 
     def _take(self, play: Play, sample: Sample, most: int) -> None:
         """Append a turn of the policy, and end the episode if it was cut off."""
