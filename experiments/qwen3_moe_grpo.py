@@ -56,6 +56,8 @@ class Options(RunOptions):
         if self.batch < self.rollout.steps_per_generation:
             said = f"--rollout.steps-per-generation {self.rollout.steps_per_generation}"
             raise ValueError(f"--batch {self.batch} prompts cannot be split into {said} steps")
+        if self.rollout.environment and (self.data.split or self.data.type != "auto" or self.data.columns):
+            raise ValueError("--data.split, --data.type and --data.columns are for conversations, not for environments")
         if not self.model.path and not self.init_from:
             raise ValueError("--model.path is missing: a model with random weights gets no reward to learn from")
 
@@ -69,14 +71,13 @@ class Options(RunOptions):
 
 
 def main(o: Options) -> None:
-    from experiments import data, policies, recipe, rl
-    from functional_trainer import backend, exact_match, init_state, make_train_step, optimizers, train
+    from experiments import episodes, policies, recipe, rl
+    from functional_trainer import backend, init_state, make_train_step, optimizers, train
     from functional_trainer.reference import Reference
 
     # Where the run lives, what it asks, what it begins with: also when it is resumed, for the reference.
-    run = recipe.start(o, o.answers, lambda hf: policies.loss(o), data.prompts)
+    run = recipe.start(o, o.answers, lambda hf: policies.loss(o), episodes.read)
     model, params = run.begin(again=True)
-    questions = run.questions[: o.answers]
 
     # How the objective is optimized, and the step: as in supervised fine-tuning.
     steps = o.steps or rl.plan(o).total_steps(len(run.loader), o.epochs)
@@ -94,23 +95,17 @@ def main(o: Options) -> None:
     if not run.resume:
         rl.agree(o, run, model, began.params, rollouts)
 
-    def measure(params) -> dict[str, float]:
-        answers = run.answer(model, params, questions)
-        return {"accuracy": exact_match.score(answers)} if answers else {}
-
-    def sample(params) -> list[dict[str, str]]:
-        return [answer._asdict() for answer in run.answer(model, params, run.questions[: run.samples])]
-
-    if questions and not run.resume:
-        run.say(f"before training {measure(began.params).get('accuracy', 0):.1%} of {len(questions)} answers are right")
+    held_out = episodes.HeldOut(o, run, model)
+    if held_out.questions and not run.resume:
+        run.say(f"before training {held_out.say(held_out.measure(began.params))}")
     state, finished = train(
         step, began, rollouts, model=model, loss=run.loss, options=o, total_steps=steps, resume=run.resume,
-        sample=sample if run.samples else None, measure=measure if questions else None, shard=run.shard,
-        device=run.device,
+        sample=held_out.sample if run.samples else None, measure=held_out.measure if held_out.questions else None,
+        shard=run.shard, device=run.device,
     )  # fmt: skip
     if finished:
         run.hand_back(model, state)
-        exact_match.show(run.answer(model, state.params, questions))
+        held_out.show(state.params)
         run.say(f"metrics.jsonl, index.html, checkpoints/ and hf/ are in {o.out}")
     backend.leave()
 

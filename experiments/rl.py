@@ -10,6 +10,7 @@ from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
+from functional_trainer.environments.episodes import report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
 from functional_trainer.rewards import Rewards, load
 from functional_trainer.rollout import Sample
@@ -63,7 +64,8 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
 
 def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
-    found = [load(given) for given in o.reward.functions]
+    named = o.reward.functions or (() if o.rollout.environment else ("exact",))
+    found = [load(given) for given in named]
     if len({name for name, _ in found}) < len(found):
         raise ValueError(f"--reward.functions {' '.join(o.reward.functions)}: two have the same name")
     r = o.reward
@@ -77,8 +79,9 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
         names = {name for prompt in prompts for name in prompt.columns} - own
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
-        found = functions([p.text for p in prompts], texts, ids, **columns)
-        return Scores(found.total, found.report(), found.each, texts)
+        said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
+        found = functions([p.text for p in prompts], said, ids, **columns)
+        return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
     return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]
 

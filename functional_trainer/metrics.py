@@ -26,11 +26,11 @@ RECENT = 50  # steps that the estimate of the remaining time looks back on
 class Metrics:
     """Log one row of named values per optimizer step; a context manager that draws the run when it closes.
 
-    Keys the progress line knows: reward, accuracy, loss, eval_loss, tokens_per_s, mfu (a fraction or None); the plot
-    also reads lr. On construction rows and events after `start_step` are dropped, a line torn by a kill too, so a
-    resumed run leaves one row per step: log a step before saving its checkpoint, and check first that the folder holds
-    this run. With `main=False` (other ranks) nothing is read or written. Without a terminal a plain line appears every
-    `every` steps.
+    Keys the progress line knows: reward, accuracy, eval_reward, loss, eval_loss, tokens_per_s, mfu (a fraction or
+    None); the plot also reads lr. On construction rows and events after `start_step` are dropped, a line torn by a
+    kill too, so a resumed run leaves one row per step: log a step before saving its checkpoint, and check first that
+    the folder holds this run. With `main=False` (other ranks) nothing is read or written. Without a terminal a plain
+    line appears every `every` steps.
     With `wandb`, a project's name, rows and `config` go to Weights & Biases as well.
     """
 
@@ -170,7 +170,7 @@ class Metrics:
         if len(self.clock) > 1:
             left = (self.clock[-1] - self.clock[0]) / (len(self.clock) - 1) * (self.total - step)
             eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60 // 1:02.0f}"
-        shown = ("reward", "accuracy")  # of reinforcement learning, whose loss says little
+        shown = ("reward", "accuracy", "eval_reward")  # of reinforcement learning, whose loss says little
         parts = [
             *(f"{name} {float(values[name]):.3f}" for name in shown if values.get(name) is not None),
             f"loss {float(values.get('loss', math.nan)):.4f}",

@@ -343,6 +343,14 @@ class RolloutOptions:
     """Rollouts between two of which answers are written."""
     max_disagreement: float = 0.01
     """Mean |log-probability, as sampled - as trained| of the first rollout above which the run is refused."""
+    environment: str = ""
+    """Talk to this environment in several turns: calculator, guess, or FILE.py:NAME (docs/environments.md)."""
+    max_turns: int = 16
+    """Most turns of the policy in an episode; --rollout.max-completion-length is then for all turns together."""
+    max_turn_length: int = 0
+    """Most tokens of a turn (0: only what the episode has left)."""
+    tool_seconds: float = 10.0
+    """Longest time for a call of a tool, and for a step of an asynchronous environment."""
     engine: Literal["local", "vllm", "sglang", "lmdeploy"] = "local"
     """What answers: this process, or servers, at --rollout.url (docs/rl.md)."""
     url: tuple[str, ...] = ()
@@ -365,6 +373,13 @@ class RolloutOptions:
     """Workers that draw rollouts as actors of Ray, on this machine or a cluster (0: none, this process does)."""
 
     def __post_init__(self):
+        for name in ("max_turns", "max_turn_length", "tool_seconds"):
+            if getattr(self, name) != getattr(RolloutOptions, name) and not self.environment:
+                raise ValueError(f"--rollout.{name.replace('_', '-')} has no effect without --rollout.environment")
+        within("rollout.", self, max_turns=(1, ""), max_turn_length=(0, ""), tool_seconds=(0, ""))
+        for name in ("routing_replay", "partial"):
+            if getattr(self, name) and self.environment:
+                raise ValueError(f"--rollout.{name.replace('_', '-')} is for answers of one turn, not for environments")
         ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
         within("rollout.", self, num_generations=(2, ""), **dict.fromkeys((*ones, "log_every"), (1, "")))
         within("rollout.", self, log_completions=(0, ""))
@@ -430,8 +445,8 @@ class RolloutOptions:
 
 @dataclass(frozen=True)
 class RewardOptions:
-    functions: tuple[str, ...] = ("exact",)
-    """Reward functions: FILE.py:NAME, or one that ships, as exact, maths, code, length:N (docs/rewards.md)."""
+    functions: tuple[str, ...] = ()
+    """FILE.py:NAME or one that ships, as maths, length:N (none: exact; beside an environment's reward no other)."""
     weights: tuple[float, ...] = ()
     """Weight of each (none: 1)."""
     isolate: tuple[str, ...] = ()
@@ -443,7 +458,7 @@ class RewardOptions:
 
     def __post_init__(self):
         within("reward.", self, workers=(1, ""), seconds=(0, ""))
-        if not self.functions or self.weights and len(self.weights) != len(self.functions):
+        if self.weights and len(self.weights) != len(self.functions):
             raise ValueError(f"--reward.weights: {len(self.weights)} for {len(self.functions)} of --reward.functions")
 
 

@@ -69,15 +69,16 @@ def norms(folder: str | Path, rows: list[dict[str, Any]]) -> None:
 
 def reward(folder: str | Path, rows: list[dict[str, Any]]) -> None:
     """Draw `<folder>/reward.png`: mean reward of rollouts, raw and smoothed, and held-out accuracy; nothing without."""
-    rewards, right = _column(rows, "reward"), _column(rows, "accuracy")
+    rewards, right, played = (_column(rows, name) for name in ("reward", "accuracy", "eval_reward"))
     if not rewards:
         return
     figure, axis = _figure()
     steps, values = zip(*rewards, strict=True)
     axis.plot(steps, values, color="tab:green", alpha=0.3, linewidth=0.8, label="_")
     axis.plot(steps, _smooth(values), color="tab:green", linewidth=1.8, label="reward of rollouts, smoothed")
-    if right:
-        axis.plot(*zip(*right, strict=True), "o-", color="tab:purple", markersize=4, label="held-out accuracy, greedy")
+    for line, label in ((right, "held-out accuracy, greedy"), (played, "reward of held-out episodes, greedy")):
+        if line:
+            axis.plot(*zip(*line, strict=True), "o-", color="tab:purple", markersize=4, label=label)
     axis.set(ylabel="mean reward", title=Path(folder).resolve().name)
     axis.legend(loc="lower right")
     figure.savefig(Path(folder) / "reward.png")

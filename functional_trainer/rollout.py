@@ -55,6 +55,21 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
+class Episode(NamedTuple):
+    """What happened between a policy and an environment."""
+
+    messages: list[dict[str, Any]]
+    """What was said after the opening, by both."""
+    turns: int
+    """Of the policy."""
+    calls: int
+    """Of tools."""
+    failures: int
+    """Calls that were answered with an error."""
+    error: str = ""
+    """What the environment raised, if it did; then there is no reward."""
+
+
 class Sample(NamedTuple):
     """What one prompt gave.
 
@@ -73,6 +88,8 @@ class Sample(NamedTuple):
     """Which tokens the policy chose (None: all); no other is trained."""
     reward: float | None = None
     """What an environment gave."""
+    episode: Episode | None = None
+    """Where the policy talked to an environment."""
     routed_experts: np.ndarray | None = None
     """Experts that were chosen for each token but the last, the prompt's too, int (n - 1, L, K); None: not said."""
 

@@ -378,7 +378,9 @@ def apply(diff: str, path: str, monkeypatch) -> None:
         monkeypatch.setitem(getattr(module, name), key, value)
 
 
-@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/metrics.md", "docs/sharding.md", "docs/rewards.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/quickstart.md", "docs/metrics.md", "docs/sharding.md", "docs/rewards.md", "docs/environments.md"]
+)
 def test_python_of_the_docs_runs(page, place, monkeypatch):
     run_python(page, place, monkeypatch)
 
@@ -395,6 +397,7 @@ def test_the_loss_of_the_readme_trains(place, monkeypatch):
 def test_every_page_with_python_is_run():
     assert {page for page in PAGES if blocks(page, "python")} == {
         *FIRST, "docs/metrics.md", "docs/extending.md", "docs/sharding.md", "docs/rewards.md",
+        "docs/environments.md",
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ BELOW = {  # our modules that each room may import
 }
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "einops", "flash_attn", "flash_attn_interface"}
 OPTIONAL = {"flash_attn", "flash_attn_interface", "torch_npu", "torch_xla", "orbax", "wandb"}  # imported where used
-OPTIONAL |= {"math_verify", "ray", "vllm"}
+OPTIONAL |= {"math_verify", "openenv", "ray", "verifiers", "vllm"}
 COMPARED = {
     "transformers",
     "liger_kernel",

@@ -9,6 +9,7 @@ a token that names its role and the text; an assistant's turn ends with <|end|>,
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -48,8 +49,11 @@ TEMPLATE = """\
 """
 
 
-def build() -> Tokenizer:
-    """Learn the merges until every word of the phrasings is one token, and add the marks of the chat template."""
+PHRASINGS = [text.replace("{}", "0 1 2 3 4 5 6 7 8 9") for texts in tasks.PHRASINGS.values() for text in texts]
+
+
+def build(texts: Sequence[str] = PHRASINGS) -> Tokenizer:
+    """Learn the merges until every word of the texts is one token, and add the marks of the chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -61,16 +65,15 @@ def build() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=100_000, min_frequency=1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    texts = [text.replace("{}", "0 1 2 3 4 5 6 7 8 9") for phrasings in tasks.PHRASINGS.values() for text in phrasings]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return tokenizer
 
 
-def write(folder: Path = FOLDER) -> None:
+def write(folder: Path = FOLDER, texts: Sequence[str] = PHRASINGS) -> None:
     """Write tokenizer.json, tokenizer_config.json (with the chat template) and generation_config.json into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build()
+    tokenizer = build(texts)
     tokenizer.save(str(folder / "tokenizer.json"))
     pad, eos = tokenizer.token_to_id("<|pad|>"), tokenizer.token_to_id("<|end|>")
     config = {

@@ -52,7 +52,7 @@ def execute(path: Path) -> None:
 def test_the_readme_lists_exactly_what_is_there():
     names = [name for name, _ in LISTED]
     assert {file.name for file in FOLDER.iterdir() if file.is_file()} == {"README.md", *names}
-    assert [name[:3] for name in names] == [f"{i:02}_" for i in range(1, 8)]
+    assert [name[:3] for name in names] == [f"{i:02}_" for i in range(1, 9)]
 
 
 @pytest.mark.parametrize("name, figures", [(name, int(figures)) for name, figures in LISTED])

@@ -1,0 +1,137 @@
+"""Environments in the recipe: what a run says, what is refused, resuming, and that models learn from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.first_light import dialogues
+from functional_trainer import environments
+from functional_trainer.data import Tokenizer
+from tests.experiments import sft_runs
+
+RECIPE = sft_runs.RECIPE.with_stem("qwen3_moe_grpo").stem
+FLAGS = (
+    *("--batch", 2, "--rollout.num-generations", 3, "--rollout.max-completion-length", 24, "--micro-batch", 2),
+    *("--data.seq-len", 64, "--answers", 5, "--compile", "off", "--eval-every", 2, "--rollout.max-turn-length", 5),
+)
+MINE = """
+from functional_trainer.environments import Environment, Step
+
+class Count(Environment):
+    def reset(self, row):
+        self.wanted, self.turns = row["wanted"], 0
+        return [{"role": "user", "content": "What is 1 plus 2?"}]
+
+    def step(self, messages):
+        self.turns += 1
+        return Step([{"role": "user", "content": "Sort B."}], 0.5, self.turns == self.wanted)
+
+def last_is_short(completions, wanted, **columns):
+    assert all(c[-1]["role"] == "assistant" or c[-1]["content"] == "Sort B." for c in completions)
+    return [None if w == 1 else 0.25 for w in wanted]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("environments")
+    sft_runs.folder(place / "model")
+    (place / "mine.py").write_text(MINE)
+    (place / "rows.jsonl").write_text("".join(json.dumps({"wanted": 1 + i % 2}) + "\n" for i in range(6)))
+    return place
+
+
+def run(place: Path, *flags, status: int = 0) -> str:
+    return sft_runs.run(place, "--model.path", "model", *FLAGS, *flags, recipe=RECIPE, status=status)
+
+
+def test_a_run_with_an_environment_that_ships(place):
+    """Resumed in the middle of a rollout it ends the same; what is trained agrees with what was sampled."""
+    guess = "--rollout.environment", "guess", "--steps", 3, "--rollout.steps-per-generation", 2, "--save-every", 1
+    said = run(place, *guess, "--keep", 3, "--out", "straight")
+    assert "guess: 1,005 episodes" in said and "the reward of 5 held-out episodes is 0.000" in said
+    rows = sft_runs.rows(place / "straight")
+    for row in rows[::2]:
+        assert row["environment/raised"] == row["tools/call_frequency"] == 0 and "rewards/exact/mean" not in row
+        assert 1 <= row["num_turns/min"] <= row["num_turns/mean"] <= row["num_turns/max"] <= 4
+    assert rows[0]["ratio/mean"] == pytest.approx(1, abs=1e-4)
+    assert [("eval_reward" in row) for row in rows] == [False, True, True]
+    samples = json.loads((place / "straight" / "samples.jsonl").read_text().splitlines()[0])["samples"]
+    assert samples[0]["question"].startswith("Guess a number") and samples[0]["episode"].startswith("assistant: ")
+    run(place, *guess, "--resume", "straight/checkpoints/step-1", "--out", "resumed")
+    sft_runs.same_state(place / "straight", place / "resumed")
+
+
+def test_an_environment_of_ones_own_and_functions_beside_it(place):
+    own = "--rollout.environment", "mine.py:Count", "--data.train", "rows.jsonl", "--answers", 0, "--samples", 0
+    run(place, *own, "--steps", 1, "--rollout.max-turn-length", 1, "--rollout.max-turns", 3, "--out", "cut")
+    (row,) = sft_runs.rows(place / "cut")
+    assert row["completions"]["clipped_ratio"] > 0.5, "a turn of one token has no end"
+    run(place, *own, "--steps", 1, "--reward.functions", "mine.py:last_is_short", "--out", "own")
+    (row,) = sft_runs.rows(place / "own")
+    assert row["reward"] <= 1.25 and row["rewards/last_is_short/mean"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (("--rollout.max-turns", 3), 2, "has no effect without"),
+        (("--rollout.environment", "chess"), 1, "it can be FILE.py:NAME, calculator, guess"),
+        (("--rollout.environment", "mine.py:Count"), 1, "give a file of rows, --data.train"),
+        (("--rollout.environment", "guess", "--data.split", 0.1, "--data.train", "rows.jsonl"), 2, "not for environme"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, message):
+    flags = flags if "--rollout.environment" in flags else (*flags, "--rollout.max-turn-length", 0)
+    said = run(place, "--steps", 1, "--out", tmp_path / "run", *flags, status=status)
+    assert message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", environments.SHIPPED)
+def test_dialogues_talk_to_the_environments(name, tmp_path):
+    """They are what the environments say, on rows that are not held out, in words that are single tokens."""
+    folder = dialogues.write(name, tmp_path, n_train=60, n_eval=5)
+    tokenizer = Tokenizer(folder / "tokenizer")
+    assert tokenizer.vocab_size <= 384, "the tiny model has so many"
+    train, held_out = ([json.loads(x) for x in (folder / f"{stem}.jsonl").open()] for stem in ("train", "eval"))
+    openings = [{row["messages"][0]["content"] for row in rows} for rows in (train, held_out)]
+    assert not openings[0] & openings[1]
+    rights = 0
+    for row in train:
+        ids, mask = tokenizer.encode_chat(row["messages"], row.get("tools"))
+        assert any(mask) and len(ids) < 130
+        last = row["messages"][-1]["content"]
+        rights += bool(last) and last == (row["messages"][-2]["content"] if len(row["messages"]) == 4 else "")
+    assert name == "guess" or 0.2 < rights / len(train) < 0.6
+    with pytest.raises(KeyError):
+        dialogues.make("chess", 1, 1, 0)
+
+
+GAINS = {"guess": (0.05, 0.03), "calculator": (0.04, 0.08)}
+"""Of held-out episodes, played greedily, and of those that are trained on."""
+LEARNING = {
+    "guess": (600, 80, "--batch", 32, "--rollout.max-completion-length", 32, "--rollout.max-turn-length", 8),
+    "calculator": (800, 20, "--batch", 16, "--rollout.max-completion-length", 64, "--rollout.max-turn-length", 40),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_model_learns_from_an_environment(name, tmp_path):
+    """As in docs/environments.md: by supervision first, then by its reward, on rows that are held out."""
+    supervised, steps, *flags = LEARNING[name]
+    folder = dialogues.write(name, tmp_path / name)
+    data = "--data.train", folder / "train.jsonl", "--data.tokenizer", folder / "tokenizer", "--compile", "off"
+    taught = sft_runs.start(tmp_path, *data, "--steps", supervised, "--samples", 0, "--out", "start")
+    assert taught.wait(900) == 0, taught.output
+    flags += ["--model.path", "start/hf", "--rollout.environment", name, "--optim.lr", 5e-4, "--answers", 120]
+    flags += ["--compile", "off", "--samples", 0, "--eval-every", 0, "--out", "run"]
+    played = sft_runs.start(tmp_path, *flags, "--steps", steps, recipe=RECIPE)
+    assert played.wait(1800) == 0, played.output
+    rows = sft_runs.rows(tmp_path / "run")
+    before = float(played.output.split("before training the reward of 120 held-out episodes is ")[1][:5])
+    first, last = (sum(row["reward"] for row in some) / len(some) for some in (rows[:5], rows[-5:]))
+    assert rows[-1]["eval_reward"] > before + GAINS[name][0] and last > first + GAINS[name][1]
+    if name == "calculator":
+        assert rows[-1]["tools/call_frequency"] > 0.9 > 0.6 > rows[0]["tools/call_frequency"]
