@@ -95,3 +95,13 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message):
 def test_an_objective_without_ratios_needs_a_correction(place, tmp_path):
     flags = "--steps", 2, "--out", tmp_path / "run", *ONE_STEP_OFF, "--loss.loss-type", "reinforce"
     assert "has no ratio to older weights: give --loss.correction" in run(place, *flags, status=1)
+
+
+@pytest.mark.slow
+def test_workers_of_ray_draw_what_this_process_does(place):
+    flags = "--steps", 3, *ONE_STEP_OFF
+    run(place, *flags, "--rollout.ray", 2, "--out", "by-ray")
+    run(place, *flags, "--out", "by-itself")
+    for theirs, ours in zip(*(sft_runs.rows(place / name) for name in ("by-ray", "by-itself")), strict=True):
+        assert theirs["completions"] == ours["completions"] and theirs["off_policy"] == ours["off_policy"]
+        assert theirs["entropy"] == pytest.approx(ours["entropy"], rel=1e-5)
