@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help sft grpo test test-slow test-kills test-fuzz test-distributed test-vllm test-adapters lint bench bench-trl bench-grpo
-.PHONY: gpu-suite docs clean
+.PHONY: help sft grpo grpo-control test test-slow test-kills test-fuzz test-distributed test-vllm test-adapters lint
+.PHONY: bench bench-trl bench-grpo gpu-suite docs clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -16,12 +16,18 @@ sft: $(VENV)/.sft  ## Fine-tune a small Qwen3-MoE from scratch (options: make sf
 	$(BIN)/python experiments/qwen3_moe_sft.py $(ARGS)
 
 SEED ?= 0
+GRPO = $(BIN)/python experiments/qwen3_moe_grpo.py --model.path runs/grpo/start/hf --seed $(SEED) --steps 300 \
+  --optim.lr 2e-4 --optim.schedule linear --loss.beta 0.2 --loss.kl k3_unbiased --rollout.filter-groups \
+  --rollout.max-num-gen-batches 4 --compile off
+
 grpo: runs/grpo/start/hf/config.json  ## Reinforce a half-trained model by rewards (make grpo SEED=1)
-	$(BIN)/python experiments/qwen3_moe_grpo.py --model.path runs/grpo/start/hf --seed $(SEED) --steps 300 --optim.lr 5e-4 \
-	  --rollout.filter-groups --rollout.max-num-gen-batches 4 --compile off --out runs/grpo/seed-$(SEED) $(ARGS)
+	$(GRPO) --out runs/grpo/seed-$(SEED) $(ARGS)
+
+grpo-control: runs/grpo/start/hf/config.json  ## The same with rewards that say nothing, each group's in another order
+	$(GRPO) --reward.functions experiments/first_light/control.py:shuffled --out runs/grpo/control-$(SEED) $(ARGS)
 
 runs/grpo/start/hf/config.json: | $(VENV)/.sft
-	$(BIN)/python experiments/qwen3_moe_sft.py --steps 300 --samples 0 --out runs/grpo/start
+	$(BIN)/python experiments/qwen3_moe_sft.py --steps 304 --samples 0 --out runs/grpo/start
 
 test: lint  ## Lint, type-check and run the tests (ARGS are pytest's)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -65,7 +71,7 @@ docs: $(VENV)/.sft  ## Write what docs/ takes from the code: the tables of optio
 	$(BIN)/python experiments/docs.py
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-trl $(VENV)-verifiers $(VENV)-openenv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-vllm $(VENV)-verifiers $(VENV)-openenv .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " \

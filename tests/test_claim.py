@@ -103,7 +103,7 @@ def calls(recipe: str) -> dict[str, ast.Call]:
 DATA_LOSS_AND_ROLLOUTS = {
     "policies.loss", "rl.plan", "rl.plan(o).total_steps", "rl.experience", "rl.agree", "len",
     "Reference.of", "Reference.of(model, params, run.shard, **how).before",
-    "measure", "measure(began.params).get",
+    "episodes.HeldOut", "held_out.measure", "held_out.say", "held_out.show",
 }  # fmt: skip
 
 
