@@ -90,7 +90,8 @@ class RayEngine:
     ):  # fmt: skip
         self.seconds, self.paused = seconds, False
         self.params: tree.Tree = None
-        self.version, self.put = -1, (-1, None)
+        self.version = -1
+        self.put: tuple[int, Any] = (-1, None)
         self.workers: list[Any] = []
         self.started: list[Any] = []
         if not workers:  # another rank has them
@@ -102,7 +103,8 @@ class RayEngine:
             local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
             ray.init(logging_level="warning", log_to_driver=False, **local)  # type: ignore[arg-type]
         own = backend.has_own_memory(backend.setup(device))
-        made = ray.remote(num_cpus=1, num_gpus=int(own), max_concurrency=2)(Worker)
+        needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(own), "max_concurrency": 2}
+        made = ray.remote(**needs)(Worker)
         self._make = lambda: made.remote(model, device, how)
         self.workers, self.started = [None] * workers, [None] * workers
         for i in range(workers):
