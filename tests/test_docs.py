@@ -25,7 +25,7 @@ import torch
 import transformers
 
 import models
-from experiments import compare, plan, rules
+from experiments import compare, plan, qwen3_moe_grpo, rules
 from experiments.first_light import tasks
 from experiments.qwen3_moe_sft import Options
 from experiments.serving.vllm_worker import Weights
@@ -101,7 +101,7 @@ def small(flags: list[str]) -> list[str]:
 def ensure(place: Path, text: str) -> None:
     """Make the runs that a command or a block names, if no command has made them."""
     for name in re.findall(r"\bruns/\w+", text):
-        if not (place / name / "hf").exists():
+        if not (place / name).exists():
             data = ["--model.path", "Qwen3-0.6B", "--data.train", "chats.jsonl", "--steps", "200"]
             sft_runs.run(place, *small([*data, "--out", name]))
 
@@ -139,8 +139,11 @@ def preferred(words: list[str], place: Path) -> None:
 
 
 def reinforced(words: list[str], place: Path) -> None:
-    """The recipe for rewards, on a few questions and short answers."""
+    """The recipe for rewards, on a few questions and short answers; of environments flags are accepted."""
     flags = words[words.index("experiments/qwen3_moe_grpo.py") + 1 :]
+    if "--rollout.environment" in flags:  # tests/experiments run it
+        config.cli(qwen3_moe_grpo.Options, doc="", argv=flags)
+        return
     world, out = 2 if words[0] == "torchrun" else 1, place / "reinforced" / str(len(flags))
     few = ["--steps", "2", "--batch", "2", "--micro-batch", "2", "--data.seq-len", "64", "--compile", "off"]
     few += [
@@ -165,6 +168,11 @@ def reinforced(words: list[str], place: Path) -> None:
     else:
         sft_runs.run_ranks(place, world, *flags, *few, "--out", out, *axes(flags), **options)
     assert rows(out)[-1]["step"] == 2 and (out / "hf" / "config.json").exists()
+
+
+def scripted(words: list[str], place: Path) -> None:
+    done = subprocess.run([sys.executable, ROOT / words[1], *words[2:], "--n-train", "40", "--n-eval", "10"], cwd=place)
+    assert done.returncode == 0 and (place / words[3] / "tokenizer" / "tokenizer.json").exists()
 
 
 def served(words: list[str], place: Path) -> None:
@@ -289,6 +297,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     rf"torchrun (--nnodes .* )?--nproc-per-node \d+ .*{RUN} .*": recipe,
     rf"({PYTHON}|torchrun --nproc-per-node \d+ )experiments/preference\.py( .*)?": preferred,
     rf"({PYTHON}|torchrun --nproc-per-node \d+ )experiments/qwen3_moe_grpo\.py( .*)?": reinforced,
+    rf"{PYTHON}experiments/first_light/dialogues\.py .*": scripted,
     rf"{PYTHON}-m vllm\.entrypoints\.\S+ .*": served,
     rf"accelerate launch .*{RUN} .*": accelerated,
     rf"{PYTHON}experiments/rules\.py .*": ruled,

@@ -97,7 +97,7 @@ def test_decode_cpu_times_contestants_that_agree(tmp_path, flags):
     assert not ended.value.code and rows.keys() == {"ours-off", "hf-generate-eager"}
     for row in rows.values():
         assert len(row["seconds"]) == 2 and row["rate"] == row["tokens"] / row["median_s"]
-        assert row["tokens"] < 30 if flags else row["tokens"] == 30
+        assert 6 <= row["tokens"] <= 30 if flags else row["tokens"] == 30
         assert row["others"] == (None if "temperature" in flags else 0)
 
 
@@ -329,6 +329,7 @@ def test_memory_refuses_unknown_settings():
 # end to end, start-up -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_end_to_end_judges_ours_as_the_recipe_does(tmp_path):
     """The held-out loss that plain transformers has on a checkpoint is the one that the recipe logged there."""
     folder, out = tmp_path / "place", tmp_path / "out.json"

@@ -5,6 +5,8 @@ import torch
 
 from tests.multi_rank import away, launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> dict:

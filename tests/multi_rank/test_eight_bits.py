@@ -6,6 +6,8 @@ import torch
 from tests.multi_rank import eight_bits, launch
 from tests.multi_rank.test_mesh import differences
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ran() -> dict:

@@ -88,7 +88,8 @@ def balanced(config: dict, rows: int, length: int) -> dict[str, torch.Tensor]:
     batch = {name: torch.ones(rows, length, dtype=x.dtype) for name, x in columns(1, 1).items()}
     batch["positions"] = torch.arange(length).expand(rows, length).contiguous()
     if config["model_type"] == "qwen3_moe":
-        depth, K, E = config["num_hidden_layers"], config["num_experts_per_tok"], config["num_experts"]
+        depth = sum("moe" in layer for layer in models.from_config(config).specs["layers"])
+        K, E = config["num_experts_per_tok"], config["num_experts"]
         slots = torch.arange(rows * length * K).view(rows, length, 1, K) % E
         batch["routed_experts"] = slots.expand(-1, -1, depth, -1).contiguous()
     return batch
