@@ -16,7 +16,7 @@ sft: $(VENV)/.sft  ## Fine-tune a small Qwen3-MoE from scratch (options: make sf
 	$(BIN)/python experiments/qwen3_moe_sft.py $(ARGS)
 
 SEED ?= 0
-GRPO = $(BIN)/python experiments/qwen3_moe_grpo.py --model.path runs/grpo/start/hf --seed $(SEED) --steps 300 \
+GRPO = $(BIN)/python experiments/qwen3_moe_grpo.py --model.path runs/grpo/start/hf --seed $(SEED) --steps 100 \
   --optim.lr 2e-4 --optim.schedule linear --loss.beta 0.2 --loss.kl k3_unbiased --rollout.filter-groups \
   --rollout.max-num-gen-batches 4 --compile off
 
@@ -26,8 +26,11 @@ grpo: runs/grpo/start/hf/config.json  ## Reinforce a half-trained model by rewar
 grpo-control: runs/grpo/start/hf/config.json  ## The same with rewards that say nothing, each group's in another order
 	$(GRPO) --reward.functions experiments/first_light/control.py:shuffled --out runs/grpo/control-$(SEED) $(ARGS)
 
+# Seven of ten training answers are careless: the start gives the right one about every second time.
 runs/grpo/start/hf/config.json: | $(VENV)/.sft
-	$(BIN)/python experiments/qwen3_moe_sft.py --steps 304 --samples 0 --out runs/grpo/start
+	$(BIN)/python experiments/first_light/tasks.py runs/grpo/careless --careless 0.7
+	$(BIN)/python experiments/qwen3_moe_sft.py --data.train runs/grpo/careless/train.jsonl \
+	  --data.eval runs/grpo/careless/eval.jsonl --steps 800 --samples 0 --out runs/grpo/start
 
 test: lint  ## Lint, type-check and run the tests (ARGS are pytest's)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -5,10 +5,10 @@
 
 Contestants are whole processes, started as a user starts them, one at a time, in turns. All answer the same 32
 questions 16 times a step at temperature 1, with at most --tokens tokens, score answers by exact match, and make one
-update of DAPO's objective with AdamW in float32. Without --model the model is random (256 wide, 16 experts, top-4), and
+update of DAPO's objective with AdamW. Without --model the model is random (256 wide, 16 experts, top-4), and
 so its answers seldom end before --tokens.
 
-    ours-F           qwen3_moe_grpo.py --compile F
+    ours-F[-bf16]    qwen3_moe_grpo.py --compile F, computing in bfloat16
     trl-generate-X   GRPOTrainer at its best for a CPU (float32, no recomputation), `generate` for rollouts,
                      experts implementation X
     trl-batch-X      the same with transformers' continuous batching
@@ -60,7 +60,11 @@ TRL: dict[str, dict[str, Any]] = {
     "small": BEST | SMALL | experts("grouped_mm"),
     "defaults": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": SAMPLES // 8},
 }
-OURS = ("off", "layer")
+OURS = {
+    "off": ("--compile", "off"),
+    "layer": ("--compile", "layer"),
+    "off-bf16": ("--compile", "off", "--dtype", "bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,15 @@ def contestants(o: Options) -> dict[str, Callable[[Path], list[str]]]:
     flags = [str(part) for pair in given.items() for part in pair]
     same = SAME | {"max_completion_length": o.tokens, "max_steps": o.steps}
 
-    def ours(form: str) -> Callable[[Path], list[str]]:
-        return lambda out: runs.ours(o.folder, out, [*flags, "--compile", form], "qwen3_moe_grpo")
+    def ours(more: tuple[str, ...]) -> Callable[[Path], list[str]]:
+        return lambda out: runs.ours(o.folder, out, [*flags, *more], "qwen3_moe_grpo")
 
     def trl(more: dict[str, Any]) -> Callable[[Path], list[str]]:
         return lambda out: runs.trl(o.folder, out, o.peer_python, same | more, "trl_grpo")
 
-    return {f"ours-{form}": ours(form) for form in OURS} | {f"trl-{name}": trl(more) for name, more in TRL.items()}
+    return {f"ours-{name}": ours(more) for name, more in OURS.items()} | {
+        f"trl-{name}": trl(more) for name, more in TRL.items()
+    }
 
 
 def run(o: Options, name: str) -> dict[str, Any]:

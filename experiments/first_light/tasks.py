@@ -1,6 +1,6 @@
 """The first-light chat dataset: addition and letter sorting asked in words, with checkable answers.
 
-    python experiments/first_light/tasks.py FOLDER [--n-train N] [--n-eval N] [--seed N]
+    python experiments/first_light/tasks.py FOLDER [--n-train N] [--n-eval N] [--seed N] [--careless SHARE]
 
 Every record is one line of OpenAI messages: `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}`.
 A question's content is what is asked about, whatever the wording: the unordered pair of numbers of an addition, the
@@ -122,6 +122,15 @@ def wrong(rng: random.Random, task: str, operands: tuple[str, ...]) -> str:
     return right[:at] + right[at + 1] + right[at] + right[at + 2 :]
 
 
+def careless(task: str, operands: tuple[str, ...]) -> str:
+    """Return the answer of one who forgets what is carried to the tens, and the order of the first two letters."""
+    if task == "sort":
+        first, second, *rest = solve(task, operands)
+        return "".join((second, first, *rest))
+    (a, b), (c, d) = (divmod(int(number), 10) for number in operands)
+    return str(10 * (a + c) + (b + d) % 10)
+
+
 def write_preferences(folder: str | Path, n_train: int = 20_000, n_eval: int = 600, seed: int = 0) -> tuple[Path, Path]:
     """Write the same questions, each with the right answer chosen and a wrong one rejected, and return both paths."""
     folder, rng = Path(folder), random.Random(f"wrong {seed}")
@@ -137,12 +146,21 @@ def write_preferences(folder: str | Path, n_train: int = 20_000, n_eval: int = 6
     return paths
 
 
-def write(folder: str | Path, n_train: int = 20_000, n_eval: int = 600, seed: int = 0) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `eval.jsonl` into a folder, which is made if missing, and return both paths."""
-    folder = Path(folder)
+def write(
+    folder: str | Path, n_train: int = 20_000, n_eval: int = 600, seed: int = 0, share: float = 0.0
+) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `eval.jsonl` into a folder, which is made if missing, and return both paths.
+
+    A `share` of the training answers is `careless`.
+    """
+    folder, rng = Path(folder), random.Random(f"careless {seed}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "eval.jsonl"
-    for path, records in zip(paths, make(n_train, n_eval, seed), strict=True):
+    both = make(n_train, n_eval, seed)
+    for record in both[0]:
+        if rng.random() < share:
+            record["messages"][-1]["content"] = careless(*parse(record))
+    for path, records in zip(paths, both, strict=True):
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return paths
 
@@ -153,5 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("--n-train", type=int, default=20_000, help="training records (default %(default)s)")
     parser.add_argument("--n-eval", type=int, default=600, help="evaluation records (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default %(default)s)")
+    parser.add_argument("--careless", type=float, default=0.0, help="share of careless answers (default %(default)s)")
     options = parser.parse_args()
-    print(*write(options.folder, options.n_train, options.n_eval, options.seed), sep="\n")
+    print(*write(options.folder, options.n_train, options.n_eval, options.seed, options.careless), sep="\n")

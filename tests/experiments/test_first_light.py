@@ -144,3 +144,23 @@ def test_special_tokens_agree_everywhere():
     assert len(TOKENIZER) == FAST.get_vocab_size() == max(FAST.get_vocab().values()) + 1
     for mark in make_tokenizer.SPECIAL:
         assert FAST.encode(f"A{mark}B", add_special_tokens=False).tokens == ["A", mark, "B"]
+
+
+@given(st.sampled_from(tasks.NUMBERS), st.sampled_from(tasks.NUMBERS))
+def test_who_is_careless_forgets_what_is_carried_to_the_tens(a, b):
+    carried = 10 * (a % 10 + b % 10 >= 10)
+    assert tasks.careless("add", (str(a), str(b))) == str(a + b - carried)
+
+
+def test_a_share_of_training_answers_is_careless_and_no_other(tmp_path):
+    assert tasks.careless("sort", ("QDXB",)) == "DBQX"
+    paths = tasks.write(tmp_path, 600, 30, seed=1, share=0.7)
+    train, evaluation = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
+    clean, held_out = tasks.make(600, 30, 1)
+    assert evaluation == held_out
+    right = [a == b for a, b in zip(train, clean, strict=True)]
+    kinds = [tasks.parse(record) for record in train]
+    said = [record["messages"][-1]["content"] for record in train]
+    assert all(ok or one == tasks.careless(*kind) for ok, one, kind in zip(right, said, kinds, strict=True))
+    sorts = [ok for ok, (task, _) in zip(right, kinds, strict=True) if task == "sort"]
+    assert 0.2 < sum(sorts) / len(sorts) < 0.4
