@@ -125,8 +125,8 @@ def wrong(rng: random.Random, task: str, operands: tuple[str, ...]) -> str:
 def careless(task: str, operands: tuple[str, ...]) -> str:
     """Return the answer of one who forgets what is carried to the tens, and the order of the first two letters."""
     if task == "sort":
-        first, second, *rest = solve(task, operands)
-        return "".join((second, first, *rest))
+        right = solve(task, operands)
+        return right[1] + right[0] + right[2:]
     (a, b), (c, d) = (divmod(int(number), 10) for number in operands)
     return str(10 * (a + c) + (b + d) % 10)
 
