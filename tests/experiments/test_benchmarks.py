@@ -42,12 +42,10 @@ def run(script: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, names",
-    [
-        ("float32", ["ours-off", "hf-grouped_mm"]),
-        pytest.param("bfloat16", ["ours-off", "hf-eager", "hf-eager-autocast"], marks=pytest.mark.slow),
-    ],
+    [("float32", ["ours-off", "hf-grouped_mm"]), ("bfloat16", ["ours-off", "hf-eager", "hf-eager-autocast"])],
 )
 def test_sft_cpu_times_contestants_that_agree(tmp_path, dtype, names):
     result = run(

@@ -69,9 +69,8 @@ def steps(shard, dtype: torch.dtype | None = None, **how) -> dict[str, torch.Ten
     return seen | tree.flatten(state.params)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "dtype"), [("tile", torch.bfloat16), pytest.param("row", None, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "dtype"), [("tile", torch.bfloat16), ("row", None)])
 def test_all_forms_of_the_step_are_the_same(recipe, dtype):
     shard = OneDevice(precision.fp8(Fp8Options(recipe), MODEL.specs))
     plain, exact = steps(shard, dtype), steps(OneDevice(), dtype)
