@@ -6,10 +6,10 @@ from typing import Any
 from experiments import episodes
 from experiments.recipe import Run
 from functional_trainer import backend, tree
-from functional_trainer.engine import LocalEngine
+from functional_trainer.engines import Engine, Sample, Sampling
+from functional_trainer.engines.local import LocalEngine
+from functional_trainer.engines.remote import RemoteEngine
 from functional_trainer.experience import Prompt
-from functional_trainer.remote import RemoteEngine
-from functional_trainer.rollout import Engine, Sample, Sampling
 from functional_trainer.types import OneDevice
 
 
@@ -35,7 +35,7 @@ def choose(o: Any, run: Run, model: Any, params: tree.Tree, ahead: bool, group: 
         length = episodes.longest(o, [prompt.ids for prompt in run.loader])
         how: dict[str, Any] = {"slots": r.slots, "compile": r.compile, "record_routing": r.routing_replay}
         if r.ray:
-            from functional_trainer.ray_engine import RayEngine
+            from functional_trainer.engines.actors import RayEngine
 
             first = r.ray if shard.rank == 0 else 0
             return RayEngine(model, workers=first, device=run.device.type, length=length, **how), shard.full

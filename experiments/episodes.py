@@ -9,10 +9,10 @@ from experiments import data
 from experiments.recipe import Run
 from functional_trainer import environments, exact_match, tree
 from functional_trainer.data import Record, Tokenizer, sources
-from functional_trainer.engine import LocalEngine
+from functional_trainer.engines import Engine, Sample, Sampling
+from functional_trainer.engines.local import LocalEngine
 from functional_trainer.environments.episodes import Episodes
 from functional_trainer.experience import Prompt, Prompts
-from functional_trainer.rollout import Engine, Sample, Sampling
 
 Ask = Callable[[Engine, list[Prompt], Sampling, Sequence[Sample | None]], list[Sample]]
 

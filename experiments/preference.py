@@ -14,7 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
 from functional_trainer import config
-from functional_trainer.options import DataOptions, MeshOptions, ModelOptions, OptimOptions, PreferenceOptions, within
+from functional_trainer.options import DataOptions, MeshOptions, ModelOptions, OptimOptions, within
+from functional_trainer.rl_options import PreferenceOptions
 
 
 @dataclass(frozen=True)

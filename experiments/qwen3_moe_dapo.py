@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clo
 
 from experiments import qwen3_moe_grpo
 from functional_trainer import config
-from functional_trainer.options import PolicyOptions, RolloutOptions
+from functional_trainer.rl_options import PolicyOptions, RolloutOptions
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
 from functional_trainer import config
-from functional_trainer.options import (
-    MeshOptions,
-    ModelOptions,
-    OptimOptions,
-    PolicyOptions,
-    PromptOptions,
-    RewardOptions,
-    RolloutOptions,
-    RunOptions,
-    within,
-)
+from functional_trainer.options import MeshOptions, ModelOptions, OptimOptions, RunOptions, within
+from functional_trainer.rl_options import PolicyOptions, PromptOptions, RewardOptions, RolloutOptions
 
 
 @dataclass(frozen=True)

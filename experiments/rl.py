@@ -10,10 +10,10 @@ from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
+from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
 from functional_trainer.rewards import Rewards, load
-from functional_trainer.rollout import Sample
 
 
 def plan(o: Any) -> Plan:

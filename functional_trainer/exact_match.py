@@ -9,7 +9,7 @@ from rich.table import Table
 
 from functional_trainer.data.chat import Tokenizer
 from functional_trainer.data.records import Record
-from functional_trainer.engine import generate
+from functional_trainer.engines.local import generate
 from functional_trainer.tree import Tree
 
 

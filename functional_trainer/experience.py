@@ -22,7 +22,7 @@ from functional_trainer import advantages, routing
 from functional_trainer.data.columns import lengths
 from functional_trainer.data.order import Share, mixed
 from functional_trainer.data.packing import Cursor, Documents, cut, fill, first_fit, plan
-from functional_trainer.rollout import Sample
+from functional_trainer.engines import Sample
 
 Batch = dict[str, torch.Tensor]
 

@@ -28,14 +28,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from functional_trainer import options
+from functional_trainer import rl_options
 from functional_trainer.losses import Loss, Sums, logprobs
 from functional_trainer.rollout_correction import per_sequence
 from functional_trainer.segments import segment_sum
 from functional_trainer.types import Batch, Output, Unembed
 
 TERMS = ("dpo", "ipo", "bco", "sft", "kto")
-MPO = options.MPO
+MPO = rl_options.MPO
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def preference(coefficients: Mapping[str, float], **settings) -> Loss:
     )  # fmt: skip
 
 
-def from_options(o: options.PreferenceOptions, balance: float) -> Loss:
+def from_options(o: rl_options.PreferenceOptions, balance: float) -> Loss:
     """Build the loss that options ask for, with the router balance loss if it has a weight."""
     kto = {"chosen_weight": o.desirable_weight, "rejected_weight": o.undesirable_weight}
     return preference(o.terms, beta=o.beta, label_smoothing=o.label_smoothing, balance=balance, **kto)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from functional_trainer.rollout import Sample
+from functional_trainer.engines import Sample
 from functional_trainer.tree import Tree
 
 

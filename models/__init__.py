@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from functional_trainer import hf, param
-from functional_trainer.engine import generate
+from functional_trainer.engines.local import generate
 from functional_trainer.tree import Tree
 from functional_trainer.types import ONE_DEVICE
 from models import qwen3, qwen3_moe

@@ -88,8 +88,8 @@ def questions(o: Options) -> Ids:
 
 def ours(o: Options, model: Any, params: Any, prompts: Ids, stops: list[int], form: Any) -> Callable[[], Ids]:
     """Return a call of the built-in engine."""
-    from functional_trainer.engine import LocalEngine
-    from functional_trainer.rollout import Sampling
+    from functional_trainer.engines import Sampling
+    from functional_trainer.engines.local import LocalEngine
 
     length = max(map(len, prompts)) + o.tokens
     engine = LocalEngine(model, params, slots=o.slots, length=length, compile=form, look_every=o.look_every)

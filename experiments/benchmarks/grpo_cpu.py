@@ -25,7 +25,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +171,7 @@ def show(o: Options, rows: list[dict[str, Any]], console: Console) -> None:
 
 def main(o: Options) -> None:
     """Prepare what all share, run everybody in turns, print, write."""
-    wanted = [name for name in contestants(o) if any(fnmatch(name, pattern) for pattern in o.contestants)]
-    if not wanted:
-        raise ValueError(f"--contestants {' '.join(o.contestants)}: none; there are {', '.join(contestants(o))}")
+    wanted = runs.chosen(contestants(o), o.contestants)
     if o.steps <= SKIPPED or min(o.rounds, o.tokens, o.layers) < 1:
         raise ValueError(f"--steps is above {SKIPPED}, --rounds, --tokens and --layers are at least 1")
     console = Console(width=150)

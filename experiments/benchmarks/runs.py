@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ def apart() -> Iterator[Callable]:
     """Yield a function that calls another in a process of its own, so that this one stays small."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         yield lambda fn, *args: pool.submit(fn, *args).result()
+
+
+def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the contestants that --contestants asks for, with wildcards; ValueError says which there are."""
+    names = list(names)
+    wanted = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    if not wanted:
+        raise ValueError(f"--contestants {' '.join(patterns)}: none; there are {', '.join(names)}")
+    return wanted
 
 
 def conversations(records: list[tasks.Record], count: int, seed: int) -> list[tasks.Record]:

@@ -31,7 +31,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +234,7 @@ def show(o: Options, rows: list[dict[str, Any]], console: Console) -> None:
 
 def main(o: Options) -> None:
     """Prepare what all share, run everybody in turns, print, write."""
-    wanted = [name for name in contestants(o) if any(fnmatch(name, pattern) for pattern in o.contestants)]
-    if not wanted:
-        raise ValueError(f"--contestants {' '.join(o.contestants)}: none; there are {', '.join(contestants(o))}")
+    wanted = runs.chosen(contestants(o), o.contestants)
     if not 1 <= o.held_out <= 170 or min(o.rows, o.layers) < 1 or o.rounds < 0:
         raise ValueError("--held-out is 1 to 170, --rows and --layers are at least 1, --rounds at least 0")
     o.folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +84,9 @@ def measure(o: Options, name: str, place: Path, warm: bool) -> dict[str, float]:
 def main(o: Options) -> None:
     """Prepare what all share, run everybody in turns, print, write."""
     names = [*commands(o), *(f"ours-{form}" for form in FORMS), "trl-sft"]
-    wanted = [name for name in names if any(fnmatch(name, pattern) for pattern in o.contestants)]
-    if not wanted or min(o.rounds, o.rows, o.layers) < 1:
-        raise ValueError(f"--contestants is one of {', '.join(names)}; --rounds, --rows and --layers are at least 1")
+    wanted = runs.chosen(names, o.contestants)
+    if min(o.rounds, o.rows, o.layers) < 1:
+        raise ValueError("--rounds, --rows and --layers are at least 1")
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)

@@ -14,12 +14,12 @@ import models
 from experiments.first_light.make_tokenizer import FOLDER
 from functional_trainer import advantages, init_state, losses, make_train_step, optimizers
 from functional_trainer.data import Documents, Loader, Tokenizer
-from functional_trainer.engine import LocalEngine
+from functional_trainer.engines import Sampling
+from functional_trainer.engines.local import LocalEngine
 from functional_trainer.environments import Environment, Step
 from functional_trainer.environments.episodes import Episodes, report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
 from functional_trainer.losses import Loss
-from functional_trainer.rollout import Sampling
 
 model = models.from_config(models.PRESETS["tiny"] | {"moe_intermediate_size": 96})
 tokenizer = Tokenizer(FOLDER)

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 
 from functional_trainer.data.chat import Message, Tokenizer
+from functional_trainer.engines import Engine, Episode, Sample, Sampling
 from functional_trainer.environments import Environment, Maker, Row, Step
 from functional_trainer.environments.tools import Call, Tools
 from functional_trainer.environments.turns import Turns
 from functional_trainer.errors import brief
-from functional_trainer.rollout import Engine, Episode, Sample, Sampling
 
 
 @dataclass(eq=False)

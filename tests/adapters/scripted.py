@@ -4,8 +4,8 @@ from typing import Any
 
 from experiments.first_light.make_tokenizer import FOLDER
 from functional_trainer.data import Tokenizer
+from functional_trainer.engines import Sample, Sampling
 from functional_trainer.environments.episodes import Episodes
-from functional_trainer.rollout import Sample, Sampling
 
 TOKENIZER = Tokenizer(FOLDER)
 

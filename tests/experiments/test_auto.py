@@ -9,7 +9,8 @@ import torch
 import models
 from experiments import auto, plan, qwen3_moe_grpo
 from experiments.estimate import estimate
-from functional_trainer.options import MeshOptions, ModelOptions, PromptOptions, RolloutOptions
+from functional_trainer.options import MeshOptions, ModelOptions
+from functional_trainer.rl_options import PromptOptions, RolloutOptions
 from sharding_rules import roofline
 
 H100 = roofline.DEVICES["H100"]

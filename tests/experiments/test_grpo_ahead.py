@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from functional_trainer.options import RolloutOptions
+from functional_trainer.rl_options import RolloutOptions
 from tests.experiments import sft_runs
 from tests.experiments.test_grpo import FLAGS, RECIPE, run
 

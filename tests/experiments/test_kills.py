@@ -55,7 +55,7 @@ SFT, RL = ("one", "fsdp2"), ("grpo", "grpo ahead")
 PHASES = {
     "tokenize": ("functional_trainer.data.cache:_write",),
     "read": ("functional_trainer.data.loader:Loader.__next__", "functional_trainer.experience:Experience.__next__"),
-    "rollout": ("functional_trainer.engine:LocalEngine.generate",),
+    "rollout": ("functional_trainer.engines.local:LocalEngine.generate",),
     "reward": ("functional_trainer.rewards:Rewards.__call__",),
     "step": ("functional_trainer.step:gradient", "functional_trainer.step:apply_gradient"),
     "evaluate": ("functional_trainer.loop:evaluate",),

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import data
 from functional_trainer.data import Tokenizer
-from functional_trainer.options import PromptOptions
+from functional_trainer.rl_options import PromptOptions
 from functional_trainer.types import ONE_DEVICE
 from tests.experiments import sft_runs
 

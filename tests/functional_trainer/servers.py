@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 
 import models
-from functional_trainer.engine import LocalEngine
-from functional_trainer.rollout import Sampling
+from functional_trainer.engines import Sampling
+from functional_trainer.engines.local import LocalEngine
 
 
 class Refuse(Exception):

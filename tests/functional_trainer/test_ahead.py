@@ -12,9 +12,9 @@ import torch
 from functional_trainer import advantages, tree
 from functional_trainer.agreement import score
 from functional_trainer.ahead import Ahead
-from functional_trainer.engine import LocalEngine
+from functional_trainer.engines import Sampling
+from functional_trainer.engines.local import LocalEngine
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
-from functional_trainer.rollout import Sampling
 from tests.functional_trainer.test_engine import MODELS, PARAMS
 
 MODEL = MODELS["dense"]

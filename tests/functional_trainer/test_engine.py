@@ -1,4 +1,4 @@
-"""functional_trainer.engine: continuous batching changes no sample, and samples are the trainer's own."""
+"""functional_trainer.engines.local: continuous batching changes no sample, and samples are the trainer's own."""
 
 from dataclasses import replace
 
@@ -8,10 +8,10 @@ import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functional_trainer import engine as engines
 from functional_trainer import losses, tree
-from functional_trainer.engine import LocalEngine
-from functional_trainer.rollout import Sampling
+from functional_trainer.engines import Sampling
+from functional_trainer.engines import local as engines
+from functional_trainer.engines.local import LocalEngine
 from functional_trainer.types import ONE_DEVICE
 from tests.models import small
 

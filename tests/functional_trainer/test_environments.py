@@ -16,11 +16,11 @@ from transformers.utils import get_json_schema
 from experiments.first_light.make_tokenizer import FOLDER
 from functional_trainer import environments
 from functional_trainer.data import Tokenizer
+from functional_trainer.engines import Episode, Sample, Sampling
 from functional_trainer.environments import Environment, Step, shipped, tools
 from functional_trainer.environments.episodes import Episodes, report, rewarded
 from functional_trainer.environments.tools import Call, Tools
 from functional_trainer.environments.turns import Turns
-from functional_trainer.rollout import Episode, Sample, Sampling
 from tests.functional_trainer.test_data_chat import CHATML, LLAMA, QWEN3, QWEN3_PLAIN, write_folder
 
 SAMPLING = Sampling(max_tokens=400, seed=3)

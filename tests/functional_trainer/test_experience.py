@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_trainer import advantages
+from functional_trainer.engines import Sample
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
-from functional_trainer.rollout import Sample
 
 QUESTIONS = Prompts(Prompt([10 + i, 3], f"question {i}", {"answer": str(i)}) for i in range(7))
 LONGEST = 6

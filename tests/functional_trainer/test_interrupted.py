@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_trainer import losses
-from functional_trainer.engine import LocalEngine
-from functional_trainer.rollout import Sample
+from functional_trainer.engines import Sample
+from functional_trainer.engines.local import LocalEngine
 from functional_trainer.types import ONE_DEVICE
 from tests.functional_trainer.test_engine import MODELS, PARAMS, PROMPTS, SAMPLED, assert_same, engine
 

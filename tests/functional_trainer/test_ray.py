@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from functional_trainer import ray_engine, tree
-from functional_trainer.ray_engine import RayEngine
+from functional_trainer import tree
+from functional_trainer.engines import actors
+from functional_trainer.engines.actors import RayEngine
 from tests.functional_trainer.test_engine import MODELS, PARAMS, PROMPTS, SAMPLED, assert_same, engine
 
 pytestmark = pytest.mark.slow
@@ -135,7 +136,7 @@ def test_what_kills_every_worker_ends_the_call(two):
         return worker
 
     begin_with(two, mortal)
-    with pytest.raises(RuntimeError, match=f"{ray_engine.TRIES} rollout workers were lost over prompts"):
+    with pytest.raises(RuntimeError, match=f"{actors.TRIES} rollout workers were lost over prompts"):
         two.generate(PROMPTS, SAMPLED)
     begin_with(two, make)
     assert len(two.generate(PROMPTS, SAMPLED)) == len(PROMPTS)
@@ -162,5 +163,5 @@ def test_it_pauses_and_goes_on(two):
 
 def test_weights_of_any_dtype_arrive_as_they_are():
     for x in (torch.randn(3, 2).bfloat16(), torch.randn(()), torch.arange(5), torch.randn(4, 3).T):
-        there = ray_engine._tensor(*ray_engine._packed(x))
+        there = actors._tensor(*actors._packed(x))
         assert there.dtype == x.dtype and there.shape == x.shape and torch.equal(there, x)

@@ -1,4 +1,4 @@
-"""functional_trainer.remote: samples and weights over the wire protocols of three servers, and what goes wrong there.
+"""engines.remote: samples and weights over the wire protocols of three servers, and what goes wrong there.
 
 The servers are those of servers.py; a real vLLM is in tests/vllm.
 """
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import models
-from functional_trainer import remote, tree
-from functional_trainer.remote import RemoteEngine
-from functional_trainer.rollout import Sampling
+from functional_trainer import tree
+from functional_trainer.engines import Sampling, remote
+from functional_trainer.engines.remote import RemoteEngine
 from tests.functional_trainer import servers
 from tests.models import small
 

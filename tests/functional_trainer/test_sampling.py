@@ -1,4 +1,4 @@
-"""functional_trainer.sampling against transformers' own filters and the inverse of their distribution in float64."""
+"""engines.sampling against transformers' own filters and the inverse of their distribution in float64."""
 
 import math
 
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from functional_trainer.rollout import Sampling
-from functional_trainer.sampling import sample, uniforms
+from functional_trainer.engines import Sampling
+from functional_trainer.engines.sampling import sample, uniforms
 
 P = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 

@@ -9,10 +9,10 @@ import torch
 from experiments import engines, rl
 from functional_trainer import advantages, backend, tree
 from functional_trainer.ahead import Ahead
-from functional_trainer.engine import LocalEngine
+from functional_trainer.engines import Sample
+from functional_trainer.engines.local import LocalEngine
 from functional_trainer.experience import Plan, Prompt, Prompts, Scores
-from functional_trainer.options import RewardOptions, RolloutOptions
-from functional_trainer.rollout import Sample
+from functional_trainer.rl_options import RewardOptions, RolloutOptions
 from tests.models import small
 
 MODEL = small.model(small.DENSE, initializer_range=0.5)

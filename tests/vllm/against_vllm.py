@@ -18,10 +18,10 @@ import torch
 
 import models
 from experiments.benchmarks import decode_cpu
-from functional_trainer import remote, tree
-from functional_trainer.options import RolloutOptions
-from functional_trainer.remote import RemoteEngine
-from functional_trainer.rollout import Sampling
+from functional_trainer import tree
+from functional_trainer.engines import Sampling, remote
+from functional_trainer.engines.remote import RemoteEngine
+from functional_trainer.rl_options import RolloutOptions
 from tests.experiments import sft_runs
 
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from functional_trainer import backend, tree
-from functional_trainer.engine import LocalEngine
-from functional_trainer.rollout import Sample, Sampling
+from functional_trainer.engines import Sample, Sampling
+from functional_trainer.engines.local import LocalEngine
 
 PARTS = 2
 """Parts for each worker of the prompts of a call: what a worker that dies loses is one."""

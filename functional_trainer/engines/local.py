@@ -31,9 +31,9 @@ import torch
 
 import kernels
 from functional_trainer import routing, tree
+from functional_trainer.engines import Sample, Sampling
+from functional_trainer.engines.sampling import sample, uniforms
 from functional_trainer.remat import wrap_layer
-from functional_trainer.rollout import Sample, Sampling
-from functional_trainer.sampling import sample, uniforms
 from functional_trainer.step import Compile, settings
 from functional_trainer.types import Batch
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from functional_trainer import backend, hf, tree
-from functional_trainer.dialects import DIALECTS, Named, Request
+from functional_trainer.engines import Sample, Sampling
+from functional_trainer.engines.dialects import DIALECTS, Named, Request
 from functional_trainer.errors import brief
-from functional_trainer.rollout import Sample, Sampling
 from functional_trainer.types import ONE_DEVICE
 
 CONNECT = 10.0

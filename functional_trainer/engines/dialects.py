@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from functional_trainer.rollout import Sampling
+from functional_trainer.engines import Sampling
 
 Request = tuple[str, dict[str, Any]]
 """A path, and the JSON that is posted to it."""

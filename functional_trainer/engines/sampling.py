@@ -7,7 +7,7 @@ total. A token of probability zero is never the first, and the last sum always r
 import numpy as np
 import torch
 
-from functional_trainer.rollout import Sampling
+from functional_trainer.engines import Sampling
 
 
 def uniforms(seed: int, request: int, count: int) -> np.ndarray:
