@@ -35,7 +35,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def run_python(file: Path) -> dict[str, Any]:
     """Run a Python file and return what it defines; ValueError names the file and the line where it fails."""
     if not file.is_file():
-        raise ValueError(f"{file}: no such file")
+        raise ValueError(f"{file}: No such file")
     try:
         return runpy.run_path(str(file))
     except Exception as error:
