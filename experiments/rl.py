@@ -22,7 +22,12 @@ def plan(o: Any) -> Plan:
     overlong = (r.max_completion_length, r.overlong_buffer) if r.overlong_buffer else None
     drawn = r.filter_groups, r.max_num_gen_batches, r.mask_truncated_completions, overlong
     how: dict[str, Any] = {"beta": o.loss.beta, "kl": o.loss.kl} if o.loss.kl_in_reward else {}
-    how |= {"routing_replay": r.routing_replay, "shown": r.log_completions, "shown_every": r.log_every}
+    how |= {
+        "share_prompts": r.share_prompts,
+        "routing_replay": r.routing_replay,
+        "shown": r.log_completions,
+        "shown_every": r.log_every,
+    }
     return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn, **how)
 
 

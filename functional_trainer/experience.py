@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from functional_trainer import advantages, routing
-from functional_trainer.data.columns import lengths
+from functional_trainer.data import answers as layout
+from functional_trainer.data.columns import by_sequence, lengths
 from functional_trainer.data.order import Share, mixed
-from functional_trainer.data.packing import Cursor, Documents, cut, fill, first_fit, plan
+from functional_trainer.data.packing import Documents, fill
 from functional_trainer.engines import Sample
 
 Batch = dict[str, torch.Tensor]
@@ -85,6 +86,8 @@ class Plan:
     beta: float = 0.0
     """What is taken from an answer's reward for each nat of its divergence from the reference."""
     kl: advantages.KL = "k1"
+    share_prompts: bool = True
+    """Answers in a row share what stands before the last token of their prompt; batches have `parent_ids`."""
     routing_replay: bool = False
     """Batches have the experts that the engine chose, `routed_experts`."""
     shown: int = 0
@@ -354,26 +357,28 @@ def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
 
 
 def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int, rows: int) -> dict[str, np.ndarray]:
-    """Return the batch columns, (passes * rows, S), of some groups of a rollout."""
+    """Return the batch columns, (passes * rows, S), of some groups of a rollout; answers that train nothing are not
+    there."""
     which = [int(g) * how.group + i for g in groups for i in range(how.group)]
-    flat, documents, told, worth = rollout.advantages.reshape(-1), [], list[float](), list[float]()
+    pairs, documents, told, worth = list[tuple[list[int], Sample]](), [], list[float](), list[float]()
     for i in which:
         before, answer = rollout.prompts[i].ids, rollout.answers[i]
-        trained = not (how.mask_truncated and answer.finish_reason == "length")
         sampled = answer.sampled or [True] * len(answer.tokens)
-        documents.append((before + answer.tokens, [False] * len(before) + [trained and one for one in sampled]))
-        told += [0.0] * len(before) + answer.logprobs
-        worth += [0.0] * len(before) + [float(flat[i])] * len(answer.tokens)
+        if any(sampled) and not (how.mask_truncated and answer.finish_reason == "length"):
+            pairs.append((before, answer))
+            documents.append((before + answer.tokens, [False] * len(before) + sampled))
+            told += [0.0] * len(before) + answer.logprobs
+            worth += [0.0] * len(before) + [float(rollout.advantages.flat[i])] * len(answer.tokens)
     stored = Documents.of(documents)
-    pieces, cursor, table = cut(stored, seq_len, "drop"), Cursor(), list[list[int]]()
-    while cursor.held or cursor.next < len(pieces.length) or not table:
-        some, cursor = plan(cursor, len(pieces.length), lambda i: int(pieces.length[i]), rows, seq_len, first_fit)
-        table += some
+    totals = np.diff(stored.offsets).tolist()
+    table = layout.rows([tuple(prompt) for prompt, _ in pairs], totals, seq_len, how.share_prompts)
+    table += [[] for _ in range(-len(table) % rows or (0 if table else rows))]
     more = {"advantages": np.array(worth, np.float32), "rollout_logprobs": np.array(told, np.float32)}
     if how.routing_replay:
-        pairs = [(rollout.prompts[i].ids, rollout.answers[i]) for i in which]
         more["routed_experts"] = routing.column(pairs)
-    batch = fill(stored, pieces, table, seq_len, more)
+    batch = fill(stored, *layout.pieces(stored, table), seq_len, more)
+    if how.share_prompts:
+        batch["parent_ids"] = by_sequence(batch["segment_ids"], [[s.parent for s in row] for row in table])
     return batch | {"lengths": lengths(batch["weights"], batch["segment_ids"])}
 
 

@@ -263,7 +263,8 @@ def _save(
 def _counts(model: Any, batch: Batch, stop: bool, shard, device) -> torch.Tensor:
     """Sum over ranks: tokens, trained tokens, FLOPs of the step, and whether to stop."""
     lengths = flops.lengths(batch["segment_ids"])
-    cost = flops.train_flops(model.specs, lengths, getattr(model.config, "top_k", 0), model.config.windows)
+    top_k, before = getattr(model.config, "top_k", 0), flops.continued(batch)
+    cost = flops.train_flops(model.specs, lengths, top_k, model.config.windows, before=before)
     row = [float(lengths.sum()), float((batch["weights"] != 0).sum()), cost, float(stop)]
     return shard.total(torch.tensor(row, dtype=torch.float64, device=device))
 

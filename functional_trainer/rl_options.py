@@ -67,6 +67,8 @@ class RolloutOptions:
     """Train on no answer that was cut off."""
     overlong_buffer: int = 0
     """Tokens before the longest answer over which a penalty of the reward grows to 1 (DAPO; 0: none)."""
+    share_prompts: bool = True
+    """Compute a question once for all its answers in a row of the step, instead of once for each (docs/rl.md)."""
     routing_replay: bool = False
     """Train with the experts that the engine chose, with the router's own scores (models with experts; docs/rl.md)."""
     log_completions: int = 16

@@ -86,6 +86,7 @@ CASES = {
     "value_dim": "values of another head dim than queries and keys (MLA)",
     "bidirectional": "queries that see all of their segment",
     "prefix": "blocks of a segment that see themselves whole",
+    "parents": "segments that continue another one, several answers to one prompt",
 }
 """What a call of attention may ask for beyond packed, causal, grouped-query attention, which every backend serves."""
 _VARLEN = frozenset({"window", "value_dim", "bidirectional"})
@@ -201,6 +202,7 @@ def attention(
     sinks_N: torch.Tensor | None = None,
     prefix_BS: torch.Tensor | None = None,
     key_prefix_BT: torch.Tensor | None = None,
+    parents_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend within segments; return (B, S, N, V) in q's dtype. What is seen is at the head of kernels/attention.py.
 
@@ -213,6 +215,7 @@ def attention(
     softcap   cap of scores: cap tanh(score / cap)
     sinks_N   floating point, one more score of each query head, with a value of zero
     prefix_BS bool or integer; tokens of a segment with the same nonzero number see each other, whatever their order
+    parents_BS integer; the id of the segment that a token's segment continues, 0 for none; one that has none itself
 
     Raises ValueError if shapes do not fit, if the rule has no meaning, or if `backend` does not serve the case.
     """
@@ -220,11 +223,13 @@ def attention(
     cached = key_segment_ids_BT is not None
     own, keys = (segment_ids_BS, positions_BS, prefix_BS), (key_segment_ids_BT, key_positions_BT, key_prefix_BT)
     segments, positions, prefix = keys if cached else own
-    rows = _attention.Rows(*own[:2], segments, positions, window, causal, prefix_BS, prefix)  # type: ignore[arg-type]
+    seen = segments, positions, window, causal, prefix_BS, prefix, parents_BS
+    rows = _attention.Rows(*own[:2], *seen)  # type: ignore[arg-type]
     _attention.check(q_BSNH, k_BTKH, v_BTKV, rows, keys, softcap, sinks_N)
     asked = {
         "cache": cached, "window": window is not None, "sinks": sinks_N is not None, "softcap": softcap is not None,
         "value_dim": v_BTKV.shape[3] != q_BSNH.shape[3], "bidirectional": not causal, "prefix": prefix_BS is not None,
+        "parents": parents_BS is not None,
     }  # fmt: skip
     chosen = pick("attention", q_BSNH.device.type, backend, tuple(case for case, wanted in asked.items() if wanted))
     options: dict = {} if softcap is None else {"softcap": softcap}

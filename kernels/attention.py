@@ -11,6 +11,9 @@ sees all that came before, and nothing before a block sees it. One at the start 
 (PaliGemma); several are Gemma 3's images, where a window also hides what of the block is far behind. Nothing else is
 masked, so padding (segment 0) attends to padding and stays finite.
 
+A segment may continue another one of its row, its parent: its queries see the parent's keys too, by the same rule, and
+its positions go on where the parent's end. So several answers share one prompt, which is computed once.
+
 The score is scale q.k, capped to cap tanh(score / cap) (Gemma 2). Sinks (GPT-OSS) are one more score of each query
 head, neither scaled nor capped, whose value is zero: they take part in the softmax's sum alone.
 
@@ -52,6 +55,7 @@ class Rows(NamedTuple):
     causal: bool = True
     prefix_BS: torch.Tensor | None = None
     key_prefix_BT: torch.Tensor | None = None
+    parents_BS: torch.Tensor | None = None
 
 
 def _rule(distance, same, together, window: int | None, causal: bool):
@@ -65,13 +69,15 @@ def _rule(distance, same, together, window: int | None, causal: bool):
 
 def mask(
     segments_BS, positions_BS, key_segments_BT, key_positions_BT, window: int | None = None, causal: bool = True,
-    prefix_BS=None, key_prefix_BT=None,
+    prefix_BS=None, key_prefix_BT=None, parents_BS=None,
 ) -> torch.Tensor:  # fmt: skip
     """Return the boolean mask (B, S, T), true where a query may look."""
     distance = positions_BS[:, :, None] - key_positions_BT[:, None, :]
     same, together = segments_BS[:, :, None] == key_segments_BT[:, None, :], None
     if prefix_BS is not None:
         together = (prefix_BS[:, :, None] == key_prefix_BT[:, None, :]) & (prefix_BS != 0)[:, :, None]
+    if parents_BS is not None:
+        same = same | (parents_BS[:, :, None] == key_segments_BT[:, None, :]) & (parents_BS != 0)[:, :, None]
     return _rule(distance, same, together, window, causal)
 
 
@@ -109,16 +115,17 @@ def sdpa(q_BSNH, k_BTKH, v_BTKV, rows: Rows, scale: float, sinks_N=None) -> torc
 
 
 def documents(q_BSNH, k_BSKH, v_BSKV, rows: Rows, scale: float, softcap=None, sinks_N=None) -> torch.Tensor:
-    """Attend document by document: segments contiguous in a row, positions rising by one within each."""
+    """Attend document by document: segments contiguous in a row, positions rising by one within each; a parent's end
+    where those of its children begin."""
     qkv = (promote(x) for x in (q_BSNH, k_BSKH, v_BSKV))  # cast here, where a compiler fuses it
     sinks = sinks_N if sinks_N is None else sinks_N.to(torch.promote_types(q_BSNH.dtype, torch.float32))
-    rest = rows.window, scale, rows.causal, softcap, sinks, rows.prefix_BS
+    rest = rows.window, scale, rows.causal, softcap, sinks, rows.prefix_BS, rows.parents_BS
     return _documents(*qkv, rows.segments_BS, *rest)[0].to(q_BSNH.dtype)
 
 
 def shapes(q_BSNH, k_BSKH, v_BSKV, rows: Rows, scale: float, softcap=None, sinks_N=None) -> torch.Tensor:
     """Hold what flash-attn does, in the inputs' dtype, of tensors that are shapes only."""
-    rest = rows.window, scale, rows.causal, softcap, sinks_N, rows.prefix_BS
+    rest = rows.window, scale, rows.causal, softcap, sinks_N, rows.prefix_BS, rows.parents_BS
     return _documents(q_BSNH, k_BSKH, v_BSKV, rows.segments_BS, *rest)[0]
 
 
@@ -131,7 +138,7 @@ def check(q_BSNH, k_BTKH, v_BTKV, rows: Rows, keys: tuple, softcap: float | None
     for name, x, shape in (
         ("k", k_BTKH, (B, T, K, H)), ("v", v_BTKV, (B, T, K, V)), ("sinks", sinks_N, (N,)),
         ("segment_ids", rows.segments_BS, (B, S)), ("positions", rows.positions_BS, (B, S)),
-        ("prefix", rows.prefix_BS, (B, S)), ("key_segment_ids", keys[0], (B, T)),
+        ("prefix", rows.prefix_BS, (B, S)), ("parents", rows.parents_BS, (B, S)), ("key_segment_ids", keys[0], (B, T)),
         ("key_positions", keys[1], (B, T)), ("key_prefix", keys[2], (B, T)),
     ):  # fmt: skip
         if x is not None and tuple(x.shape) != shape:
@@ -155,6 +162,10 @@ def check(q_BSNH, k_BTKH, v_BTKV, rows: Rows, keys: tuple, softcap: float | None
         wrong = f"prefix is {rows.prefix_BS.dtype}, expected bool or integer, the numbers of blocks"
     elif not rows.causal and (cached or rows.prefix_BS is not None):
         wrong = f"causal=False sees all of a segment, expected no {'KV cache' if cached else 'prefix'} with it"
+    elif rows.parents_BS is not None and (cached or not rows.causal):
+        wrong = (
+            f"parents are of segments that see what came before, expected no {'KV cache' if cached else 'causal=False'}"
+        )
     if wrong is not None:
         raise ValueError(f"kernels.attention: {wrong}")
 
@@ -167,13 +178,15 @@ def flex(q_BSNH, k_BTKH, v_BTKV, rows: Rows, scale: float, softcap=None, sinks_N
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     segments, positions, key_segments, key_positions = rows[:4]
-    window, causal, prefix, key_prefix = rows[4:]
+    window, causal, prefix, key_prefix, parents = rows[4:]
 
     def seen(b, h, i, j):
         together = None
         if prefix is not None and key_prefix is not None:
             together = (prefix[b, i] == key_prefix[b, j]) & (prefix[b, i] != 0)
         distance, same = positions[b, i] - key_positions[b, j], segments[b, i] == key_segments[b, j]
+        if parents is not None:
+            same = same | (parents[b, i] == key_segments[b, j]) & (parents[b, i] != 0)
         return _rule(distance, same, together, window, causal)
 
     def cap(score, b, h, i, j):

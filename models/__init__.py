@@ -76,7 +76,7 @@ def save_pretrained(model: Model, params: Tree, path: str | Path, shard=ONE_DEVI
 def logits(model: Model, params: Tree, tokens_BS: torch.Tensor, **columns: torch.Tensor) -> torch.Tensor:
     """Return logits (B, S, V) in at least float32, for inspection and tests; losses never hold them.
 
-    `columns` may give segment_ids and positions, each (B, S); by default a row is one document.
+    `columns` may give segment_ids, positions and what else a batch has; by default a row is one document.
     """
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     batch = {"tokens": tokens_BS, "segment_ids": torch.ones_like(tokens_BS), "positions": positions, **columns}

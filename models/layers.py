@@ -128,6 +128,10 @@ def write(held: torch.Tensor, new: torch.Tensor, start: int | torch.Tensor) -> N
         held[row_B[:, None], start[:, None] + place_S] = new
 
 
+def _attend(q_BSNH, k_BSKH, v_BSKH, segments_BS, positions_BS, parents_BS=None, *, window: int | None):
+    return kernels.attention(q_BSNH, k_BSKH, v_BSKH, segments_BS, positions_BS, window=window, parents_BS=parents_BS)
+
+
 def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard, cache: dict | None) -> torch.Tensor:
     """Apply attention within segments. With a cache the new keys are written into it in place and all are attended."""
     keys = ("q", "k", "v", "q_norm", "k_norm") + (("q_bias", "k_bias", "v_bias") if "q_bias" in p else ())
@@ -142,9 +146,10 @@ def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard,
         held = rows["key_segment_ids"], rows["key_positions"]
         out_BSNH = kernels.attention(q, cache["k"], cache["v"], segments, positions, *held, window)
     else:
-        ins = "act/heads > act/attn", *("act/kv_heads > act/kv_attn",) * 2, *("act/attn_rows",) * 2
-        attend = shard.local(partial(kernels.attention, window=window), ins, ("act/attn > act/heads",))
-        out_BSNH = attend(q, k, v, segments, positions)
+        ids = (segments, positions, rows["parent_ids"]) if "parent_ids" in rows else (segments, positions)
+        ins = "act/heads > act/attn", *("act/kv_heads > act/kv_attn",) * 2, *("act/attn_rows",) * len(ids)
+        attend = shard.local(partial(_attend, window=window), ins, ("act/attn > act/heads",))
+        out_BSNH = attend(q, k, v, *ids)
     project = shard.local(
         lambda o_BSNH, w_DNH: kernels.linear(o_BSNH.flatten(2), w_DNH.flatten(1), recipe=one_recipe(shard, "attn/o")),
         ("act/heads", f"{LAYER}/attn/o"),

@@ -47,7 +47,8 @@ class Model:
     def apply(self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None) -> Output:
         """Map tokens (B, S) to hidden states (B, S, D) after the final norm.
 
-        `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing.
+        `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing, and
+        parent_ids (B, S) are the segments that others continue (0: none), see `kernels.attention`.
         `aux` stacks the router sums of the L MoE layers: load (L, E), prob (L, E), balance (L,). With a `cache` from
         `init_cache` the new keys are written into it in place, from its "length" on: one place for all rows, which then
         moves on, or a tensor (B,), each row's own, which the caller keeps within what the cache holds; `aux` then has
@@ -69,6 +70,7 @@ class Model:
             "positions": place(batch["positions"], "act/attn_rows"),
             "token_segment_ids": place(batch["segment_ids"], "act/token_rows"),
         }
+        rows |= {"parent_ids": place(batch["parent_ids"], "act/attn_rows")} if "parent_ids" in batch else {}
         tables = shard.local(
             lambda positions_BS: c.rope.tables(positions_BS, c.head_dim, embed.dtype), (f"{COLUMNS} > act/rows",),
             ("act/rope", "act/rope"),

@@ -1,6 +1,6 @@
 """Columns that say what belongs together in packed rows, made and checked on the host. All are (B, S)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,14 @@ def lengths(weights: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
     for row, first, last in sequences(segment_ids):
         found[row, first:last] = weights[row, first:last].sum(dtype=np.float64)
     return found
+
+
+def by_sequence(segment_ids: np.ndarray, values: Sequence[Sequence[int]]) -> np.ndarray:
+    """Spread a value for each sequence of each row over its places, 0 in padding."""
+    table = np.zeros((len(values), 1 + max(map(len, values), default=0)), np.int64)
+    for row, some in enumerate(values):
+        table[row, 1 : 1 + len(some)] = some
+    return np.take_along_axis(table, segment_ids, 1)
 
 
 def sequences(segment_ids: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -33,11 +41,15 @@ def refuse_cut(loss: Any, overlong: Overlong) -> None:
 
 
 def check_whole(batch: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a sequence is cut: begins in its middle, or has other weights than `lengths` says."""
+    """Raise a ValueError if a sequence is cut: begins in its middle, or has other weights than `lengths` says.
+
+    One that continues another, its `parent_ids`, begins where that ends.
+    """
     ids, positions, weights, whole = (np.asarray(batch[k]) for k in ("segment_ids", "positions", "weights", "lengths"))
+    parents = np.asarray(batch.get("parent_ids", np.zeros_like(ids)))
     for row, first, last in sequences(ids):
         where = f"the sequence in row {row}, places {first} to {last - 1},"
-        if positions[row, first]:
+        if positions[row, first] and not parents[row, first]:
             raise ValueError(
                 f"{where} begins at position {positions[row, first]}: it was cut, and this loss pools over it"
             )

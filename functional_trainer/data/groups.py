@@ -109,26 +109,18 @@ class Groups:
         batch = fill(self.documents, self.parts, rows, width)
         ids = batch["segment_ids"]
         batch["lengths"] = columns.lengths(batch["weights"], ids)
-        batch["preferred"] = _by_sequence(ids, [self.preferred[row].tolist() for row in rows])
+        batch["preferred"] = columns.by_sequence(ids, [self.preferred[row].tolist() for row in rows])
         if self.paired:
             numbers = [[n for n, group in enumerate(row, 1) for _ in self._of(group)] for row in table]
-            batch["pairs"] = _by_sequence(ids, numbers)
+            batch["pairs"] = columns.by_sequence(ids, numbers)
             columns.check_pairs(batch)
         return batch
 
     def target_ids(self, table: list[list[int]], batch: dict[str, np.ndarray]) -> np.ndarray:
         """Return which token of the documents each target of a batch is, int64 (R, S), 0 in padding."""
         begins = [[int(self.parts.begin[part]) for group in row for part in self._of(group)] for row in table]
-        places = _by_sequence(batch["segment_ids"], begins) + batch["positions"] + 1
+        places = columns.by_sequence(batch["segment_ids"], begins) + batch["positions"] + 1
         return np.where(batch["segment_ids"] != 0, places, 0)
 
     def _of(self, group: int) -> range:
         return range(self.first[group], self.first[group + 1])
-
-
-def _by_sequence(segment_ids: np.ndarray, values: list[list[int]]) -> np.ndarray:
-    """Spread a value for each sequence of each row over its places, 0 in padding."""
-    table = np.zeros((len(values), 1 + max(map(len, values), default=0)), np.int64)
-    for row, some in enumerate(values):
-        table[row, 1 : 1 + len(some)] = some
-    return np.take_along_axis(table, segment_ids, 1)

@@ -47,19 +47,26 @@ def made(how=USUAL, prompts=QUESTIONS, **changes) -> Experience:
 
 
 def documents(batch) -> list[dict[str, list]]:
-    """Return the columns of every sequence of a batch."""
-    found = []
-    for row in range(len(batch["tokens"])):
-        for segment in range(1, int(batch["segment_ids"][row].max()) + 1):
-            here = batch["segment_ids"][row] == segment
-            found.append({k: v[row][here].tolist() for k, v in batch.items()})
+    """Return the columns of every sequence of a batch, each behind the one that it continues."""
+    found, parents = [], batch.get("parent_ids", torch.zeros_like(batch["segment_ids"]))
+    for row, ids in enumerate(batch["segment_ids"]):
+        held = {int(i): {k: v[row][ids == i].tolist() for k, v in batch.items()} for i in ids.unique() if i}
+        behind = {i: int(parents[row][ids == i][0]) for i in held}
+        for i in held.keys() - behind.values():
+            before = held.get(behind[i], {})
+            found.append({k: before.get(k, []) + v for k, v in held[i].items()})
     return found
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 3), st.integers(2, 5), st.integers(1, 3), st.integers(8, 30), st.integers(0, 99))
-def test_every_answer_is_there_once_with_its_own_numbers(prompts, group, rows, seq_len, seed):
-    rollouts = made(Plan(prompts, group), seq_len=seq_len, rows=rows, seed=seed)
+@given(
+    st.integers(1, 3), st.integers(2, 5), st.integers(1, 3), st.integers(12, 30), st.integers(0, 99), st.booleans(),
+    st.sampled_from([1, 2, 7]),
+)  # fmt: skip
+def test_every_answer_is_there_once_with_its_own_numbers(prompts, group, rows, seq_len, seed, share, size):
+    """Whatever the rows, and whether answers share prompts, of one token too, which leaves nothing to share."""
+    asked = Prompts(q._replace(ids=[*range(30, 30 + size - 1), q.ids[0]]) for q in QUESTIONS)
+    rollouts = made(Plan(prompts, group, share_prompts=share), asked, seq_len=seq_len, rows=rows, seed=seed)
     batch = next(rollouts)
     last = rollouts.last
     assert batch["tokens"].shape[0] % rows == 0 and batch["tokens"].shape[1] == seq_len
@@ -69,9 +76,9 @@ def test_every_answer_is_there_once_with_its_own_numbers(prompts, group, rows, s
         wanted.append({
             "tokens": ids[:-1], "targets": ids[1:], "positions": list(range(len(ids) - 1)),
             "weights": [0.0] * before + [1.0] * n, "advantages": [0.0] * before + [np.float32(adv).item()] * n,
-            "rollout_logprobs": [0.0] * before + np.float32(a.logprobs).tolist(), "lengths": [float(n)] * len(ids[:-1]),
+            "rollout_logprobs": [0.0] * before + np.float32(a.logprobs).tolist(), "lengths": [0.0 if share else float(n)] * before + [float(n)] * n,
         })  # fmt: skip
-    found = [{k: v for k, v in d.items() if k != "segment_ids"} for d in documents(batch)]
+    found = [{k: v for k, v in d.items() if k not in ("segment_ids", "parent_ids")} for d in documents(batch)]
     assert sorted(map(str, found)) == sorted(str({k: w[k] for k in found[0]}) for w in wanted)
 
 

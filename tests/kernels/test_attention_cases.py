@@ -41,9 +41,9 @@ def every_backend_runs_here(monkeypatch):
 
 
 def sees(query, key, window, causal) -> bool:
-    """Say whether a token sees another; each is (segment, position, prefix)."""
+    """Say whether a token sees another; each is (segment, position, prefix, parent)."""
     far = query[1] - key[1]
-    if query[0] != key[0] or window is not None and far >= window:
+    if key[0] not in (query[0], query[3] or query[0]) or window is not None and far >= window:
         return False
     if not causal:
         return window is None or -far < window
@@ -67,28 +67,33 @@ def by_hand(q, k, v, queries, keys, window=None, scale=None, causal=True, softca
     return torch.stack(rows)
 
 
-def columns(segments, positions, prefix=None):
-    """Return (segment, position, prefix) of each token of each row."""
-    prefix = torch.zeros_like(segments) if prefix is None else prefix.long()
-    return [list(zip(*row, strict=True)) for row in torch.stack([segments, positions, prefix], 1).tolist()]
+def columns(segments, positions, prefix=None, parents=None):
+    """Return (segment, position, prefix, parent) of each token of each row."""
+    more = [torch.zeros_like(segments) if x is None else x.long() for x in (prefix, parents)]
+    return [list(zip(*row, strict=True)) for row in torch.stack([segments, positions, *more], 1).tolist()]
 
 
 @st.composite
 def calls(draw, case: str, served: frozenset[str] = frozenset(kernels.CASES)):
     """Draw a call of `case`, with whatever else is served: q, k, v, an output gradient, columns, options."""
     on = {c: c == case or c in served and draw(st.booleans()) for c in kernels.CASES}
-    on["bidirectional"] &= case != "prefix" and case != "cache"
+    on["bidirectional"] &= case not in ("prefix", "cache", "parents")
     on["prefix"] &= not on["bidirectional"]
-    on["cache"] &= not on["bidirectional"]
+    on["cache"] &= not on["bidirectional"] and case != "parents"
+    on["parents"] &= not on["bidirectional"] and not on["cache"]
     B, S = draw(st.integers(1, 3)), draw(st.integers(1, 13))
     kv, groups, H = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([2, 3, 8]))
     V = draw(st.sampled_from([1, 5, 16])) if on["value_dim"] else H
-    segments, positions, prefix = torch.zeros(3, B, S, dtype=torch.int64)
+    segments, positions, prefix, parents = torch.zeros(4, B, S, dtype=torch.int64)
     for row in range(B):
-        end = 0
+        end, ends = 0, {0: 0}  # of segments without a parent, the position that follows
         for i, length in enumerate(draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))):
             at = slice(end, end := min(end + length, S))
             segments[row, at], first = i + 1, draw(st.sampled_from([0, 0, 5]))
+            if on["parents"] and (parent := draw(st.sampled_from([*ends]))):
+                parents[row, at], first = parent, ends[parent]
+            else:
+                ends[i + 1] = first + at.stop - at.start
             positions[row, at] = first + torch.arange(at.stop - at.start)
             prefix[row, at] = torch.tensor(draw(st.lists(st.sampled_from([0, 1, 1, 2]), min_size=S, max_size=S)))[
                 : at.stop - at.start
@@ -109,6 +114,7 @@ def calls(draw, case: str, served: frozenset[str] = frozenset(kernels.CASES)):
         q, grad, rows = q[:, first:], grad[:, first:], tuple(x[:, first:] for x in rows)
     else:
         held = None
+    options["parents"] = parents if on["parents"] else None
     return (q, k, v, grad), rows, held, options, on["prefix"]
 
 
@@ -123,7 +129,8 @@ def run(fn, call):
 
 def ours(backend, call, q, k, v, sinks):
     _, (segments, positions, prefix), held, options, blocks = call
-    options = {k: v for k, v in options.items() if k != "sinks"} | {"sinks_N": sinks}
+    options = {k: v for k, v in options.items() if k not in ("sinks", "parents")}
+    options |= {"sinks_N": sinks, "parents_BS": call[3]["parents"]}
     if blocks:
         options |= {"prefix_BS": prefix} | ({"key_prefix_BT": held[2]} if held else {})
     return kernels.attention(q, k, v, segments, positions, *(held or ())[:2], **options, backend=backend)
@@ -131,8 +138,10 @@ def ours(backend, call, q, k, v, sinks):
 
 def wanted(call, q, k, v, sinks):
     _, rows, held, options, blocks = call
-    queries, keys = (columns(*(x if blocks else x[:2])) for x in (rows, held or rows))
-    return by_hand(q, k, v, queries, keys, **options | {"sinks": sinks})
+    options = options | {"sinks": sinks}
+    parents = options.pop("parents")
+    queries, keys = (columns(*x[:2], x[2] if blocks else None, parents) for x in (rows, held or rows))
+    return by_hand(q, k, v, queries, keys, **options)
 
 
 def agree(backend, call, tolerance):
@@ -193,6 +202,7 @@ def test_backends_are_as_exact_as_their_dtype(backend, dtype, tolerance, data):
 
 ALL = {
     "bidirectional": {"causal": False},
+    "parents": {"parents_BS": torch.tensor([[0, 0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1]])},
     "prefix": {"prefix_BS": torch.tensor([[1, 1, 0, 2, 2, 0, 0], [0, 0, 1, 1, 0, 1, 1]])},
 }
 
@@ -343,7 +353,7 @@ def test_the_hosts_own_op_is_the_default_of_every_case_but_a_cache():
 def test_docs_have_the_table():
     words = {"*": "any", "": "none", "cpu": "CPU", "cuda": "CUDA", "meta": "meta"}
     said = lambda devices: words[", ".join(devices)]  # noqa: E731
-    lines = [["backend", "runs on", "default on", *(case.replace("_", " ") for case in kernels.CASES)], ["---"] * 10]
+    lines = [["backend", "runs on", "default on", *(case.replace("_", " ") for case in kernels.CASES)], ["---"] * 11]
     for b in TABLE.values():
         assert b.cases <= set(kernels.CASES)
         served = ["yes" if case in b.cases else "" for case in kernels.CASES]

@@ -1,0 +1,61 @@
+"""Packed rows of answers to prompts, several of which share a prompt: what is in which row.
+
+With r answers of A tokens to a prompt of P, r (P + A) tokens are computed, or, where answers in a row share all but the
+prompt's last token, P - 1 + r (1 + A): with 16 short answers to a long question about a sixteenth. The last token of
+the prompt stands before each answer, since it predicts the answer's first one.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from functional_trainer.data.packing import Documents, Pieces
+
+OPEN = 64
+"""Rows, the last ones, into which an answer may still go."""
+
+
+class Segment(NamedTuple):
+    """Tokens [first, stop) of a prompt and its answer in a row; all but the last are inputs."""
+
+    answer: int
+    first: int
+    stop: int
+    parent: int
+    """Segment of the row, counted from 1, that this one continues; 0 for none."""
+
+
+def rows(prompts: Sequence[tuple[int, ...]], totals: Sequence[int], seq_len: int, share: bool) -> list[list[Segment]]:
+    """Put prompts, each with an answer, of so many tokens together, into as few rows of `seq_len` as first-fit takes.
+
+    With `share` an answer goes to a row that has its prompt, if there is room, and else brings it. Those that do not
+    fit into a row raise a ValueError.
+    """
+    table, free, held = list[list[Segment]](), list[int](), list[dict[tuple[int, ...], int]]()
+    for answer, (prompt, total) in enumerate(zip(prompts, totals, strict=True)):
+        before, inputs = (len(prompt) - 1 if share else 0), total - 1
+        if inputs > seq_len:
+            raise ValueError(f"prompt and answer {answer} have {total} tokens: a row of {seq_len} holds {seq_len + 1}")
+        recent = range(max(0, len(table) - OPEN), len(table))
+        row = next((r for r in recent if prompt in held[r] and free[r] >= inputs - before), -1)
+        row = next((r for r in recent if free[r] >= inputs), len(table)) if row < 0 else row
+        if row == len(table):
+            table, free, held = [*table, []], [*free, seq_len], [*held, {}]
+        if before and prompt not in held[row]:
+            table[row].append(Segment(answer, 0, before + 1, 0))
+            held[row][prompt], free[row] = len(table[row]), free[row] - before
+        table[row].append(Segment(answer, before, total, held[row].get(prompt, 0)))
+        free[row] -= inputs - before
+    return table
+
+
+def pieces(stored: Documents, table: Sequence[Sequence[Segment]]) -> tuple[Pieces, list[list[int]]]:
+    """Return what `packing.fill` takes to write the segments of each row, given prompts with their answers."""
+    flat = [segment for row in table for segment in row]
+    first, stop = (np.array([segment[k] for segment in flat], np.int64) for k in (1, 2))
+    begin, length = stored.offsets[[segment.answer for segment in flat]] + first, stop - first - 1
+    before = np.concatenate([[0], np.cumsum(stored.mask)])  # trained tokens before each
+    numbers = iter(range(len(flat)))
+    trained = before[begin + 1 + length] - before[begin + 1]
+    return Pieces(begin, length, first, trained, {}), [[next(numbers) for _ in row] for row in table]
