@@ -25,6 +25,7 @@ def plan(o: Any) -> Plan:
     how |= {
         "share_prompts": r.share_prompts,
         "routing_replay": r.routing_replay,
+        "static": o.compile != "off",
         "shown": r.log_completions,
         "shown_every": r.log_every,
     }

@@ -31,7 +31,7 @@ def differences(
 ) -> tuple[float, float]:
     """Return mean and largest |rollout - trainer| of a batch's sampled tokens, over all ranks; `rows` at a time."""
     total, count, largest = 0.0, 0.0, 0.0
-    for some in shard.micro(batch, batch["tokens"].shape[0] // rows):
+    for some in shard.micro(batch, -(-batch["tokens"].shape[0] // rows)):
         kept_BS = some["weights"] != 0
         apart_BS = (score(model, params, some, shard, temperature) - some["rollout_logprobs"]).abs()
         apart_BS = torch.where(kept_BS, apart_BS, 0).nan_to_num(0.0)  # an engine may not say
@@ -55,7 +55,7 @@ def scorer(
         used = tree.map(lambda p: shard.storage(p).detach().to(model.dtype or p.dtype), params)
         columns = batch | {"number": torch.from_numpy(number)}
         placed = shard.put_batch({k: v.to(device) for k, v in columns.items()})
-        parts = shard.micro(placed, placed["tokens"].shape[0] // rows)
+        parts = shard.micro(placed, -(-placed["tokens"].shape[0] // rows))
         logp_BS = torch.cat([score(wrapped, used, part, shard, temperature) for part in parts])
         sampled = placed["weights"] != 0
         found = np.zeros(size, np.float64 if logp_BS.dtype == torch.float64 else np.float32)

@@ -90,6 +90,8 @@ class Plan:
     """Answers in a row share what stands before the last token of their prompt; batches have `parent_ids`."""
     routing_replay: bool = False
     """Batches have the experts that the engine chose, `routed_experts`."""
+    static: bool = False
+    """All passes have as many rows, for a compiled step; else no more than are filled."""
     shown: int = 0
     """Answers of a rollout that `report` has as "completions_table", the first ones."""
     shown_every: int = 1
@@ -123,7 +125,8 @@ class Drawn(NamedTuple):
 class Experience:
     """Iterate over batches of columns (rows / world, S) that `policy.policy` wants, drawn by the current policy.
 
-    `rows` are those of a pass over all data-parallel ranks; a batch has as many passes as its answers need. `advantage`
+    `rows` are those of a pass over all data-parallel ranks, at most; a batch has as many passes as its answers need,
+    all alike. `advantage`
     maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. Before a rollout `weights` says what
     the weights are, and `update` gives them to what generates, with their version: how many rollouts came before.
     ValueError if a prompt and its longest answer do not fit into a row.
@@ -149,7 +152,7 @@ class Experience:
         self.how, self.seq_len, self.rows, self.seed = how, seq_len, rows, seed
         self.weights, self.update = weights, update
         self.old, self.greedy, self.reference = old, greedy, reference
-        self.mine = slice(rank * rows // world, (rank + 1) * rows // world)
+        self.part, self.equal = (rank, world), rows if how.static else world
         self.order = mixed([Share(len(prompts))], seed, True)
         self.drawn, self.count, self.waiting = 0, 0, list[dict[str, np.ndarray]]()
         self.said: dict[str, Any] = {}
@@ -173,8 +176,8 @@ class Experience:
 
     def _own(self, column: np.ndarray) -> np.ndarray:
         """Return this rank's rows of a column of all, those of each pass."""
-        passes = column.reshape(-1, self.rows, *column.shape[1:])
-        return passes[:, self.mine].reshape(-1, *column.shape[1:])
+        (rank, world), passes = self.part, -(-len(column) // self.rows)
+        return column.reshape(passes, world, -1, *column.shape[1:])[:, rank].reshape(-1, *column.shape[1:])
 
     def _score(self, old: Scorer) -> None:
         """Let the batches of a rollout have old_logprobs."""
@@ -194,7 +197,7 @@ class Experience:
         count = np.arange(len(answers))
         how = replace(self.how, group=1, mask_truncated=False, routing_replay=False)
         numbered = Rollout(prompts, answers, count[:, None], count[:, None], [])  # advantages say whose a token is
-        columns = _pack(numbered, count, how, self.seq_len, self.rows)
+        columns = _pack(numbered, count, how, self.seq_len, self.rows, self.equal)
         sampled, told = columns["weights"] != 0, columns["rollout_logprobs"]
         d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns))[sampled])
         whose = columns["advantages"][sampled].astype(np.int64)
@@ -235,8 +238,8 @@ class Experience:
         """Draw a rollout and pack it."""
         begun = time.perf_counter()
         rollout, said = self._draw()
-        how, groups = self.how, np.arange(len(rollout.rewards))
-        parts = [_pack(rollout, part, how, self.seq_len, self.rows) for part in np.array_split(groups, how.steps)]
+        groups, sizes = np.arange(len(rollout.rewards)), (self.seq_len, self.rows, self.equal)
+        parts = [_pack(rollout, part, self.how, *sizes) for part in np.array_split(groups, self.how.steps)]
         return Drawn(parts, said | {"rollout_s": time.perf_counter() - begun}, rollout)
 
     def _hold(self, drawn: Drawn) -> None:
@@ -356,9 +359,13 @@ def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int, rows: int) -> dict[str, np.ndarray]:
-    """Return the batch columns, (passes * rows, S), of some groups of a rollout; answers that train nothing are not
-    there."""
+def _pack(
+    rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int, rows: int, equal: int
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Return the batch columns of some groups of a rollout, without answers that train nothing.
+
+    They are passes of as many rows each, at most `rows` and a multiple of `equal`.
+    """
     which = [int(g) * how.group + i for g in groups for i in range(how.group)]
     pairs, documents, told, worth = list[tuple[list[int], Sample]](), [], list[float](), list[float]()
     for i in which:
@@ -372,7 +379,8 @@ def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int, rows: i
     stored = Documents.of(documents)
     totals = np.diff(stored.offsets).tolist()
     table = layout.rows([tuple(prompt) for prompt, _ in pairs], totals, seq_len, how.share_prompts)
-    table += [[] for _ in range(-len(table) % rows or (0 if table else rows))]
+    passes = max(1, -(-len(table) // rows))
+    table += [[] for _ in range(passes * equal * max(1, -(-len(table) // (passes * equal))) - len(table))]
     more = {"advantages": np.array(worth, np.float32), "rollout_logprobs": np.array(told, np.float32)}
     if how.routing_replay:
         more["routed_experts"] = routing.column(pairs)

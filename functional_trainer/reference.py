@@ -47,7 +47,7 @@ class Reference:
         rows: int | None = None, temperature: float = 1.0,
     ) -> "Reference":  # fmt: skip
         """Copy the weights; layers are compiled unless `compile` is "off". A batch is run in `micro_batches`, or in
-        passes of `rows` on each device. Logits are divided by `temperature`."""
+        passes of `rows` at most on each device. Logits are divided by `temperature`."""
         frozen = tree.map(lambda p: shard.storage(p).detach().to(model.dtype or p.dtype, copy=True), params)
         wrapped = wrap_layer(model, compile=compile != "off", remat="none")
         return cls(wrapped, frozen, shard, compile != "off", micro_batches, rows, temperature)
@@ -59,7 +59,7 @@ class Reference:
         A routing that is to be replayed is the policy's: the reference chooses its own.
         """
         own = {name: column for name, column in batch.items() if name != "routed_experts"}
-        parts = self.shard.micro(own, batch["tokens"].shape[0] // self.rows if self.rows else self.micro_batches)
+        parts = self.shard.micro(own, -(-batch["tokens"].shape[0] // self.rows) if self.rows else self.micro_batches)
         if not self.compiled:  # importing the compiler takes seconds
             return batch | {"ref_logprobs": torch.cat([self._logprobs(part) for part in parts])}
         with settings(False), kernels.kept_on_disk():

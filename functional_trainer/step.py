@@ -101,10 +101,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:  # fmt: skip
     """Build `step(state, batch) -> (state, metrics)`. The state is donated: the result lives in its storage.
 
-    Columns of `batch` are (B, S), split along B into `micro_batches`, or into passes of `rows` on each device. Metrics:
-    0-d loss, each term, lr, grad_norm, skipped; grad_norms, as `state.kinds`; the loss's reported sums. `clip` is the
-    largest gradient norm, 0 for none. Devices add gradients in the compute dtype, or, if `reduce` is "master", where
-    each layer casts, in the masters'. `remat` is one of `functional_trainer.remat`; `offload`: what is in host memory.
+    Columns of `batch` are (B, S), split along B into `micro_batches`, or equally into passes of at most `rows` on each
+    device. Metrics: 0-d loss, each term, lr, grad_norm, skipped; grad_norms, as `state.kinds`; the loss's reported
+    sums. `clip` is the largest gradient norm, 0 for none. Devices add gradients in the compute dtype, or, if `reduce`
+    is "master", where each layer casts, in the masters'. `remat` is one of `functional_trainer.remat`; `offload`: what
+    is in host memory.
     """
     refuse(loss, optimizer, shard, 2 if rows else micro_batches, compile, remat, offload)
     one_graph = compile == "step" and micro_batches == 1 and not rows and remat == "none"
@@ -123,7 +124,7 @@ def make_train_step(
     def gradients(state: TrainState, batch: Batch):
         weights = total_weights(loss, batch, shard)
         params = tree.map(lambda p: shard.storage(p).to(cast or p.dtype), state.params)
-        first, *others = shard.micro(batch, batch["tokens"].shape[0] // rows if rows else micro_batches)
+        first, *others = shard.micro(batch, -(-batch["tokens"].shape[0] // rows) if rows else micro_batches)
         grad = partial(gradient, shard, value_of, params, trained(state), weights=weights, buffers=state.buffers)
         grads, means, reported = grad(batch=first)
         if others:  # summed in the masters' precision and in storage of their own

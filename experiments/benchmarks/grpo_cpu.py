@@ -62,6 +62,7 @@ TRL: dict[str, dict[str, Any]] = {
 OURS = {
     "off": ("--compile", "off"),
     "layer": ("--compile", "layer"),
+    "layer-bf16": ("--compile", "layer", "--dtype", "bfloat16"),
     "off-bf16": ("--compile", "off", "--dtype", "bfloat16"),
 }
 
@@ -107,6 +108,7 @@ def contestants(o: Options) -> dict[str, Callable[[Path], list[str]]]:
     given = {
         "--steps": o.steps, "--batch": PROMPTS, "--rollout.num-generations": GROUP, "--optim.lr": LR, "--answers": 0,
         "--rollout.max-completion-length": o.tokens, "--rollout.max-disagreement": 1, "--save-every": 0,
+        "--rollout.slots": SAMPLES,
     }  # fmt: skip
     flags = [str(part) for pair in given.items() for part in pair]
     same = SAME | {"max_completion_length": o.tokens, "max_steps": o.steps}

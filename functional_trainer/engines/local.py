@@ -271,7 +271,10 @@ class LocalEngine:
         for slot, request in running.items():
             u = request.uniforms[len(request.tokens) :][: self.look_every]
             u_EB[: len(u), slot] = u
-        cache, found, routed = tree.map(lambda held: held[: len(rows.live)], self._cache), [], []
+        furthest = max(len(request.prompt) + len(request.tokens) for request in running.values())
+        reach = self._reach(furthest + self.look_every)
+        rows = rows._replace(place=rows.place * rows.live)  # what has ended writes where it is in nobody's way
+        cache, found, routed = tree.map(lambda held: held[: len(rows.live), :reach], self._cache), [], []
         for u_B in torch.from_numpy(u_EB).to(stop_V.device):
             fed = rows.live
             rows, logp_B, routed_BLK = self._decode(self.params, cache, rows, u_B, stop_V, sampling)
@@ -288,6 +291,11 @@ class LocalEngine:
             if not live_BE[slot][-1]:
                 del running[slot]
         return rows
+
+    def _reach(self, wanted: int) -> int:
+        """Return how much of the cache's length is looked at: what is needed or, compiled, one of three lengths."""
+        sizes = (self.length // 4, self.length // 2, self.length) if self._compiles else (min(wanted, self.length),)
+        return min((n for n in sizes if n >= wanted), default=self.length)
 
     def _fewer(self, rows: int, wanted: int) -> int:
         """Return how many rows go on for so many requests: all, half or a quarter of the slots, at most `rows`."""

@@ -264,9 +264,10 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(run, options, taken):
 
 @pytest.mark.parametrize("taken", [1, 2, 4])
 def test_nothing_is_lost_or_trained_twice(run, taken):
-    cut = run(3)
+    how = Plan(PROMPTS, GROUP, share_prompts=False)  # so that each answer begins with its question
+    cut = run(3, how=how)
     batches = cut.take(taken)
-    resumed = cut.resumed(level=3)
+    resumed = cut.resumed(level=3, how=how)
     batches += resumed.take(6 - taken)
     resumed.rollouts.close()
     trained = []

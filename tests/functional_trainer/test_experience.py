@@ -1,5 +1,6 @@
 """Rollouts as batches: every answer's tokens with its own advantage, filters, splits, and a place to resume from."""
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -61,22 +62,27 @@ def documents(batch) -> list[dict[str, list]]:
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 3), st.integers(2, 5), st.integers(1, 3), st.integers(12, 30), st.integers(0, 99), st.booleans(),
-    st.sampled_from([1, 2, 7]),
+    st.sampled_from([1, 2, 7]), st.booleans(),
 )  # fmt: skip
-def test_every_answer_is_there_once_with_its_own_numbers(prompts, group, rows, seq_len, seed, share, size):
+def test_every_answer_is_there_once_with_its_own_numbers(prompts, group, rows, seq_len, seed, share, size, static):
     """Whatever the rows, and whether answers share prompts, of one token too, which leaves nothing to share."""
     asked = Prompts(q._replace(ids=[*range(30, 30 + size - 1), q.ids[0]]) for q in QUESTIONS)
-    rollouts = made(Plan(prompts, group, share_prompts=share), asked, seq_len=seq_len, rows=rows, seed=seed)
+    how = Plan(prompts, group, share_prompts=share, static=static)
+    rollouts = made(how, asked, seq_len=seq_len, rows=rows, seed=seed)
     batch = next(rollouts)
     last = rollouts.last
-    assert batch["tokens"].shape[0] % rows == 0 and batch["tokens"].shape[1] == seq_len
+    B, filled = len(batch["tokens"]), int((batch["segment_ids"] != 0).any(1).sum())
+    passes = -(-B // rows)
+    assert batch["tokens"].shape[1] == seq_len and B % (passes * rows if static else passes) == 0
+    assert 0 <= B - filled < (rows if static else passes)
     wanted = []
     for p, a, adv in zip(last.prompts, last.answers, last.advantages.reshape(-1), strict=True):
         ids, before, n = p.ids + a.tokens, len(p.ids) - 1, len(a.tokens)
         wanted.append({
             "tokens": ids[:-1], "targets": ids[1:], "positions": list(range(len(ids) - 1)),
             "weights": [0.0] * before + [1.0] * n, "advantages": [0.0] * before + [np.float32(adv).item()] * n,
-            "rollout_logprobs": [0.0] * before + np.float32(a.logprobs).tolist(), "lengths": [0.0 if share else float(n)] * before + [float(n)] * n,
+            "rollout_logprobs": [0.0] * before + np.float32(a.logprobs).tolist(),
+            "lengths": [0.0 if share else float(n)] * before + [float(n)] * n,
         })  # fmt: skip
     found = [{k: v for k, v in d.items() if k not in ("segment_ids", "parent_ids")} for d in documents(batch)]
     assert sorted(map(str, found)) == sorted(str({k: w[k] for k in found[0]}) for w in wanted)
@@ -90,10 +96,12 @@ def test_advantages_are_those_of_the_groups():
     assert all(len({p.text for p in last.prompts[i : i + 4]}) == 1 for i in range(0, 12, 4))
 
 
-def test_ranks_share_a_batch_and_all_of_its_passes():
-    whole = next(made(rows=4))
-    parts = [next(made(rows=4, rank=rank, world=2)) for rank in range(2)]
-    passes = len(whole["tokens"]) // 4
+@pytest.mark.parametrize("static", [False, True])
+def test_ranks_share_a_batch_and_all_of_its_passes(static):
+    how = replace(USUAL, static=static)
+    parts = [next(made(how, rows=2, rank=rank, world=2)) for rank in range(2)]
+    whole = next(made(replace(how, static=True), rows=2))
+    passes = len(whole["tokens"]) // 2
     assert passes > 1
     for name, column in whole.items():
         both = torch.stack([part[name].view(passes, 2, -1) for part in parts], 1)
