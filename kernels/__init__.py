@@ -120,6 +120,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (
         Backend("documents", _attention.documents, ("cpu",), ("cpu",), ("cpu",), frozenset(CASES) - {"cache"}),
         Backend("shapes", _attention.shapes, ("meta",), ("meta",), (), frozenset(CASES) - {"cache"}),
+        Backend("sdpa_float32", _attention.sdpa_float32, ("cpu",), ("cpu",), ("cpu",), frozenset(CASES) - {"softcap"}),
         Backend("sdpa", _attention.sdpa, ("*",), ("*",), ("cpu",), frozenset(CASES) - {"softcap"}),
         Backend("flash_attn_3", _attention.flash_attn_3, (), ("cuda",), (), _VARLEN | {"softcap"}),
         Backend("flash_attn", _attention.flash_attn, (), ("cuda",), (), _VARLEN | {"softcap"}),

@@ -21,6 +21,7 @@ Backends (`kernels.BACKENDS` says which serves which device and case, and which 
 
     reference    softmax(Q K^T) V with a mask, any device, any dtype
     sdpa         F.scaled_dot_product_attention with the same mask; sinks are the scores of one more key
+    sdpa_float32 the same, in float32 at least, for hosts
     documents    the host's own op, document by document: attention_documents.py. In float32 at least
     flex         FlexAttention with a block mask built from the segments; sinks by its logsumexp
     flash_attn   flash-attn's varlen call over document borders
@@ -112,6 +113,12 @@ def sdpa(q_BSNH, k_BTKH, v_BTKV, rows: Rows, scale: float, sinks_N=None) -> torc
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     ).transpose(1, 2)
+
+
+def sdpa_float32(q_BSNH, k_BTKH, v_BTKV, rows: Rows, scale: float, sinks_N=None) -> torch.Tensor:
+    """Call PyTorch's attention in at least float32: its kernel for hosts takes several times as long in 16 bit."""
+    sinks = None if sinks_N is None else promote(sinks_N)
+    return sdpa(*(promote(x) for x in (q_BSNH, k_BTKH, v_BTKV)), rows, scale, sinks).to(q_BSNH.dtype)
 
 
 def documents(q_BSNH, k_BSKH, v_BSKV, rows: Rows, scale: float, softcap=None, sinks_N=None) -> torch.Tensor:

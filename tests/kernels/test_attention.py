@@ -98,8 +98,8 @@ def test_tiles_hold_documents_of_about_one_length():
     """20 documents of 16 to 111 tokens are in few tiles, hardly padded; one of 300 and padding are not."""
     lengths = [*range(16, 121, 5)[:20], 300, 30]
     segments = torch.repeat_interleave(torch.tensor([*range(1, 22), 0]), torch.tensor(lengths))[None]
-    plan = module._plan_of(segments, torch.empty(1, segments.shape[1], 6, 2), 2, None)
-    assert plan.long == [(sum(lengths[:20]), 300)]
+    plan = module._plan_of(segments, torch.empty(1, segments.shape[1], 6, 2), 2, None, True, None, None, False)
+    assert plan.long == [(sum(lengths[:20]), 300, 0, 0)]
     assert sum(t.documents for t in plan.tiles) == 20 and len(plan.tiles) <= 6
     slots = sum(t.documents * t.length for t in plan.tiles)
     assert sum(lengths[:20]) < slots < 1.2 * sum(lengths[:20]) + 8 * 20
@@ -184,9 +184,9 @@ def test_a_kv_cache_equals_a_loop_over_queries(padding, new, window, unused, see
 
 def test_wrong_backends_are_named():
     q, rows = torch.randn(1, 4, 2, 4), (torch.ones(1, 4, dtype=torch.int64), torch.arange(4)[None])
-    with pytest.raises(ValueError, match="no backend 'flsh' for device 'cpu'; it has documents, sdpa, reference"):
+    with pytest.raises(ValueError, match="no backend 'flsh' for device 'cpu'; it has documents, sdpa_float32, sdpa, reference"):
         kernels.attention(q, q, q, *rows, backend="flsh")
     with pytest.raises(ValueError, match="no backend 'flash_attn' for device 'cpu'"):
         kernels.attention(q, q, q, *rows, backend="flash_attn")
-    with pytest.raises(ValueError, match="'documents' does not serve cache .* this call is for sdpa, reference"):
+    with pytest.raises(ValueError, match="'documents' does not serve cache .* this call is for sdpa_float32, sdpa, reference"):
         kernels.attention(q, q, q, *rows, *rows, backend="documents")
