@@ -1,19 +1,20 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from experiments import engines
+from experiments import engines, episodes
 from experiments.policies import advantage
 from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
+from functional_trainer.data import Record
 from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import report, rewarded
-from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
-from functional_trainer.rewards import Rewards, load
+from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
+from functional_trainer.rewards import GIVEN, Function, Rewards, load, refuse, refuse_columns
 
 
 def plan(o: Any) -> Plan:
@@ -62,25 +63,46 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     )  # fmt: skip
 
 
+def functions(o: Any) -> dict[str, Function]:
+    """Return the reward functions by name; ValueError if one is not there or cannot be called."""
+    found = _functions(o.reward.functions or (() if o.rollout.environment else ("exact",)))
+    refuse(found, o.reward.isolate)
+    return found
+
+
+@cache
+def _functions(named: tuple[str, ...]) -> dict[str, Function]:
+    found = [load(given) for given in named]  # a file is run once
+    if len({name for name, _ in found}) < len(found):
+        raise ValueError(f"--reward.functions {' '.join(named)}: two have the same name")
+    return dict(found)
+
+
+def read(o: Any, *how: Any) -> tuple[Prompts, dict, list[Record]]:
+    """Return what is asked, as `episodes.read`; before, and of its columns after, refuse what cannot give rewards."""
+    own = functions(o)
+    found = episodes.read(o, *how)
+    refuse_columns(own, [*GIVEN, *_columns(found[0])])
+    return found
+
+
+def _columns(prompts: Prompts) -> list[str]:
+    return sorted({name for prompt in prompts for name in prompt.columns} - {*GIVEN})
+
+
 def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
-    named = o.reward.functions or (() if o.rollout.environment else ("exact",))
-    found = [load(given) for given in named]
-    if len({name for name, _ in found}) < len(found):
-        raise ValueError(f"--reward.functions {' '.join(o.reward.functions)}: two have the same name")
-    r = o.reward
+    r, names = o.reward, _columns(run.loader)
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds}
-    functions = Rewards(dict(found), r.weights or None, **how) if run.shard.rank == 0 else None
+    asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
-        if functions is None:
+        if asked is None:
             return None
-        own = {"prompts", "completions", "completion_ids"}
-        names = {name for prompt in prompts for name in prompt.columns} - own
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
         said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
-        found = functions([p.text for p in prompts], said, ids, **columns)
+        found = asked([p.text for p in prompts], said, ids, **columns)
         return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
     return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from experiments import qwen3_moe_grpo, rl
+from functional_trainer.data import Tokenizer
+from functional_trainer.types import ONE_DEVICE
 from tests.experiments import sft_runs
 
 RECIPE = sft_runs.RECIPE.with_stem("qwen3_moe_grpo")
@@ -72,11 +75,51 @@ def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
         (("--loss.old", "trainer"), 1, "--loss.old trainer has no effect with one step per rollout"),
         (("--loss.advantage", "rloo", "--loss.scale-rewards", "none"), 2, "has no effect with"),
         (("--loss.correction-range", 0.5, 2), 2, "--loss.correction-range has no effect without"),
+        (("--reward.functions", "exact", "none.py:f", "--data.train", "none.jsonl"), 1, "none.py: No such file"),
     ],
 )
 def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, message):
     said = run(place, "--steps", 2, "--out", tmp_path / "run", *flags, status=status)
     assert message in said and "Traceback" not in said
+
+
+MINE = """
+def deaf(answers, **columns): return [0.0 for _ in answers]
+def few(completions): return [0.0 for _ in completions]
+def level(completions, level, **columns): return [float(x or 0) for x in level]
+"""
+CHAT = [{"role": "user", "content": "Add 3 to 4."}, {"role": "assistant", "content": "7"}]
+
+
+def read(*functions: str, environment: str = "", isolate: tuple[str, ...] = ()):
+    """Read what a run asks, from rows.jsonl."""
+    o = qwen3_moe_grpo.Options(
+        model=qwen3_moe_grpo.ModelOptions(path="m"), data=qwen3_moe_grpo.PromptOptions(train=("rows.jsonl",)),
+        reward=qwen3_moe_grpo.RewardOptions(functions, isolate=isolate),
+        rollout=qwen3_moe_grpo.RolloutOptions(environment=environment),
+    )  # fmt: skip
+    return rl.read(o, Tokenizer(sft_runs.TOKENIZER), 384, ONE_DEVICE, 0, lambda text: None)
+
+
+def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, monkeypatch):
+    """Whatever the columns are it is before data are read too; a column may be in some rows only."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    for functions, how, said in [
+        (["none.py:f"], {}, "none.py: No such file"),
+        (["mine.py:none"], {}, "mine.py defines no function none"),
+        (["mine.py:few"], {}, "few cannot be called with prompts, completions, .* unexpected .* argument 'prompts'"),
+        (["exact", "exact"], {}, "--reward.functions exact exact: two have the same name"),
+        (["exact"], {"isolate": ("maths",)}, r"isolate names \['maths'\]; the functions are \['exact'\]"),
+        ([], {"environment": "env.py:None"}, "env.py: No such file"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            read(*functions, **how)
+    both = [{"messages": CHAT}, {"messages": CHAT, "level": 2}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
+    assert len(read("mine.py:level")[0]) == 2
+    with pytest.raises(ValueError, match="deaf cannot be called with .*, level, .*: missing a required .*'answers'"):
+        read("mine.py:deaf")
 
 
 def test_experts_of_a_dense_model_cannot_be_replayed(place):
