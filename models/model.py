@@ -35,6 +35,8 @@ class Model:
     dtype: torch.dtype | None = None
     """Compute dtype; parameters are cast at use. None computes in the parameters' own dtype."""
     gather: Gather = "kept"
+    together: tuple[tuple[str, ...], ...] = (layers.QKV, layers.EXPERTS)
+    """Names within a layer of parameters that are one product: all of them are in 8 bits, or none."""
 
     def init(self, seed: int, dtype: torch.dtype = torch.float32, device=None, shard=ONE_DEVICE) -> Tree:
         """Draw a parameter tree."""
