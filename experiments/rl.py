@@ -22,8 +22,9 @@ def plan(o: Any) -> Plan:
     r = o.rollout
     overlong = (r.max_completion_length, r.overlong_buffer) if r.overlong_buffer else None
     drawn = r.filter_groups, r.max_num_gen_batches, r.mask_truncated_completions, overlong
-    how: dict[str, Any] = {"beta": o.loss.beta, "kl": o.loss.kl} if o.loss.kl_in_reward else {}
-    how |= {"routing_replay": r.routing_replay, "shown": r.log_completions, "shown_every": r.log_every}
+    how: dict[str, Any] = {"routing_replay": r.routing_replay, "shown": r.log_completions, "shown_every": r.log_every}
+    if o.loss.kl_in_reward:
+        how |= {"beta": o.loss.beta, "kl": o.loss.kl, "returns": o.loss.advantage == "reinforce_pp"}
     return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn, **how)
 
 
@@ -80,8 +81,7 @@ def _functions(named: tuple[str, ...]) -> dict[str, Function]:
 
 def read(o: Any, *how: Any) -> tuple[Prompts, dict, list[Record]]:
     """Return what is asked, as `episodes.read`; before, and of its columns after, refuse what cannot give rewards."""
-    own = functions(o)
-    found = episodes.read(o, *how)
+    own, found = functions(o), episodes.read(o, *how)
     refuse_columns(own, [*GIVEN, *_columns(found[0])])
     return found
 

@@ -85,6 +85,8 @@ class Plan:
     beta: float = 0.0
     """What is taken from an answer's reward for each nat of its divergence from the reference."""
     kl: advantages.KL = "k1"
+    returns: bool = False
+    """Let each token have the advantage of what is left of its answer's reward (`advantages.reinforce_pp_tokens`)."""
     routing_replay: bool = False
     """Batches have the experts that the engine chose, `routed_experts`."""
     shown: int = 0
@@ -105,8 +107,11 @@ class Rollout(NamedTuple):
     rewards: np.ndarray
     """(groups, answers), nan where there is none."""
     advantages: np.ndarray
+    """(groups, answers); means over tokens where these have their own."""
     said: list[dict[str, Any]]
     """Of each answer the text and the rewards by function."""
+    by_token: list[np.ndarray] | None = None
+    """Advantages of each answer's sampled tokens, where they have their own."""
 
 
 class Drawn(NamedTuple):
@@ -186,8 +191,8 @@ class Experience:
         own = {k: torch.from_numpy(self._own(v)) for k, v in columns.items()}
         return scorer(own, self._own(number), number.size).reshape(number.shape)
 
-    def _divergence(self, reference: Scorer, prompts: list[Prompt], answers: list[Sample]) -> np.ndarray:
-        """Return the divergence of each answer from the reference, added up over its sampled tokens."""
+    def _divergence(self, reference: Scorer, prompts: list[Prompt], answers: list[Sample]) -> list[np.ndarray]:
+        """Return the divergence from the reference at each sampled token of each answer."""
         count = np.arange(len(answers))
         how = replace(self.how, group=1, mask_truncated=False, routing_replay=False)
         numbered = Rollout(prompts, answers, count[:, None], count[:, None], [])  # advantages say whose a token is
@@ -195,7 +200,8 @@ class Experience:
         sampled, told = columns["weights"] != 0, columns["rollout_logprobs"]
         d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns))[sampled])
         whose = columns["advantages"][sampled].astype(np.int64)
-        return np.bincount(whose, advantages.divergence(d, self.how.kl), len(answers))
+        found = advantages.divergence(d, self.how.kl)[np.argsort(whose, kind="stable")]
+        return np.split(found, np.cumsum(np.bincount(whose, minlength=len(answers)))[:-1])
 
     def report(self) -> dict[str, Any]:
         """Return what the row of metrics of the next step is to say, once: of a rollout, its first step's."""
@@ -260,14 +266,18 @@ class Experience:
         used = rewards
         if how.overlong:
             used = rewards + advantages.overlong_penalty(sizes, *how.overlong)
-        apart = self._divergence(self.reference, prompts, answers).reshape(sizes.shape) if self.reference else None
-        if apart is not None:
-            used = used - how.beta * apart
+        apart = self._divergence(self.reference, prompts, answers) if self.reference else []
+        by_token = advantages.reinforce_pp_tokens(used.flat, [how.beta * d for d in apart]) if how.returns else None
+        if apart:
+            used = used - how.beta * np.array([d.sum() for d in apart]).reshape(sizes.shape)
         baseline = ([g.greedy for g in good],) if self.greedy else ()
+        worth = self.advantage(used, sizes, *baseline)
+        if by_token:
+            worth = np.array([x.mean() if len(x) else 0.0 for x in by_token]).reshape(sizes.shape)
         said = [one for g in good for one in g.said]
-        rollout = Rollout(prompts, answers, rewards, self.advantage(used, sizes, *baseline), said)
+        rollout = Rollout(prompts, answers, rewards, worth, said, by_token)
         row = _report(rollout, sizes) | scores.report | ({"rollouts": tried} if how.filter_groups else {})
-        row |= {} if apart is None else {"kl": float(apart.sum() / sizes.sum())}
+        row |= {"kl": float(sum(d.sum() for d in apart) / sizes.sum())} if apart else {}
         row["generated_tokens_per_s"] = spent.pop("tokens") / spent["gen"]
         return rollout, row | {"timing_s": spent}
 
@@ -363,7 +373,10 @@ def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int, rows: i
         sampled = answer.sampled or [True] * len(answer.tokens)
         documents.append((before + answer.tokens, [False] * len(before) + [trained and one for one in sampled]))
         told += [0.0] * len(before) + answer.logprobs
-        worth += [0.0] * len(before) + [float(flat[i])] * len(answer.tokens)
+        own = np.full(len(answer.tokens), flat[i])
+        if rollout.by_token:
+            own[np.array(sampled, bool)] = rollout.by_token[i]
+        worth += [0.0] * len(before) + own.tolist()
     stored = Documents.of(documents)
     pieces, cursor, table = cut(stored, seq_len, "drop"), Cursor(), list[list[int]]()
     while cursor.held or cursor.next < len(pieces.length) or not table:
