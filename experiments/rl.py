@@ -1,7 +1,7 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from experiments import engines, episodes
@@ -14,7 +14,7 @@ from functional_trainer.data import Record
 from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
-from functional_trainer.rewards import GIVEN, Function, Rewards, load, refuse, refuse_columns
+from functional_trainer.rewards import GIVEN, Function, Rewards, load_all, refuse, refuse_columns
 
 
 def plan(o: Any) -> Plan:
@@ -22,7 +22,8 @@ def plan(o: Any) -> Plan:
     r = o.rollout
     overlong = (r.max_completion_length, r.overlong_buffer) if r.overlong_buffer else None
     drawn = r.filter_groups, r.max_num_gen_batches, r.mask_truncated_completions, overlong
-    how: dict[str, Any] = {"routing_replay": r.routing_replay, "shown": r.log_completions, "shown_every": r.log_every}
+    how: dict[str, Any] = {"shown": r.log_completions, "shown_every": r.log_every}
+    how |= {"routing_replay": r.routing_replay == "engine"}
     if o.loss.kl_in_reward:
         how |= {"beta": o.loss.beta, "kl": o.loss.kl, "returns": o.loss.advantage == "reinforce_pp"}
     return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn, **how)
@@ -41,16 +42,16 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     def copied() -> tree.Tree:
         return tree.map(lambda p: whole(p).detach().to(model.dtype or p.dtype, copy=True), params)
 
-    def score(weights: tree.Tree) -> Scorer:
+    def score(weights: tree.Tree, record: bool = False) -> Scorer:
         form = "layer" if o.compile == "auto" else o.compile
-        return scorer(model, weights, o.micro_batch, run.shard, run.device, form, r.temperature)
+        return scorer(model, weights, o.micro_batch, run.shard, run.device, form, r.temperature, record)
 
     part, parts = run.shard.data
     draw = engines.drawn_by(engine, o, run, group)
     settings: dict[str, Any] = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
     settings |= {"longest": r.max_completion_length, "seed": o.seed, "update": engine.update}
     settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
-    settings["old"] = score(params) if o.loss.old == "trainer" else None
+    settings["old"] = score(params, r.routing_replay == "trainer") if o.loss.old == "trainer" else None
     settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
     given = run.loader, draw, rewards(o, run, group), advantage(o), plan(o)
     if not ahead:
@@ -66,17 +67,9 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
 
 def functions(o: Any) -> dict[str, Function]:
     """Return the reward functions by name; ValueError if one is not there or cannot be called."""
-    found = _functions(o.reward.functions or (() if o.rollout.environment else ("exact",)))
+    found = load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
     refuse(found, o.reward.isolate)
     return found
-
-
-@cache
-def _functions(named: tuple[str, ...]) -> dict[str, Function]:
-    found = [load(given) for given in named]  # a file is run once
-    if len({name for name, _ in found}) < len(found):
-        raise ValueError(f"--reward.functions {' '.join(named)}: two have the same name")
-    return dict(found)
 
 
 def read(o: Any, *how: Any) -> tuple[Prompts, dict, list[Record]]:

@@ -59,8 +59,19 @@ class Scores(NamedTuple):
 Generate = Callable[[list[Prompt], int], list[Sample]]
 """From prompts and a seed to an answer of each."""
 Reward = Callable[[list[Prompt], list[Sample]], Scores]
-Scorer = Callable[[Batch, np.ndarray, int], np.ndarray]
-"""From this rank's rows and the number that each of their places has among `size` to values of all places (size,)."""
+
+
+class Scored(NamedTuple):
+    """What a model says of all places of a batch."""
+
+    logprobs: np.ndarray
+    """(size,)"""
+    routed_experts: np.ndarray | None = None
+    """(size, L, K), the experts that it chose, if that is recorded."""
+
+
+Scorer = Callable[[Batch, np.ndarray, int], Scored]
+"""From this rank's rows and the number that each of their places has among `size`."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,8 @@ class Experience:
     the weights are, and `update` gives them to what generates, with their version: how many rollouts came before.
     ValueError if a prompt and its longest answer do not fit into a row.
 
-    With `old` batches have old_logprobs: what it returns of a rollout's batches before the first of them is taken. With
+    With `old` batches have old_logprobs, and routed_experts if it records them: what it returns of a rollout's batches
+    before the first of them is taken. With
     `greedy`, which answers a prompt with the likeliest tokens, `advantage` is given the rewards of these answers, (P,),
     too. `reference` gives log-probabilities for the divergence that rewards lose.
     """
@@ -182,14 +194,19 @@ class Experience:
         """Let the batches of a rollout have old_logprobs."""
         begun = time.perf_counter()
         for columns in self.waiting[: self.how.steps]:  # what is trained on again are the same ones
-            columns["old_logprobs"] = self._ask(old, columns)
+            said = self._ask(old, columns)
+            columns["old_logprobs"] = said.logprobs
+            if said.routed_experts is not None:
+                columns["routed_experts"] = said.routed_experts
         self.said.setdefault("timing_s", {})["old_log_prob"] = time.perf_counter() - begun
 
-    def _ask(self, scorer: Scorer, columns: dict[str, np.ndarray]) -> np.ndarray:
+    def _ask(self, scorer: Scorer, columns: dict[str, np.ndarray]) -> Scored:
         """Return what a scorer says of all rows, each rank of its own."""
         number = np.arange(columns["tokens"].size).reshape(columns["tokens"].shape)
         own = {k: torch.from_numpy(self._own(v)) for k, v in columns.items()}
-        return scorer(own, self._own(number), number.size).reshape(number.shape)
+        logprobs, routed = scorer(own, self._own(number), number.size)
+        placed = None if routed is None else routed.reshape(number.shape + routed.shape[1:])
+        return Scored(logprobs.reshape(number.shape), placed)
 
     def _divergence(self, reference: Scorer, prompts: list[Prompt], answers: list[Sample]) -> list[np.ndarray]:
         """Return the divergence from the reference at each sampled token of each answer."""
@@ -198,7 +215,7 @@ class Experience:
         numbered = Rollout(prompts, answers, count[:, None], count[:, None], [])  # advantages say whose a token is
         columns = _pack(numbered, count, how, self.seq_len, self.rows)
         sampled, told = columns["weights"] != 0, columns["rollout_logprobs"]
-        d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns))[sampled])
+        d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns).logprobs)[sampled])
         whose = columns["advantages"][sampled].astype(np.int64)
         found = advantages.divergence(d, self.how.kl)[np.argsort(whose, kind="stable")]
         return np.split(found, np.cumsum(np.bincount(whose, minlength=len(answers)))[:-1])

@@ -248,7 +248,7 @@ def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool
 
 def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple[torch.Tensor, dict]:
     """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` (), and with a
-    cache the experts that were chosen, `routed_experts` (B, S, K).
+    cache or `rows["record"]` the experts that were chosen, `routed_experts` (B, S, K).
 
     `rows["routed_experts"]` (B, S, K), if there, replaces the choice of experts, not their weights.
     """
@@ -276,7 +276,9 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     run = shard.local(experts, ins, ("sum:act/tokens > act/residual",))
     y_BSD = run(x_BSD, weights_BSK, id_BSK, p["gate_up"], p["down"])
     aux = {"load": load_E, "prob": prob_E, "balance": balance}
-    return y_BSD, aux | ({"routed_experts": id_BSK} if "start" in rows else {})
+    if "start" in rows or "record" in rows:
+        aux["routed_experts"] = shard.local(lambda x: x, (f"{tokens} > batch/columns",), ("batch/columns",))(id_BSK)
+    return y_BSD, aux
 
 
 # the skeleton --------------------------------------------------------------------------------------------------------

@@ -46,14 +46,17 @@ class Model:
 
         return param.tree.map_with_path(one, self.specs, is_leaf=param.is_param)
 
-    def apply(self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None) -> Output:
+    def apply(
+        self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None,
+        record: bool = False,
+    ) -> Output:  # fmt: skip
         """Map tokens (B, S) to hidden states (B, S, D) after the final norm.
 
         `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing.
         `aux` stacks the router sums of the L MoE layers: load (L, E), prob (L, E), balance (L,). With a `cache` from
         `init_cache` the new keys are written into it in place, from its "length" on: one place for all rows, which then
-        moves on, or a tensor (B,), each row's own, which the caller keeps within what the cache holds; `aux` then has
-        routed_experts (L, B, S, K) too. ValueError for a routing that is not of this model.
+        moves on, or a tensor (B,), each row's own, which the caller keeps within what the cache holds; `aux` then, and
+        with `record`, has routed_experts (L, B, S, K) too. ValueError for a routing that is not of this model.
         """
         c = self.config
         self._check(batch)
@@ -76,7 +79,7 @@ class Model:
             ("act/rope", "act/rope"),
         )  # fmt: skip
         rows["cos"], rows["sin"] = tables(batch["positions"])
-        rows |= _append_rows(cache, batch)
+        rows |= _append_rows(cache, batch) | ({"record": True} if record else {})
         stats: list[dict] = []
         coming = shard.ahead(params["layers"], layers.LAYER, self.dtype, self.gather)
         fetched = hooks = None

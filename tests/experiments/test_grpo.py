@@ -57,7 +57,8 @@ def test_a_short_run_says_what_happened(place):
 def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
     several = ("--steps", 5, "--rollout.steps-per-generation", 2, "--rollout.num-iterations", 2)
     several += ("--loss.loss-type", "grpo", "--loss.old", "trainer", "--loss.correction", "token_truncate")
-    several += ("--rollout.routing-replay", "--loss.off-policy-mask-threshold", 0.1, "--rollout.log-every", 2)
+    several += ("--rollout.routing-replay", "trainer", "--rollout.log-every", 2)
+    several += ("--loss.off-policy-mask-threshold", 0.1)
     run(place, *several, "--save-every", 1, "--keep", 5, "--out", "straight")
     run(place, *several, "--resume", "straight/checkpoints/step-3", "--out", "resumed")
     sft_runs.same_state(place / "straight", place / "resumed")
@@ -124,9 +125,9 @@ def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, 
 
 def test_experts_of_a_dense_model_cannot_be_replayed(place):
     sft_runs.folder(place / "dense", "qwen3")
-    flags = ("--model.path", "dense", *FLAGS, "--steps", 1, "--out", "refused", "--rollout.routing-replay")
+    flags = ("--model.path", "dense", *FLAGS, "--steps", 1, "--out", "refused", "--rollout.routing-replay", "engine")
     said = sft_runs.run(place, *flags, recipe=RECIPE.stem, status=1)
-    assert "(--rollout.routing-replay): the model has no routed experts, leave it away" in " ".join(said.split())
+    assert "--rollout.routing-replay: the model has no routed experts, leave it away" in " ".join(said.split())
     assert "Traceback" not in said
 
 
@@ -148,25 +149,18 @@ def test_two_processes(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["ep", "cp", "tp"])
-def test_what_the_trainer_computes_of_rollouts_on_a_mesh(place, axis):
+@pytest.mark.parametrize(("axis", "whose"), [("ep", "engine"), ("ep", "trainer"), ("cp", "trainer"), ("tp", "trainer")])
+def test_what_the_trainer_computes_of_rollouts_on_a_mesh(place, axis, whose):
     """Old log-probabilities, a reference in the reward, greedy answers and recorded experts, in two steps a rollout."""
     text = "def even(completion_ids, **columns):\n    return [1.0 - ids[0] % 2 for ids in completion_ids]\n"
     (place / "mine.py").write_text(text)
-    flags = "--model.path", "model", *FLAGS, "--steps", 3, "--mesh.fsdp", 1, f"--mesh.{axis}", 2, "--out", axis
+    flags = "--model.path", "model", *FLAGS, "--steps", 3, "--mesh.fsdp", 1, f"--mesh.{axis}", 2
+    flags += "--out", f"{axis}-{whose}"
     flags += "--loss.old", "trainer", "--loss.correction", "sequence_mask", "--rollout.steps-per-generation", 2
-    flags += (
-        "--reward.functions",
-        "mine.py:even",
-        "--loss.advantage",
-        "remax",
-        "--loss.beta",
-        0.1,
-        "--loss.kl-in-reward",
-        "--rollout.routing-replay",
-    )
+    flags += ("--reward.functions", "mine.py:even", "--loss.advantage", "remax", "--rollout.routing-replay", whose)
+    flags += ("--loss.beta", 0.1, "--loss.kl-in-reward")
     sft_runs.run_ranks(place, 2, *flags, recipe=RECIPE.stem)
-    for row in (rows := sft_runs.rows(place / axis)):
+    for row in (rows := sft_runs.rows(place / f"{axis}-{whose}")):
         assert row["sampling_logp_difference/max"] < 1e-4 and row["rollout_corr/eff_sample_size"] > 0.999
     assert [("kl" in row) for row in rows] == [True, False, True] and abs(rows[0]["kl"]) < 1e-5
     assert [abs(row["ratio/max"] - 1) < 1e-6 for row in rows] == [True, False, True]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from functional_trainer import advantages
 from functional_trainer.engines import Sample
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scored, Scores
 
 QUESTIONS = Prompts(Prompt([10 + i, 3], f"question {i}", {"answer": str(i)}) for i in range(7))
 LONGEST = 6
@@ -223,7 +223,7 @@ def to_the_token(batch, number, size):
     """Give each token -token / 9000, as a reference."""
     found = np.zeros(size)
     found[number] = np.where(batch["weights"] != 0, -batch["targets"].numpy() / 9000, 0)
-    return found
+    return Scored(found)
 
 
 def with_tools(prompts, seed):
