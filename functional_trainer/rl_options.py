@@ -139,7 +139,7 @@ class RolloutOptions:
             raise ValueError(f"--rollout.url {wrong[0]}: it must be http://HOST:PORT")
         alone: tuple[str, ...] = ("sync", "timeout", "wait")
         if self.engine != "local":
-            alone = ("compile", "partial", "ray")
+            alone = ("compile", "ray")
             if self.routing_replay == "engine":
                 raise ValueError(f"--rollout.routing-replay engine: {said} records none; say trainer")
         if odd := [name for name in alone if getattr(self, name) != getattr(RolloutOptions, name)]:
