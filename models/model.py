@@ -47,9 +47,8 @@ class Model:
         return param.tree.map_with_path(one, self.specs, is_leaf=param.is_param)
 
     def apply(
-        self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None,
-        record: bool = False,
-    ) -> Output:  # fmt: skip
+        self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None, record=False
+    ) -> Output:
         """Map tokens (B, S) to hidden states (B, S, D) after the final norm.
 
         `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing.
@@ -66,9 +65,8 @@ class Model:
 
         embed = shard.weights({"embed": params["embed"]}, "params", self.dtype)["embed"]
         look_up = partial(kernels.embedding, part=shard.part("params/embed", 0))
-        x_BSD = shard.local(look_up, ("params/embed", f"{COLUMNS} > act/rows"), ("sum:act/block_in > act/residual",))(
-            embed, batch["tokens"]
-        )
+        begin = shard.local(look_up, ("params/embed", f"{COLUMNS} > act/rows"), ("sum:act/block_in > act/residual",))
+        x_BSD = begin(embed, batch["tokens"])
         rows = {
             "segment_ids": place(batch["segment_ids"], "act/attn_rows"),
             "positions": place(batch["positions"], "act/attn_rows"),
