@@ -33,7 +33,7 @@ def choose(o: Any, run: Run, model: Any, params: tree.Tree, ahead: bool, group: 
     r, shard = o.rollout, run.shard
     if r.engine == "local":
         length = episodes.longest(o, [prompt.ids for prompt in run.loader])
-        how: dict[str, Any] = {"slots": r.slots, "compile": r.compile, "record_routing": r.routing_replay}
+        how: dict[str, Any] = {"slots": r.slots, "compile": r.compile, "record_routing": r.routing_replay == "engine"}
         if r.ray:
             from functional_trainer.engines.actors import RayEngine
 

@@ -91,7 +91,7 @@ def eight(o: Options, model: Any) -> dict:
 
     if o.precision == "fp8" and backend.E4M3 not in backend.PEAKS[o.gpu]:
         raise ValueError(f"--precision fp8: {o.gpu} has no products of operands in 8 bits; plan for H100, H200 or B200")
-    return dict(precision.fp8(o.fp8, model.specs)) if o.precision == "fp8" else {}
+    return dict(precision.fp8(o.fp8, model)) if o.precision == "fp8" else {}
 
 
 def main(o: Options) -> None:

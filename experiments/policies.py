@@ -20,6 +20,9 @@ def loss(o: Any) -> Loss:
     corrected = o.loss.correction != "none"
     if once and trainers:
         raise ValueError("--loss.old trainer has no effect with one step per rollout: ratios are to the policy itself")
+    if o.rollout.routing_replay == "trainer" and not trainers:
+        right = "add --loss.old trainer, for several steps per rollout"
+        raise ValueError(f"--rollout.routing-replay trainer replays what log-probabilities were computed with: {right}")
     if o.rollout.max_async_level or o.rollout.partial:
         once = once and corrected
         if not (once or trainers) and OBJECTIVES[o.loss.loss_type].form == "reinforce":

@@ -96,7 +96,7 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     grid = mesh.make(mesh.Mesh(**auto.sizes(o, model, device, rank, world)), device, world)
     axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}
     table = rules.chosen(o.rules, model, axes)
-    fp8 = precision.fp8(o.fp8, model.specs) if o.precision == "fp8" else {}
+    fp8 = precision.fp8(o.fp8, model) if o.precision == "fp8" else {}
     shard: Any = types.OneDevice(fp8)
     if grid:
         from sharding_rules.sharder import Sharder  # with DTensors, whose import takes a second

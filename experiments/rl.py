@@ -4,16 +4,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from experiments import engines
+from experiments import engines, episodes
 from experiments.policies import advantage
 from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
+from functional_trainer.data import Record
 from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import report, rewarded
-from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
-from functional_trainer.rewards import Rewards, load
+from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
+from functional_trainer.rewards import GIVEN, Function, Rewards, load_all, refuse, refuse_columns
 
 
 def plan(o: Any) -> Plan:
@@ -21,14 +22,10 @@ def plan(o: Any) -> Plan:
     r = o.rollout
     overlong = (r.max_completion_length, r.overlong_buffer) if r.overlong_buffer else None
     drawn = r.filter_groups, r.max_num_gen_batches, r.mask_truncated_completions, overlong
-    how: dict[str, Any] = {"beta": o.loss.beta, "kl": o.loss.kl} if o.loss.kl_in_reward else {}
-    how |= {
-        "share_prompts": r.share_prompts,
-        "routing_replay": r.routing_replay,
-        "static": o.compile != "off",
-        "shown": r.log_completions,
-        "shown_every": r.log_every,
-    }
+    how: dict[str, Any] = {"shown": r.log_completions, "shown_every": r.log_every, "static": o.compile != "off"}
+    how |= {"share_prompts": r.share_prompts, "routing_replay": r.routing_replay == "engine"}
+    if o.loss.kl_in_reward:
+        how |= {"beta": o.loss.beta, "kl": o.loss.kl, "returns": o.loss.advantage == "reinforce_pp"}
     return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn, **how)
 
 
@@ -45,16 +42,16 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     def copied() -> tree.Tree:
         return tree.map(lambda p: whole(p).detach().to(model.dtype or p.dtype, copy=True), params)
 
-    def score(weights: tree.Tree) -> Scorer:
+    def score(weights: tree.Tree, record: bool = False) -> Scorer:
         form = "layer" if o.compile == "auto" else o.compile
-        return scorer(model, weights, o.micro_batch, run.shard, run.device, form, r.temperature)
+        return scorer(model, weights, o.micro_batch, run.shard, run.device, form, r.temperature, record)
 
     part, parts = run.shard.data
     draw = engines.drawn_by(engine, o, run, group)
     settings: dict[str, Any] = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
     settings |= {"longest": r.max_completion_length, "seed": o.seed, "update": engine.update}
     settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
-    settings["old"] = score(params) if o.loss.old == "trainer" else None
+    settings["old"] = score(params, r.routing_replay == "trainer") if o.loss.old == "trainer" else None
     settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
     given = run.loader, draw, rewards(o, run, group), advantage(o), plan(o)
     if not ahead:
@@ -68,25 +65,37 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     )  # fmt: skip
 
 
+def functions(o: Any) -> dict[str, Function]:
+    """Return the reward functions by name; ValueError if one is not there or cannot be called."""
+    found = load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
+    refuse(found, o.reward.isolate)
+    return found
+
+
+def read(o: Any, *how: Any) -> tuple[Prompts, dict, list[Record]]:
+    """Return what is asked, as `episodes.read`; before, and of its columns after, refuse what cannot give rewards."""
+    own, found = functions(o), episodes.read(o, *how)
+    refuse_columns(own, [*GIVEN, *_columns(found[0])])
+    return found
+
+
+def _columns(prompts: Prompts) -> list[str]:
+    return sorted({name for prompt in prompts for name in prompt.columns} - {*GIVEN})
+
+
 def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
-    named = o.reward.functions or (() if o.rollout.environment else ("exact",))
-    found = [load(given) for given in named]
-    if len({name for name, _ in found}) < len(found):
-        raise ValueError(f"--reward.functions {' '.join(o.reward.functions)}: two have the same name")
-    r = o.reward
+    r, names = o.reward, _columns(run.loader)
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds}
-    functions = Rewards(dict(found), r.weights or None, **how) if run.shard.rank == 0 else None
+    asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
-        if functions is None:
+        if asked is None:
             return None
-        own = {"prompts", "completions", "completion_ids"}
-        names = {name for prompt in prompts for name in prompt.columns} - own
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
         said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
-        found = functions([p.text for p in prompts], said, ids, **columns)
+        found = asked([p.text for p in prompts], said, ids, **columns)
         return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
     return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]

@@ -1,7 +1,8 @@
 """Advantages of groups of answers, and what is done to rewards before: plain functions on the host, in float64.
 
 Rewards are (P, G): of P prompts the G answers, None (or nan) where no reward function gave a score. Such an answer does
-not count in any mean and its advantage is 0. Advantages are (P, G); each token of an answer has its answer's.
+not count in any mean and its advantage is 0. Advantages are (P, G): each token of an answer has its answer's, but for
+`reinforce_pp_tokens`.
 """
 
 from collections.abc import Sequence
@@ -39,12 +40,10 @@ def deviation(r_PG: np.ndarray) -> np.ndarray:
     return np.sqrt(np.nansum((r_PG - _mean(r_PG)) ** 2, 1, keepdims=True) / np.maximum(_count(r_PG) - 1, 1))
 
 
-def whiten(x: Any, mask: Any = None, epsilon: float = EPSILON) -> np.ndarray:
-    """Shift and scale to mean 0 and standard deviation 1 over all that is not nan and, if given, in `mask`; 0 else."""
-    x = np.asarray(x, np.float64)
-    kept = ~np.isnan(x) if mask is None else ~np.isnan(x) & (np.asarray(mask) != 0)
-    flat = np.where(kept, x, np.nan).reshape(1, -1)
-    return np.where(kept, np.nan_to_num((x - _mean(flat).item()) / (deviation(flat).item() + epsilon)), 0.0)
+def whiten(x: np.ndarray, epsilon: float = EPSILON) -> np.ndarray:
+    """Shift and scale to mean 0 and standard deviation 1 over all that is not nan; 0 else."""
+    flat = x.reshape(1, -1)
+    return np.nan_to_num((x - _mean(flat).item()) / (deviation(flat).item() + epsilon))
 
 
 def grpo(rewards: Any, scale: Scale = "group", epsilon: float = EPSILON) -> np.ndarray:
@@ -75,17 +74,24 @@ def rloo(rewards: Any) -> np.ndarray:
 
 
 def reinforce_pp(rewards: Any, epsilon: float = EPSILON) -> np.ndarray:
-    """Return rewards whitened over the batch (REINFORCE++, arxiv 2501.03262).
+    """Return rewards whitened over the batch (REINFORCE++, arxiv 2501.03262)."""
+    return whiten(table(rewards), epsilon)
 
-    With a KL divergence in the reward it is `whiten(returns(token_rewards, mask), mask)`.
+
+def reinforce_pp_tokens(rewards: Any, penalties: Sequence[np.ndarray], epsilon: float = EPSILON) -> list[np.ndarray]:
+    """Return the advantage of each token of answers (N,), whose rewards lose a penalty at each of their n tokens (n,).
+
+    A token's return is the answer's reward less the penalties from the token on; returns are whitened over all tokens
+    of the batch (REINFORCE++, arxiv 2501.03262, with discount 1).
     """
-    return whiten(table(rewards), epsilon=epsilon)
+    left = [r - np.cumsum(p[::-1])[::-1] for r, p in zip(table([rewards])[0], penalties, strict=True)]
+    return np.split(whiten(np.concatenate(left), epsilon), np.cumsum([len(p) for p in penalties])[:-1])
 
 
 def reinforce_pp_baseline(rewards: Any, epsilon: float = EPSILON) -> np.ndarray:
     """Return r - mean of the group, whitened over the batch (arxiv 2501.03262)."""
     r_PG = table(rewards)
-    return whiten(r_PG - _mean(r_PG), epsilon=epsilon)
+    return whiten(r_PG - _mean(r_PG), epsilon)
 
 
 def opo(rewards: Any, lengths: Any) -> np.ndarray:
@@ -135,28 +141,3 @@ def without_truncated(weights: Any, truncated: Any) -> np.ndarray:
 def divergence(d: np.ndarray, kl: KL) -> np.ndarray:
     """Return an estimate of KL(policy || reference) per token, given d = log policy / reference."""
     return {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) + d - 1}[kl]
-
-
-def kl_in_reward(rewards: Any, logprobs: Any, ref_logprobs: Any, mask: Any, beta: float, kl: KL = "k1") -> np.ndarray:
-    """Return rewards per token (N, T) of N answers (N,): each on the last token of its `mask`, less beta * KL on each;
-    None counts as 0.
-
-    The divergence is estimated from the log-probabilities of the policy that sampled and of the reference, (N, T).
-    """
-    kept = np.asarray(mask) != 0
-    d = np.where(kept, np.asarray(logprobs, np.float64) - np.asarray(ref_logprobs, np.float64), 0)
-    made = -beta * divergence(d, kl)
-    some = kept.any(1)
-    last = kept.shape[1] - 1 - kept[:, ::-1].argmax(1)
-    made[np.flatnonzero(some), last[some]] += np.nan_to_num(table([rewards])[0])[some]
-    return made
-
-
-def returns(token_rewards: Any, mask: Any, discount: float = 1.0) -> np.ndarray:
-    """Return the discounted sum of rewards from each token of `mask` on, (N, T); others are passed over, and get 0."""
-    rewards, kept = np.asarray(token_rewards, np.float64), np.asarray(mask) != 0
-    made, after = np.zeros_like(rewards), np.zeros(len(rewards))
-    for t in reversed(range(rewards.shape[1])):
-        after = np.where(kept[:, t], rewards[:, t] + discount * after, after)
-        made[:, t] = np.where(kept[:, t], after, 0)
-    return made

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 import kernels
-from functional_trainer import backend, tree
-from functional_trainer.experience import Scorer
+from functional_trainer import backend, routing, tree
+from functional_trainer.experience import Scored, Scorer
 from functional_trainer.losses import logprobs
 from functional_trainer.remat import wrap_layer
 from functional_trainer.step import settings
@@ -22,8 +22,17 @@ from functional_trainer.types import ONE_DEVICE, Batch
 @torch.no_grad()
 def score(model: Any, params: Tree, batch: Batch, shard=ONE_DEVICE, temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probability of each target with a weight, (B, S) as the batch's columns are; 0 of the others."""
-    output = model.apply(params, batch, shard)
-    return logprobs(output, model.unembed(params, shard), batch, shard, temperature, mask=batch["weights"] != 0)[0]
+    return _score(model, params, batch, shard, temperature)[0]
+
+
+def _score(
+    model: Any, params: Tree, batch: Batch, shard, temperature: float, record: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Return log-probabilities and, as ids of the type `record`, the experts that were chosen, (B, S, L, K)."""
+    output = model.apply(params, batch, shard, record=record is not None)
+    unembed, asked_BS = model.unembed(params, shard), batch["weights"] != 0
+    logp_BS = logprobs(output, unembed, batch, shard, temperature, mask=asked_BS)[0]
+    return (logp_BS,) if record is None else (logp_BS, routing.recorded(output.aux, record))
 
 
 def differences(
@@ -43,27 +52,32 @@ def differences(
 
 def scorer(
     model: Any, params: Tree, rows: int, shard: Any, device: torch.device, compile: str = "off",
-    temperature: float = 1.0,
+    temperature: float = 1.0, record: bool = False,
 ) -> Scorer:  # fmt: skip
     """Return what computes log-probabilities of sampled tokens with the weights as they are when it is called.
 
-    They are cast and used as in a step. All ranks call it together, each with its rows, in passes of `rows`.
+    They are cast and used as in a step. All ranks call it together, each with its rows, in passes of `rows`. With
+    `record` it also says which experts these chose, of all tokens; ValueError if the model has none.
     """
+    ids = routing.id_type(model) if record else None
     wrapped = wrap_layer(model, compile=compile != "off", remat="none")
 
-    def run(batch: Batch, number: np.ndarray, size: int) -> np.ndarray:
+    @torch.no_grad()
+    def run(batch: Batch, number: np.ndarray, size: int) -> Scored:
         used = tree.map(lambda p: shard.storage(p).detach().to(model.dtype or p.dtype), params)
         columns = batch | {"number": torch.from_numpy(number)}
         placed = shard.put_batch({k: v.to(device) for k, v in columns.items()})
         parts = shard.micro(placed, -(-placed["tokens"].shape[0] // rows))
-        logp_BS = torch.cat([score(wrapped, used, part, shard, temperature) for part in parts])
-        sampled = placed["weights"] != 0
-        found = np.zeros(size, np.float64 if logp_BS.dtype == torch.float64 else np.float32)
-        for places, values in backend.everyone([x[sampled].numpy(force=True) for x in (placed["number"], logp_BS)]):
-            found[places] = values
-        return found
+        made = zip(*(_score(wrapped, used, part, shard, temperature, ids) for part in parts), strict=True)
+        found = []
+        for x, of in zip(map(torch.cat, made), (placed["weights"], placed["segment_ids"]), strict=False):
+            own = [one[of != 0].numpy(force=True) for one in (placed["number"], x)]
+            found.append(np.zeros((size, *own[1].shape[1:]), own[1].dtype))
+            for places, values in backend.everyone(own):
+                found[-1][places] = values
+        return Scored(*found)
 
-    def compiled(batch: Batch, number: np.ndarray, size: int) -> np.ndarray:
+    def compiled(batch: Batch, number: np.ndarray, size: int) -> Scored:
         with settings(False), kernels.kept_on_disk():
             return run(batch, number, size)
 

@@ -60,8 +60,19 @@ class Scores(NamedTuple):
 Generate = Callable[[list[Prompt], int], list[Sample]]
 """From prompts and a seed to an answer of each."""
 Reward = Callable[[list[Prompt], list[Sample]], Scores]
-Scorer = Callable[[Batch, np.ndarray, int], np.ndarray]
-"""From this rank's rows and the number that each of their places has among `size` to values of all places (size,)."""
+
+
+class Scored(NamedTuple):
+    """What a model says of all places of a batch."""
+
+    logprobs: np.ndarray
+    """(size,)"""
+    routed_experts: np.ndarray | None = None
+    """(size, L, K), the experts that it chose, if that is recorded."""
+
+
+Scorer = Callable[[Batch, np.ndarray, int], Scored]
+"""From this rank's rows and the number that each of their places has among `size`."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,8 @@ class Plan:
     beta: float = 0.0
     """What is taken from an answer's reward for each nat of its divergence from the reference."""
     kl: advantages.KL = "k1"
+    returns: bool = False
+    """Let each token have the advantage of what is left of its answer's reward (`advantages.reinforce_pp_tokens`)."""
     share_prompts: bool = True
     """Answers in a row share what stands before the last token of their prompt; batches have `parent_ids`."""
     routing_replay: bool = False
@@ -110,8 +123,11 @@ class Rollout(NamedTuple):
     rewards: np.ndarray
     """(groups, answers), nan where there is none."""
     advantages: np.ndarray
+    """(groups, answers); means over tokens where these have their own."""
     said: list[dict[str, Any]]
     """Of each answer the text and the rewards by function."""
+    by_token: list[np.ndarray] | None = None
+    """Advantages of each answer's sampled tokens, where they have their own."""
 
 
 class Drawn(NamedTuple):
@@ -131,7 +147,8 @@ class Experience:
     the weights are, and `update` gives them to what generates, with their version: how many rollouts came before.
     ValueError if a prompt and its longest answer do not fit into a row.
 
-    With `old` batches have old_logprobs: what it returns of a rollout's batches before the first of them is taken. With
+    With `old` batches have old_logprobs, and routed_experts if it records them: what it returns of a rollout's batches
+    before the first of them is taken. With
     `greedy`, which answers a prompt with the likeliest tokens, `advantage` is given the rewards of these answers, (P,),
     too. `reference` gives log-probabilities for the divergence that rewards lose.
     """
@@ -183,25 +200,31 @@ class Experience:
         """Let the batches of a rollout have old_logprobs."""
         begun = time.perf_counter()
         for columns in self.waiting[: self.how.steps]:  # what is trained on again are the same ones
-            columns["old_logprobs"] = self._ask(old, columns)
+            said = self._ask(old, columns)
+            columns["old_logprobs"] = said.logprobs
+            if said.routed_experts is not None:
+                columns["routed_experts"] = said.routed_experts
         self.said.setdefault("timing_s", {})["old_log_prob"] = time.perf_counter() - begun
 
-    def _ask(self, scorer: Scorer, columns: dict[str, np.ndarray]) -> np.ndarray:
+    def _ask(self, scorer: Scorer, columns: dict[str, np.ndarray]) -> Scored:
         """Return what a scorer says of all rows, each rank of its own."""
         number = np.arange(columns["tokens"].size).reshape(columns["tokens"].shape)
         own = {k: torch.from_numpy(self._own(v)) for k, v in columns.items()}
-        return scorer(own, self._own(number), number.size).reshape(number.shape)
+        logprobs, routed = scorer(own, self._own(number), number.size)
+        placed = None if routed is None else routed.reshape(number.shape + routed.shape[1:])
+        return Scored(logprobs.reshape(number.shape), placed)
 
-    def _divergence(self, reference: Scorer, prompts: list[Prompt], answers: list[Sample]) -> np.ndarray:
-        """Return the divergence of each answer from the reference, added up over its sampled tokens."""
+    def _divergence(self, reference: Scorer, prompts: list[Prompt], answers: list[Sample]) -> list[np.ndarray]:
+        """Return the divergence from the reference at each sampled token of each answer."""
         count = np.arange(len(answers))
         how = replace(self.how, group=1, mask_truncated=False, routing_replay=False)
         numbered = Rollout(prompts, answers, count[:, None], count[:, None], [])  # advantages say whose a token is
         columns = _pack(numbered, count, how, self.seq_len, self.rows, self.equal)
         sampled, told = columns["weights"] != 0, columns["rollout_logprobs"]
-        d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns))[sampled])
+        d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns).logprobs)[sampled])
         whose = columns["advantages"][sampled].astype(np.int64)
-        return np.bincount(whose, advantages.divergence(d, self.how.kl), len(answers))
+        found = advantages.divergence(d, self.how.kl)[np.argsort(whose, kind="stable")]
+        return np.split(found, np.cumsum(np.bincount(whose, minlength=len(answers)))[:-1])
 
     def report(self) -> dict[str, Any]:
         """Return what the row of metrics of the next step is to say, once: of a rollout, its first step's."""
@@ -266,14 +289,18 @@ class Experience:
         used = rewards
         if how.overlong:
             used = rewards + advantages.overlong_penalty(sizes, *how.overlong)
-        apart = self._divergence(self.reference, prompts, answers).reshape(sizes.shape) if self.reference else None
-        if apart is not None:
-            used = used - how.beta * apart
+        apart = self._divergence(self.reference, prompts, answers) if self.reference else []
+        by_token = advantages.reinforce_pp_tokens(used.flat, [how.beta * d for d in apart]) if how.returns else None
+        if apart:
+            used = used - how.beta * np.array([d.sum() for d in apart]).reshape(sizes.shape)
         baseline = ([g.greedy for g in good],) if self.greedy else ()
+        worth = self.advantage(used, sizes, *baseline)
+        if by_token:
+            worth = np.array([x.mean() if len(x) else 0.0 for x in by_token]).reshape(sizes.shape)
         said = [one for g in good for one in g.said]
-        rollout = Rollout(prompts, answers, rewards, self.advantage(used, sizes, *baseline), said)
+        rollout = Rollout(prompts, answers, rewards, worth, said, by_token)
         row = _report(rollout, sizes) | scores.report | ({"rollouts": tried} if how.filter_groups else {})
-        row |= {} if apart is None else {"kl": float(apart.sum() / sizes.sum())}
+        row |= {"kl": float(sum(d.sum() for d in apart) / sizes.sum())} if apart else {}
         row["generated_tokens_per_s"] = spent.pop("tokens") / spent["gen"]
         return rollout, row | {"timing_s": spent}
 
@@ -375,7 +402,10 @@ def _pack(
             pairs.append((before, answer))
             documents.append((before + answer.tokens, [False] * len(before) + sampled))
             told += [0.0] * len(before) + answer.logprobs
-            worth += [0.0] * len(before) + [float(rollout.advantages.flat[i])] * len(answer.tokens)
+            own = np.full(len(answer.tokens), rollout.advantages.flat[i])
+            if rollout.by_token:
+                own[np.array(sampled, bool)] = rollout.by_token[i]
+            worth += [0.0] * len(before) + own.tolist()
     stored = Documents.of(documents)
     totals = np.diff(stored.offsets).tolist()
     table = layout.rows([tuple(prompt) for prompt, _ in pairs], totals, seq_len, how.share_prompts)

@@ -15,7 +15,7 @@ from functional_trainer import backend, checkpoint, config, flops, tree
 from functional_trainer.data.loader import Loader
 from functional_trainer.errors import brief
 from functional_trainer.losses import Loss
-from functional_trainer.metrics import Metrics
+from functional_trainer.metrics import Metrics, log_in
 from functional_trainer.profile import profiled
 from functional_trainer.state import TrainState, kinds, trained, weight_norms
 from functional_trainer.step import evaluate
@@ -33,7 +33,8 @@ MAY_DIFFER |= {"rollout.ray", "reward.workers", "reference", "rollout.wait"}
 def claim(options: Any, *, main: bool = True) -> Path | None:
     """Make the run folder, write its config.yaml and return the checkpoint to resume from, if any.
 
-    ValueError if the folder holds another run, if `resume` names no checkpoint, or `init_from` has no effect beside it.
+    ValueError if the folder holds another run, if `resume` names no checkpoint, `init_from` has no effect beside it, or
+    Weights & Biases is asked for and lets nobody in.
     """
     folder, source = Path(options.out), None
     if options.resume not in ("auto", "never"):
@@ -53,6 +54,8 @@ def claim(options: Any, *, main: bool = True) -> Path | None:
             f" away, or say --init-from None where --config has it"
         )
     if main:
+        if options.wandb:
+            log_in(options.wandb)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             config.dump(options, folder / "config.yaml")

@@ -182,11 +182,23 @@ class Metrics:
         return "  ".join(p for p in parts if p)
 
 
+def log_in(project: str) -> None:
+    """Log in to Weights & Biases; ValueError if there is no login or the project's name is none."""
+    import wandb
+
+    try:
+        wandb.Settings(project=project)
+        if wandb.setup().settings.mode == "online":
+            wandb.login()
+    except Exception as error:
+        raise ValueError(f"--wandb {project}: {error}") from None
+
+
 def _wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:
     """Start or continue the run of this folder, whose id is kept there.
 
     Steps are a value among others: wandb's own count would drop the rows that a resumed run repeats. ValueError if it
-    refuses: no login, a bad name, no network.
+    refuses, as without a network.
     """
     import wandb
 

@@ -69,8 +69,8 @@ class RolloutOptions:
     """Tokens before the longest answer over which a penalty of the reward grows to 1 (DAPO; 0: none)."""
     share_prompts: bool = True
     """Compute a question once for all its answers in a row of the step, instead of once for each (docs/rl.md)."""
-    routing_replay: bool = False
-    """Train with the experts that the engine chose, with the router's own scores (models with experts; docs/rl.md)."""
+    routing_replay: Literal["none", "engine", "trainer"] = "none"
+    """Train with the experts that the engine chose (R3), or --loss.old trainer (R2), with the router's own scores."""
     log_completions: int = 16
     """Answers of a rollout that are written to completions.jsonl, the first ones (0: none)."""
     log_every: int = 1
@@ -111,9 +111,9 @@ class RolloutOptions:
             if getattr(self, name) != getattr(RolloutOptions, name) and not self.environment:
                 raise ValueError(f"--rollout.{name.replace('_', '-')} has no effect without --rollout.environment")
         within("rollout.", self, max_turns=(1, ""), max_turn_length=(0, ""), tool_seconds=(0, ""))
-        for name in ("routing_replay", "partial"):
-            if getattr(self, name) and self.environment:
-                raise ValueError(f"--rollout.{name.replace('_', '-')} is for answers of one turn, not for environments")
+        for given, flag in ((self.routing_replay == "engine", "routing-replay engine"), (self.partial, "partial")):
+            if given and self.environment:
+                raise ValueError(f"--rollout.{flag} is for answers of one turn, not for environments")
         ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
         within("rollout.", self, num_generations=(2, ""), **dict.fromkeys((*ones, "log_every"), (1, "")))
         within("rollout.", self, log_completions=(0, ""))
@@ -141,7 +141,9 @@ class RolloutOptions:
             raise ValueError(f"--rollout.url {wrong[0]}: it must be http://HOST:PORT")
         alone: tuple[str, ...] = ("sync", "timeout", "wait")
         if self.engine != "local":
-            alone = ("compile", "routing_replay", "partial", "ray")
+            alone = ("compile", "ray")
+            if self.routing_replay == "engine":
+                raise ValueError(f"--rollout.routing-replay engine: {said} records none; say trainer")
         if odd := [name for name in alone if getattr(self, name) != getattr(RolloutOptions, name)]:
             raise ValueError(f"--rollout.{odd[0]} has no effect with {said}")
         if self.engine == "lmdeploy" and (self.temperature != 1 or self.sync == "disk"):

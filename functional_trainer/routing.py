@@ -1,5 +1,5 @@
-"""Routing replay: the trainer uses the experts that the rollout engine chose, with its own router's scores (R3, arxiv
-2510.11370).
+"""Routing replay: the trainer uses experts that were chosen before, with its own router's scores: by the rollout engine
+(R3, arxiv 2510.11370), or, in all steps of a rollout, by itself before the first (R2; verl's names).
 
 Two programs that compute the same model round differently, and where a token likes two experts about equally they
 choose different ones. Recorded choices are a column of the batch and an input of the model's forward; gradients reach
@@ -21,7 +21,7 @@ from functional_trainer.tree import Tree
 def id_type(model: Any) -> torch.dtype:
     """Return the smallest type that holds the ids of a model's experts, and one more; ValueError if it has none."""
     if not any("moe" in layer for layer in model.specs["layers"]):
-        raise ValueError("routing replay (--rollout.routing-replay): the model has no routed experts, leave it away")
+        raise ValueError("--rollout.routing-replay: the model has no routed experts, leave it away")
     return torch.uint8 if model.config.experts < 2**8 else torch.int16
 
 
@@ -38,7 +38,7 @@ def column(pairs: Iterable[tuple[Sequence[int], Sample]]) -> np.ndarray:
     parts = []
     for i, (prompt, answer) in enumerate(pairs):
         if (routed := answer.routed_experts) is None:
-            raise ValueError("routing replay (--rollout.routing-replay): the rollout engine does not record experts")
+            raise ValueError("--rollout.routing-replay engine: the rollout engine does not record experts")
         if len(routed) != (wanted := len(prompt) + len(answer.tokens) - 1):
             raise ValueError(f"answer {i} has experts of {len(routed)} tokens, it has {wanted} but the last")
         parts.append(np.concatenate([np.zeros_like(routed[:1], shape=(1, *routed.shape[1:])), routed]))

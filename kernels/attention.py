@@ -117,8 +117,8 @@ def sdpa(q_BSNH, k_BTKH, v_BTKV, rows: Rows, scale: float, sinks_N=None) -> torc
 
 def sdpa_float32(q_BSNH, k_BTKH, v_BTKV, rows: Rows, scale: float, sinks_N=None) -> torch.Tensor:
     """Call PyTorch's attention in at least float32: its kernel for hosts takes several times as long in 16 bit."""
-    sinks = None if sinks_N is None else promote(sinks_N)
-    return sdpa(*(promote(x) for x in (q_BSNH, k_BTKH, v_BTKV)), rows, scale, sinks).to(q_BSNH.dtype)
+    q, k, v = (promote(x) for x in (q_BSNH, k_BTKH, v_BTKV))
+    return sdpa(q, k, v, rows, scale, None if sinks_N is None else promote(sinks_N)).to(q_BSNH.dtype)
 
 
 def documents(q_BSNH, k_BSKH, v_BSKV, rows: Rows, scale: float, softcap=None, sinks_N=None) -> torch.Tensor:

@@ -23,13 +23,15 @@ from functional_trainer.param import Param
 from functional_trainer.tree import Tree
 
 LAYER = "params/layers/_"
+QKV, EXPERTS = ("attn/q", "attn/k", "attn/v"), ("moe/gate_up", "moe/down")
+"""Parameters of a layer that are in one product, and quantised alike."""
 
 
 def one_recipe(shard, *names: str) -> kernels.Recipe | None:
     """Return how a layer's parameters of these names, all in one product, are quantised (None: not)."""
     recipe, *others = [shard.fp8.get(f"{LAYER}/{name}") for name in names]
     if any(other != recipe for other in others):
-        raise ValueError(f"{', '.join(names)} are one product: --fp8.exclude is for all of them or for none")
+        raise ValueError(f"{', '.join(names)} are one product: in 8 bits are all of them or none")
     return recipe
 
 
@@ -136,7 +138,7 @@ def attention(p: Tree, x_BSD, rows: dict, eps: float, window: int | None, shard,
     """Apply attention within segments. With a cache the new keys are written into it in place and all are attended."""
     keys = ("q", "k", "v", "q_norm", "k_norm") + (("q_bias", "k_bias", "v_bias") if "q_bias" in p else ())
     ins = ("act/residual > act/block_in", "act/rope", "act/rope", *(f"{LAYER}/attn/{k}" for k in keys))
-    recipe = one_recipe(shard, "attn/q", "attn/k", "attn/v")
+    recipe = one_recipe(shard, *QKV)
     qkv = shard.local(partial(_qkv, eps=eps, recipe=recipe), ins, ("act/heads", "act/kv_heads", "act/kv_heads"))
     q, k, v = qkv(x_BSD, rows["cos"], rows["sin"], *(p[k] for k in keys))
     segments, positions = rows["segment_ids"], rows["positions"]
@@ -251,7 +253,7 @@ def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool
 
 def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple[torch.Tensor, dict]:
     """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` (), and with a
-    cache the experts that were chosen, `routed_experts` (B, S, K).
+    cache or `rows["record"]` the experts that were chosen, `routed_experts` (B, S, K).
 
     `rows["routed_experts"]` (B, S, K), if there, replaces the choice of experts, not their weights.
     """
@@ -269,7 +271,7 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     if parts["gate_up"] != parts["down"]:
         raise ValueError(f"the rules of moe/gate_up and moe/down split the experts differently, in {parts}")
 
-    how = {"exchange": shard.dispatch, "recipe": one_recipe(shard, "moe/gate_up", "moe/down")}
+    how = {"exchange": shard.dispatch, "recipe": one_recipe(shard, *EXPERTS)}
 
     def experts(x_BSD, weights_BSK, id_BSK, gate_up, down):
         flat = (x_BSD.flatten(0, 1), weights_BSK.flatten(0, 1), id_BSK.flatten(0, 1))
@@ -279,7 +281,9 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     run = shard.local(experts, ins, ("sum:act/tokens > act/residual",))
     y_BSD = run(x_BSD, weights_BSK, id_BSK, p["gate_up"], p["down"])
     aux = {"load": load_E, "prob": prob_E, "balance": balance}
-    return y_BSD, aux | ({"routed_experts": id_BSK} if "start" in rows else {})
+    if "start" in rows or "record" in rows:
+        aux["routed_experts"] = shard.local(lambda x: x, (f"{tokens} > batch/columns",), ("batch/columns",))(id_BSK)
+    return y_BSD, aux
 
 
 # the skeleton --------------------------------------------------------------------------------------------------------

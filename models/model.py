@@ -35,6 +35,8 @@ class Model:
     dtype: torch.dtype | None = None
     """Compute dtype; parameters are cast at use. None computes in the parameters' own dtype."""
     gather: Gather = "kept"
+    together: tuple[tuple[str, ...], ...] = (layers.QKV, layers.EXPERTS)
+    """Names within a layer of parameters that are one product: all of them are in 8 bits, or none."""
 
     def init(self, seed: int, dtype: torch.dtype = torch.float32, device=None, shard=ONE_DEVICE) -> Tree:
         """Draw a parameter tree."""
@@ -44,15 +46,17 @@ class Model:
 
         return param.tree.map_with_path(one, self.specs, is_leaf=param.is_param)
 
-    def apply(self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None) -> Output:
+    def apply(
+        self, params: Tree, batch: Batch, shard=ONE_DEVICE, buffers=None, cache: Tree | None = None, record=False
+    ) -> Output:
         """Map tokens (B, S) to hidden states (B, S, D) after the final norm.
 
         `batch` needs tokens, segment_ids and positions; routed_experts (B, S, L, K), if there, replays a routing, and
         parent_ids (B, S) are the segments that others continue (0: none), see `kernels.attention`.
         `aux` stacks the router sums of the L MoE layers: load (L, E), prob (L, E), balance (L,). With a `cache` from
         `init_cache` the new keys are written into it in place, from its "length" on: one place for all rows, which then
-        moves on, or a tensor (B,), each row's own, which the caller keeps within what the cache holds; `aux` then has
-        routed_experts (L, B, S, K) too. ValueError for a routing that is not of this model.
+        moves on, or a tensor (B,), each row's own, which the caller keeps within what the cache holds; `aux` then, and
+        with `record`, has routed_experts (L, B, S, K) too. ValueError for a routing that is not of this model.
         """
         c = self.config
         self._check(batch)
@@ -62,9 +66,8 @@ class Model:
 
         embed = shard.weights({"embed": params["embed"]}, "params", self.dtype)["embed"]
         look_up = partial(kernels.embedding, part=shard.part("params/embed", 0))
-        x_BSD = shard.local(look_up, ("params/embed", f"{COLUMNS} > act/rows"), ("sum:act/block_in > act/residual",))(
-            embed, batch["tokens"]
-        )
+        begin = shard.local(look_up, ("params/embed", f"{COLUMNS} > act/rows"), ("sum:act/block_in > act/residual",))
+        x_BSD = begin(embed, batch["tokens"])
         rows = {
             "segment_ids": place(batch["segment_ids"], "act/attn_rows"),
             "positions": place(batch["positions"], "act/attn_rows"),
@@ -76,7 +79,7 @@ class Model:
             ("act/rope", "act/rope"),
         )  # fmt: skip
         rows["cos"], rows["sin"] = tables(batch["positions"])
-        rows |= _append_rows(cache, batch)
+        rows |= _append_rows(cache, batch) | ({"record": True} if record else {})
         stats: list[dict] = []
         coming = shard.ahead(params["layers"], layers.LAYER, self.dtype, self.gather)
         fetched = hooks = None

@@ -94,6 +94,18 @@ class Sample(NamedTuple):
     """Experts that were chosen for each token but the last, the prompt's too, int (n - 1, L, K); None: not said."""
 
 
+def refuse_begun(prompts: Sequence[Sequence[int]], begun: Sequence[Sample | None]) -> None:
+    """Raise a ValueError for an empty prompt, and for samples that cannot be gone on with."""
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: every prompt needs at least one token")
+    if begun and len(begun) != len(prompts):
+        raise ValueError(f"begun has {len(begun)} samples for {len(prompts)} prompts")
+    for i, one in enumerate(begun):
+        if one and one.finish_reason != "abort":
+            raise ValueError(f"begun {i} has ended, by {one.finish_reason!r}: there is nothing to go on with")
+
+
 class Engine(Protocol):
     """What samples from a policy."""
 

@@ -31,7 +31,7 @@ import torch
 
 import kernels
 from functional_trainer import routing, tree
-from functional_trainer.engines import Sample, Sampling
+from functional_trainer.engines import Sample, Sampling, refuse_begun
 from functional_trainer.engines.sampling import sample, uniforms
 from functional_trainer.remat import wrap_layer
 from functional_trainer.step import Compile, settings
@@ -203,14 +203,8 @@ class LocalEngine:
         return new is not None
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling, begun: Sequence[Sample | None]) -> None:
-        if begun and len(begun) != len(prompts):
-            raise ValueError(f"begun has {len(begun)} samples for {len(prompts)} prompts")
-        for i, one in enumerate(begun):
-            if one and one.finish_reason != "abort":
-                raise ValueError(f"begun {i} has ended, by {one.finish_reason!r}: there is nothing to go on with")
+        refuse_begun(prompts, begun)
         for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {i} is empty: every prompt needs at least one token")
             if len(prompt) + sampling.max_tokens > self.length:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens, with max_tokens {sampling.max_tokens} more than the "

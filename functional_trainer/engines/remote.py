@@ -4,6 +4,9 @@ Every prompt is a request of its own, and goes to the server that has the fewest
 or elsewhere; the server rests meanwhile, twice as long each time, and if it goes on failing it is left out until the
 weights change next. A prompt has one answer, that of its one request that succeeded. Answers must be of the weights
 that were sent last: a server that has restarted meanwhile, with its old ones, is left out too.
+
+An answer that has begun, in a call before or because a server aborted it, goes on by a request for what follows the
+prompt and the tokens that it has, whose keys and values are computed again (as AReaL does, arxiv 2505.24298).
 """
 
 import http.client
@@ -12,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 
 from functional_trainer import backend, hf, tree
-from functional_trainer.engines import Sample, Sampling
+from functional_trainer.engines import Sample, Sampling, refuse_begun
 from functional_trainer.engines.dialects import DIALECTS, Named, Request
 from functional_trainer.errors import brief
 from functional_trainer.types import ONE_DEVICE
@@ -121,31 +124,42 @@ class RemoteEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, begun: Sequence[Sample | None] = ()
     ) -> list[Sample]:  # fmt: skip
-        """Continue every prompt; samples come in the prompts' order.
+        """Continue every prompt, from its sample in `begun` if there is one; samples come in the prompts' order.
 
-        ValueError for what has begun and for a budget, which servers do not know. RuntimeError if no server is left, if
-        one refuses a prompt, or if its answer is not what was asked for.
+        RuntimeError if no server is left, if one refuses a prompt, or if its answer is not what was asked for.
         """
-        if any(not len(prompt) for prompt in prompts):
-            raise ValueError("a prompt is empty: every prompt needs at least one token")
-        if any(begun) or sampling.budget:
-            raise ValueError("servers begin and end their answers: there are no partial rollouts (--rollout.partial)")
+        refuse_begun(prompts, begun)
+        first = [*begun] or [None] * len(prompts)
         pool = ThreadPoolExecutor(max(1, min(self.at_once, len(prompts))))
         try:
-            return list(pool.map(lambda i: self._answer(i, prompts[i], sampling), range(len(prompts))))
+            return list(pool.map(lambda i: self._answer(i, prompts[i], first[i], sampling), range(len(prompts))))
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _answer(self, number: int, prompt: Sequence[int], sampling: Sampling) -> Sample:
-        seed = int(
-            np.random.SeedSequence([sampling.seed, sampling.first + number]).generate_state(1, np.uint64)[0] >> 1
-        )
+    def _answer(self, number: int, prompt: Sequence[int], begun: Sample | None, sampling: Sampling) -> Sample:
+        """Continue a prompt until it has ended, or has as many tokens as the call may give it."""
+        sample = begun or Sample([], [], "abort", [])
+        end = min(sampling.max_tokens, len(sample.tokens) + (sampling.budget or sampling.max_tokens))
+        while sample.finish_reason == "abort" and (had := len(sample.tokens)) < end:
+            place = [sampling.seed, sampling.first + number, *([had] if had else [])]  # numbers of its own each time
+            seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+            more = self._ask([*prompt, *sample.tokens], replace(sampling, max_tokens=end - had), seed)
+            tokens, reason = sample.tokens + more.tokens, more.finish_reason
+            if reason != "stop" and len(tokens) == end:
+                reason = "length" if end == sampling.max_tokens else "abort"
+            sample = Sample(tokens, sample.logprobs + more.logprobs, reason, sample.versions + more.versions)
+        return sample
+
+    def _ask(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Sample:
+        """Return what a server says of a prompt, one token at least."""
         path, body = self.dialect.ask(prompt, sampling, seed)
         data, oldest, said = json.dumps(body).encode(), self.version, ""
         for _ in range(self.tries * len(self.servers) + 1):
             server = self._take()
             try:
                 sample = self._read(server, path, call(server.url, path, data, self.timeout), sampling)
+                if not sample.tokens:
+                    raise Failed(f"{server.url}{path}: aborted before the first token")
             except Failed as error:
                 said = str(error)
                 self._failed(server, said)

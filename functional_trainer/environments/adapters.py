@@ -1,6 +1,6 @@
 """Environments of other libraries, if they are installed: `verifiers` and OpenEnv.
 
-    Wordle = from_verifiers(load_environment("wordle"))             # --rollout.environment mine.py:Wordle
+    Wordle = from_verifiers("wordle")                               # --rollout.environment mine.py:Wordle
     Echo = from_openenv("http://localhost:8000", action=lambda text: {"message": text})
 
 Both are makers: what a trainer asks for is called for each episode. `verifiers` (0.3, classes derived from its
@@ -12,6 +12,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from functional_trainer.environments import Environment, Message, Row, Step
@@ -31,8 +32,21 @@ class Verifiers:
         return self.environment.get_dataset().to_list(), self.environment.get_eval_dataset().to_list()
 
 
-def from_verifiers(environment: Any) -> Verifiers:
-    """Return what makes episodes of a `verifiers` environment, as `verifiers.load_environment` gives it."""
+def from_verifiers(environment: Any, **options: Any) -> Verifiers:
+    """Return what makes episodes of a `verifiers` environment: one that there is, or a name and options, by which
+    `verifiers.load_environment` makes it. ValueError if the library is of another version.
+    """
+    try:
+        found = f"{version('verifiers')} is installed"
+    except PackageNotFoundError:
+        found = "it is not installed"
+    if not found.startswith("0.3."):
+        right = "use an environment of your own (docs/environments.md), or pip install 'verifiers==0.3.1'"
+        raise ValueError(f"from_verifiers plays environments of verifiers 0.3, but {found}: {right}")
+    if isinstance(environment, str):
+        from verifiers import load_environment
+
+        environment = load_environment(environment, **options)
     return Verifiers(environment)
 
 

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -31,6 +31,9 @@ from functional_trainer.rewards.shipped import (
 )
 from functional_trainer.workers import Outcome, Pool
 
+GIVEN = ("prompts", "completions", "completion_ids")
+"""Arguments besides columns of the data set."""
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 SLACK = 10.0
 """Seconds beyond its own limit after which a process that runs code is itself taken to hang."""
 
@@ -67,7 +70,7 @@ class Rewards:
     number" (nan and infinity are none), and for the functions in `isolate`, `maths` and `code`, which run in `workers`
     processes of their own with `memory` bytes, "timed out" (after `seconds` for one completion) or "died".
 
-    ValueError if functions and weights do not fit, or if a function wants a column that there is not.
+    ValueError if functions and weights do not fit, or if a function cannot be called, with these columns or any.
     """
 
     def __init__(
@@ -75,8 +78,7 @@ class Rewards:
         isolate: Iterable[str] = (), workers: int = 2, seconds: float = 10.0, memory: int = 4 << 30,
     ):  # fmt: skip
         isolate = {*isolate}
-        if unknown := isolate - functions.keys():
-            raise ValueError(f"isolate names {sorted(unknown)}; the functions are {sorted(functions)}")
+        refuse(functions, isolate)
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"{len(weights)} weights for {len(functions)} reward functions: {', '.join(functions)}")
         self.functions = dict(functions)
@@ -92,8 +94,7 @@ class Rewards:
         lengths = {name: len(values) for name, values in given.items()}
         if len({*lengths.values()}) > 1:
             raise ValueError(f"every argument has an element for each completion, but their lengths are {lengths}")
-        for name, function in self.functions.items():
-            _check(name, function, given)
+        refuse_columns(self.functions, given)
         found = {name: self._outcomes(name, given, len(completions)) for name in self.functions}
         each = {name: [outcome.value for outcome in outcomes] for name, outcomes in found.items()}
         total = [self._sum({name: values[i] for name, values in each.items()}) for i in range(len(completions))]
@@ -130,12 +131,25 @@ class Rewards:
         self.close()
 
 
-def _check(name: str, function: Function, given: Mapping[str, Any]) -> None:
-    try:
-        inspect.signature(function).bind(**given)
-    except TypeError as error:
-        said = f"reward function {name} cannot be called with {', '.join(given)}: {error}"
-        raise ValueError(f"{said}; it takes the columns that it names, and the others as **columns") from None
+def refuse(functions: Mapping[str, Function], isolate: Iterable[str]) -> None:
+    """Raise a ValueError if functions cannot be called whatever the columns are, or isolated as is asked."""
+    if unknown := {*isolate} - functions.keys():
+        raise ValueError(f"isolate names {sorted(unknown)}; the functions are {sorted(functions)}")
+    if maths in functions.values() and importlib.util.find_spec("math_verify") is None:
+        raise ValueError("maths needs math-verify, which is not installed: pip install '.[rl]'")
+    for name, function in functions.items():
+        named = [p.name for p in inspect.signature(function).parameters.values() if p.kind in NAMED]
+        refuse_columns({name: function}, [*GIVEN, *(p for p in named if p not in GIVEN)])
+
+
+def refuse_columns(functions: Mapping[str, Function], names: Iterable[str]) -> None:
+    """Raise a ValueError if a function cannot be called with these arguments, columns of the data set among them."""
+    for name, function in functions.items():
+        try:
+            inspect.signature(function).bind(**dict.fromkeys(names))
+        except TypeError as error:
+            said = f"reward function {name} cannot be called with {', '.join(names)}: {error}"
+            raise ValueError(f"{said}; it takes the columns that it names, and the others as **columns") from None
 
 
 def _single(function: Function, **sample: Any) -> Outcome:
@@ -198,10 +212,17 @@ def load(given: str) -> tuple[str, Function]:
         raise ValueError(f"reward function {given}: {error}") from None
 
 
+@cache
+def load_all(named: tuple[str, ...]) -> dict[str, Function]:
+    """Return functions by name; a file is run once. ValueError if two have the same name."""
+    found = [load(given) for given in named]
+    if len({name for name, _ in found}) < len(found):
+        raise ValueError(f"--reward.functions {' '.join(named)}: two have the same name")
+    return dict(found)
+
+
 def _pool(function: Function, workers: int, seconds: float, memory: int) -> Pool:
     if function is maths:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ValueError("maths needs math-verify, which is not installed: pip install '.[rl]'")
         return Pool(partial(_single, function), workers, seconds, memory, prepare=load_math_verify)
     if function in (code, code_share):  # they end what runs too long themselves: it fails, and is not without a reward
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # or numpy has threads, and a fork wants none

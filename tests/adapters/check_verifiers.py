@@ -51,6 +51,16 @@ def test_a_game_of_verifiers():
     )
 
 
+def test_a_name_is_what_verifiers_loads(tmp_path, monkeypatch):
+    text = "from tests.adapters.check_verifiers import DATA, Hints, right, vf\n"
+    text += "def load_environment(n): return Hints(dataset=DATA, rubric=vf.Rubric(funcs=[right]), max_turns=n)\n"
+    (tmp_path / "hints_by_name.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    maker = from_verifiers("hints-by-name", n=2)
+    (sample,) = play(maker, Script(["1"], ["2"]), maker.rows()[0][:1])
+    assert sample.episode.turns == 2 and not sample.episode.error
+
+
 def add(a: int, b: int) -> int:
     """Add two numbers.
 

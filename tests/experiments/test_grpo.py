@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from experiments import qwen3_moe_grpo, rl
+from functional_trainer.data import Tokenizer
+from functional_trainer.types import ONE_DEVICE
 from tests.experiments import sft_runs
 
 RECIPE = sft_runs.RECIPE.with_stem("qwen3_moe_grpo")
@@ -54,7 +57,8 @@ def test_a_short_run_says_what_happened(place):
 def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
     several = ("--steps", 5, "--rollout.steps-per-generation", 2, "--rollout.num-iterations", 2)
     several += ("--loss.loss-type", "grpo", "--loss.old", "trainer", "--loss.correction", "token_truncate")
-    several += ("--rollout.routing-replay", "--loss.off-policy-mask-threshold", 0.1, "--rollout.log-every", 2)
+    several += ("--rollout.routing-replay", "trainer", "--rollout.log-every", 2)
+    several += ("--loss.off-policy-mask-threshold", 0.1)
     run(place, *several, "--save-every", 1, "--keep", 5, "--out", "straight")
     run(place, *several, "--resume", "straight/checkpoints/step-3", "--out", "resumed")
     sft_runs.same_state(place / "straight", place / "resumed")
@@ -72,6 +76,7 @@ def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
         (("--loss.old", "trainer"), 1, "--loss.old trainer has no effect with one step per rollout"),
         (("--loss.advantage", "rloo", "--loss.scale-rewards", "none"), 2, "has no effect with"),
         (("--loss.correction-range", 0.5, 2), 2, "--loss.correction-range has no effect without"),
+        (("--reward.functions", "exact", "none.py:f", "--data.train", "none.jsonl"), 1, "none.py: No such file"),
     ],
 )
 def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, message):
@@ -79,11 +84,50 @@ def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, me
     assert message in said and "Traceback" not in said
 
 
+MINE = """
+def deaf(answers, **columns): return [0.0 for _ in answers]
+def few(completions): return [0.0 for _ in completions]
+def level(completions, level, **columns): return [float(x or 0) for x in level]
+"""
+CHAT = [{"role": "user", "content": "Add 3 to 4."}, {"role": "assistant", "content": "7"}]
+
+
+def read(*functions: str, environment: str = "", isolate: tuple[str, ...] = ()):
+    """Read what a run asks, from rows.jsonl."""
+    o = qwen3_moe_grpo.Options(
+        model=qwen3_moe_grpo.ModelOptions(path="m"), data=qwen3_moe_grpo.PromptOptions(train=("rows.jsonl",)),
+        reward=qwen3_moe_grpo.RewardOptions(functions, isolate=isolate),
+        rollout=qwen3_moe_grpo.RolloutOptions(environment=environment),
+    )  # fmt: skip
+    return rl.read(o, Tokenizer(sft_runs.TOKENIZER), 384, ONE_DEVICE, 0, lambda text: None)
+
+
+def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, monkeypatch):
+    """Whatever the columns are it is before data are read too; a column may be in some rows only."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    for functions, how, said in [
+        (["none.py:f"], {}, "none.py: No such file"),
+        (["mine.py:none"], {}, "mine.py defines no function none"),
+        (["mine.py:few"], {}, "few cannot be called with prompts, completions, .* unexpected .* argument 'prompts'"),
+        (["exact", "exact"], {}, "--reward.functions exact exact: two have the same name"),
+        (["exact"], {"isolate": ("maths",)}, r"isolate names \['maths'\]; the functions are \['exact'\]"),
+        ([], {"environment": "env.py:None"}, "env.py: No such file"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            read(*functions, **how)
+    both = [{"messages": CHAT}, {"messages": CHAT, "level": 2}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
+    assert len(read("mine.py:level")[0]) == 2
+    with pytest.raises(ValueError, match="deaf cannot be called with .*, level, .*: missing a required .*'answers'"):
+        read("mine.py:deaf")
+
+
 def test_experts_of_a_dense_model_cannot_be_replayed(place):
     sft_runs.folder(place / "dense", "qwen3")
-    flags = ("--model.path", "dense", *FLAGS, "--steps", 1, "--out", "refused", "--rollout.routing-replay")
+    flags = ("--model.path", "dense", *FLAGS, "--steps", 1, "--out", "refused", "--rollout.routing-replay", "engine")
     said = sft_runs.run(place, *flags, recipe=RECIPE.stem, status=1)
-    assert "(--rollout.routing-replay): the model has no routed experts, leave it away" in " ".join(said.split())
+    assert "--rollout.routing-replay: the model has no routed experts, leave it away" in " ".join(said.split())
     assert "Traceback" not in said
 
 
@@ -105,25 +149,18 @@ def test_two_processes(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["ep", "cp", "tp"])
-def test_what_the_trainer_computes_of_rollouts_on_a_mesh(place, axis):
+@pytest.mark.parametrize(("axis", "whose"), [("ep", "engine"), ("ep", "trainer"), ("cp", "trainer"), ("tp", "trainer")])
+def test_what_the_trainer_computes_of_rollouts_on_a_mesh(place, axis, whose):
     """Old log-probabilities, a reference in the reward, greedy answers and recorded experts, in two steps a rollout."""
     text = "def even(completion_ids, **columns):\n    return [1.0 - ids[0] % 2 for ids in completion_ids]\n"
     (place / "mine.py").write_text(text)
-    flags = "--model.path", "model", *FLAGS, "--steps", 3, "--mesh.fsdp", 1, f"--mesh.{axis}", 2, "--out", axis
+    flags = "--model.path", "model", *FLAGS, "--steps", 3, "--mesh.fsdp", 1, f"--mesh.{axis}", 2
+    flags += "--out", f"{axis}-{whose}"
     flags += "--loss.old", "trainer", "--loss.correction", "sequence_mask", "--rollout.steps-per-generation", 2
-    flags += (
-        "--reward.functions",
-        "mine.py:even",
-        "--loss.advantage",
-        "remax",
-        "--loss.beta",
-        0.1,
-        "--loss.kl-in-reward",
-        "--rollout.routing-replay",
-    )
+    flags += ("--reward.functions", "mine.py:even", "--loss.advantage", "remax", "--rollout.routing-replay", whose)
+    flags += ("--loss.beta", 0.1, "--loss.kl-in-reward")
     sft_runs.run_ranks(place, 2, *flags, recipe=RECIPE.stem)
-    for row in (rows := sft_runs.rows(place / axis)):
+    for row in (rows := sft_runs.rows(place / f"{axis}-{whose}")):
         assert row["sampling_logp_difference/max"] < 1e-4 and row["rollout_corr/eff_sample_size"] > 0.999
     assert [("kl" in row) for row in rows] == [True, False, True] and abs(rows[0]["kl"]) < 1e-5
     assert [abs(row["ratio/max"] - 1) < 1e-6 for row in rows] == [True, False, True]

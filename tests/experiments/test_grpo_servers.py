@@ -62,6 +62,18 @@ def test_two_processes_ask_and_one_sends_the_weights(place, make, sync):
     assert all(server.paths.count("/update_weight_version") == 2 for server in made)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [0, 1])
+def test_answers_of_servers_grow_from_rollout_to_rollout(place, make, level):
+    made, out = [make("vllm"), make("sglang")][level:][:1], f"partial-{level}"
+    flags = "--rollout.partial", 2, "--rollout.max-async-level", level, "--steps", 4, "--optim.lr", 1e-2
+    run(place, made, *flags, "--reward.functions", "length:3", "--out", out)
+    ages = [row["off_policy"] for row in sft_runs.rows(place / out)]
+    assert any(age["waiting"] for age in ages) and not any(age["dropped"] for age in ages)
+    assert ages[0]["max"] <= level + 1 and max(age["max"] for age in ages) > level
+    assert made[0].answered > 4 * 8, "answers took more than one request"
+
+
 def test_weights_that_arrive_wrong_are_found_before_the_first_step(place, make):
     server = make("vllm")
     server.load_folder = lambda folder: None  # it says that it has loaded them, and has others

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from experiments import policies, qwen3_moe_grpo, rl
 from functional_trainer import config
+from functional_trainer.rl_options import PolicyOptions, RolloutOptions
 from tests.experiments import sft_runs
 
 PAPERS = {
@@ -69,6 +71,27 @@ def test_defaults_are_the_papers():
     assert p.form == "cispo" and p.bounds[0] == 0 and p.aggregate == "token_mean"
     assert (plan.steps, plan.filter_groups) == (16, True)
     assert all(made(name)[0].beta == 0 for name in PAPERS)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp", "reinforce_pp_baseline"])
+def test_tokens_have_advantages_of_their_own_in_reinforce_pp_with_a_divergence_in_the_reward(advantage):
+    given = {"advantage": advantage, "beta": 0.1, "kl": "k2"}
+    p, plan, _ = made("qwen3_moe_grpo", loss=PolicyOptions(**given, kl_in_reward=True))
+    assert plan.returns == (advantage == "reinforce_pp") and (plan.beta, plan.kl, p.beta) == (0.1, "k2", 0)
+    p, plan, _ = made("qwen3_moe_grpo", loss=PolicyOptions(**given))
+    assert not plan.returns and (plan.beta, p.beta) == (0, 0.1)
+
+
+def test_the_trainers_routing_is_replayed_where_it_computes_log_probabilities_before_several_steps():
+    """Of servers and environments too, which record none."""
+    for more in ({}, {"engine": "vllm", "url": ("http://a:1",)}, {"environment": "guess"}):
+        rollout = RolloutOptions(routing_replay="trainer", num_iterations=2, **more)
+        _, plan, _ = made("qwen3_moe_grpo", rollout=rollout, loss=PolicyOptions(old="trainer"))
+        assert not plan.routing_replay, "the engine's"
+        with pytest.raises(ValueError, match="--rollout.routing-replay trainer .* add --loss.old trainer"):
+            made("qwen3_moe_grpo", rollout=rollout)
+        with pytest.raises(ValueError, match="routing-replay engine") if more else nullcontext():
+            RolloutOptions(routing_replay="engine", **more)
 
 
 @pytest.mark.slow

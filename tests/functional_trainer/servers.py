@@ -57,7 +57,7 @@ class Server:
         self.faults: deque[Callable] = deque()
         self.edit: Callable = lambda said: said
         self.paths: list[str] = []
-        self.answered, self.going = 0, threading.Event()
+        self.answered, self.going, self.cut = 0, threading.Event(), None
         self.going.set()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"server_of": self}))
         self.http.daemon_threads = True
@@ -78,7 +78,10 @@ class Server:
         with self.busy:
             (found,) = self.engine.generate([ids], Sampling(max_tokens, temperature, top_k, top_p, min_p, tuple(stop)))
             self.answered += 1
-            return found
+            if (cut := self.cut) is None:
+                return found
+            self.cut = None
+            return found._replace(tokens=found.tokens[:cut], logprobs=found.logprobs[:cut], finish_reason="abort")
 
     def load(self):
         """Sample with the tensors that have come."""
@@ -135,6 +138,15 @@ class Handler(BaseHTTPRequestHandler):
 
 def fail(server):
     raise Refuse(500, "EngineCore encountered an issue")
+
+
+def abort(tokens):
+    """Let it end the answer after so many tokens."""
+
+    def fault(server):
+        server.cut = tokens
+
+    return fault
 
 
 def refuse(server):
@@ -230,7 +242,8 @@ class Sglang(Server):
         stop = [] if s["ignore_eos"] else s["stop_token_ids"]  # it ignores both or none
         args = s["max_new_tokens"], s["temperature"], max(0, s["top_k"]), s["top_p"], s["min_p"], stop
         found = self.sample(body["input_ids"], *args)
-        ended = {"type": "stop", "matched": found.tokens[-1]} if found.finish_reason == "stop" else {"type": "length"}
+        ended = {"type": found.finish_reason} | ({"message": "Aborted"} if found.finish_reason == "abort" else {})
+        ended |= {"matched": found.tokens[-1]} if found.finish_reason == "stop" else {}
         meta = {"finish_reason": ended, "weight_version": self.version, "completion_tokens": len(found.tokens)}
         if body["return_logprob"]:
             pairs = zip(found.logprobs, found.tokens, strict=True)
@@ -298,7 +311,7 @@ class Lmdeploy(Server):
         stop = [] if body["ignore_eos"] else body["stop_token_ids"]
         args = body["max_tokens"], body["temperature"], body["top_k"], body["top_p"], body["min_p"], stop
         found = self.sample(body["input_ids"], *args)
-        cut = None if found.finish_reason == "length" or body["include_stop_str_in_output"] else -1
+        cut = -1 if found.finish_reason == "stop" and not body["include_stop_str_in_output"] else None
         tokens, logprobs = found.tokens[:cut], found.logprobs[:cut]
         pairs = list(zip(logprobs, tokens, strict=True)) if body["return_logprob"] else None
         meta = {"finish_reason": {"type": found.finish_reason}, "output_token_logprobs": pairs, "prompt_tokens": 1}

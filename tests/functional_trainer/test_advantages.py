@@ -106,29 +106,18 @@ def test_overlong_answers():
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-@given(seed=st.integers(0, 999), discount=st.sampled_from([1.0, 0.9]))
-@settings(max_examples=20, deadline=None)
-def test_divergence_in_the_reward(kl, seed, discount):
-    """REINFORCE++: at each token the discounted sum of what follows, observations passed over."""
-    gen = np.random.default_rng(seed)
-    mask, old, ref = gen.integers(0, 2, (3, 6)), gen.normal(size=(3, 6)), gen.normal(size=(3, 6))
-    old[mask == 0] = np.nan
-    rewards = [1.5, None, -0.5]
-    found = advantages.returns(advantages.kl_in_reward(rewards, old, ref, mask, 0.1, kl), mask, discount)
-    for n in range(3):
-        at = np.flatnonzero(mask[n]).tolist()
-        paid = []
-        for t in at:
-            x = math.exp(ref[n, t] - old[n, t])
-            paid.append(-0.1 * {"k1": -math.log(x), "k2": math.log(x) ** 2 / 2, "k3": x - 1 - math.log(x)}[kl])
-        if at:
-            paid[-1] += rewards[n] or 0.0
-        wanted = np.zeros(6)
-        for i, t in enumerate(at):
-            wanted[t] = sum(discount**k * p for k, p in enumerate(paid[i:]))
-        same(found[n], wanted)
-    flat = found[mask != 0]
-    if len(flat) > 1:
-        made = advantages.whiten(found, mask)
-        same(made[mask != 0], (flat - flat.mean()) / (flat.std(ddof=1) + 1e-4))
-        assert not made[mask == 0].any()
+@given(st.lists(st.tuples(REWARD, st.lists(st.floats(-2, 2, width=16), max_size=5)), min_size=1, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_tokens_of_reinforce_pp(kl, answers):
+    """Eq. 5 to 7: at each token the reward less beta KL of it and of what follows, normalised over all tokens."""
+    rewards, apart = zip(*answers, strict=True)
+    penalties = [0.1 * advantages.divergence(np.array(d, np.float64), kl) for d in apart]
+    found = advantages.reinforce_pp_tokens(rewards, penalties)
+    estimate = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: math.exp(-d) - 1 + d}[kl]
+    wanted = [
+        [None if r is None else r - 0.1 * sum(estimate(later) for later in d[t:]) for t in range(len(d))]
+        for r, d in answers
+    ]
+    flat = [x for row in wanted for x in scored(row)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        same(ours, [0.0 if x is None else (x - statistics.fmean(flat)) / (deviation(flat) + 1e-4) for x in theirs])

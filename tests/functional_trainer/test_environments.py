@@ -17,7 +17,7 @@ from experiments.first_light.make_tokenizer import FOLDER
 from functional_trainer import environments
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Episode, Sample, Sampling
-from functional_trainer.environments import Environment, Step, shipped, tools
+from functional_trainer.environments import Environment, Step, adapters, shipped, tools
 from functional_trainer.environments.episodes import Episodes, report, rewarded
 from functional_trainer.environments.tools import Call, Tools
 from functional_trainer.environments.turns import Turns
@@ -566,3 +566,25 @@ def test_environments_come_by_name_or_file(tmp_path):
             environments.load(name)
     with pytest.raises(ValueError, match=r"has no `rows\(\)` of its own: give a file of rows, --data.train"):
         environments.rows("mine", mine)
+
+
+# other libraries, which are not installed here; tests/adapters has them ----------------------------------------------
+
+
+@pytest.mark.parametrize("installed", ["", "0.4.0", "0.2.1"])
+def test_verifiers_of_another_version_is_one_error(installed, tmp_path, monkeypatch):
+    """In a file that names an environment, with the metadata that an installed library has."""
+    (tmp_path / "mine.py").write_text(
+        "from functional_trainer.environments.adapters import from_verifiers\n\nWordle = from_verifiers('wordle')\n"
+    )
+    if installed:
+        (tmp_path / f"verifiers-{installed}.dist-info").mkdir()
+        text = f"Metadata-Version: 2.1\nName: verifiers\nVersion: {installed}\n"
+        (tmp_path / f"verifiers-{installed}.dist-info" / "METADATA").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+    found = f"{installed} is installed" if installed else "it is not installed"
+    said = f"from_verifiers plays environments of verifiers 0.3, but {found}: use an environment of your own .*==0.3.1'"
+    with pytest.raises(ValueError, match=f"mine.py, line 3: {said}"):
+        environments.load(f"{tmp_path}/mine.py:Wordle")
+    with pytest.raises(ValueError, match=said):
+        adapters.from_verifiers(object())

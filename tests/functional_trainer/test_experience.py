@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from functional_trainer import advantages
 from functional_trainer.engines import Sample
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scored, Scores
 
 QUESTIONS = Prompts(Prompt([10 + i, 3], f"question {i}", {"answer": str(i)}) for i in range(7))
 LONGEST = 6
@@ -234,19 +234,22 @@ def test_remax_compares_with_the_greedy_answer_of_the_same_prompt():
         assert all(len(texts) == len(set(texts)) == 3 for texts in asked) and len(documents(batch)) == 12
 
 
+def to_the_token(batch, number, size):
+    """Give each token -token / 9000, as a reference."""
+    found = np.zeros(size)
+    found[number] = np.where(batch["weights"] != 0, -batch["targets"].numpy() / 9000, 0)
+    return Scored(found)
+
+
+def with_tools(prompts, seed):
+    """Answer, but for the second token of each, which a tool said."""
+    return [a._replace(sampled=[i != 1 for i in range(len(a.tokens))]) for a in draw(prompts, seed)]
+
+
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_the_divergence_from_a_reference_is_taken_from_rewards(kl):
-    """By hand, answer by answer: the reference gives each token -token / 9000; what tools said does not count."""
-
-    def reference(batch, number, size):
-        found = np.zeros(size)
-        found[number] = np.where(batch["weights"] != 0, -batch["targets"].numpy() / 9000, 0)
-        return found
-
-    def with_tools(prompts, seed):
-        return [a._replace(sampled=[i != 1 for i in range(len(a.tokens))]) for a in draw(prompts, seed)]
-
-    rollouts = made(Plan(3, 4, beta=0.7, kl=kl, steps=2), reference=reference, generate=with_tools)
+    """By hand, answer by answer; what tools said does not count."""
+    rollouts = made(Plan(3, 4, beta=0.7, kl=kl, steps=2), reference=to_the_token, generate=with_tools)
     next(rollouts)
     last, total = rollouts.last, []
     for answer in last.answers:
@@ -257,6 +260,34 @@ def test_the_divergence_from_a_reference_is_taken_from_rewards(kl):
     np.testing.assert_allclose(last.advantages, advantages.grpo(last.rewards - 0.7 * apart), rtol=1e-5, atol=1e-5)
     tokens = sum(len(a.tokens) for a in last.answers)
     assert rollouts.report()["kl"] == pytest.approx(apart.sum() / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_tokens_have_advantages_of_their_own_where_the_divergence_is_spread_over_them(mask_truncated):
+    """REINFORCE++ by hand; an answer without a reward has none, what tools said does not count."""
+
+    def some(prompts, answers):
+        return Scores([None if len(a.tokens) == 3 else float(len(a.tokens)) for a in answers], {})
+
+    how = Plan(4, 4, beta=0.7, returns=True, steps=2, mask_truncated=mask_truncated)
+    rollouts = made(how, reference=to_the_token, generate=with_tools, reward=some)
+    batches = [next(rollouts), next(rollouts)]
+    last, returns = rollouts.last, []
+    for answer, r in zip(last.answers, last.rewards.flat, strict=True):
+        d = [p + t / 9000 for i, (p, t) in enumerate(zip(answer.logprobs, answer.tokens, strict=True)) if i != 1]
+        returns.append([r - 0.7 * sum(d[i:]) for i in range(len(d))])
+    flat = np.array([x for some in returns for x in some if not np.isnan(x)])
+    assert len(flat) < sum(map(len, returns)), "some have no reward"
+    wanted = {}
+    for prompt, answer, some in zip(last.prompts, last.answers, returns, strict=True):
+        each = np.nan_to_num((np.array(some) - flat.mean()) / (flat.std(ddof=1) + 1e-4))
+        wanted[tuple(prompt.ids + answer.tokens)] = each * (not (mask_truncated and answer.finish_reason == "length"))
+    for one in [one for batch in batches for one in documents(batch)]:
+        here = np.array(one["weights"]) != 0
+        own = wanted[(*one["tokens"], one["targets"][-1])]
+        np.testing.assert_allclose(np.array(one["advantages"])[here], own[: here.sum()], rtol=1e-4, atol=1e-5)
+        assert here.sum() == len(own) or not own.any()
+    np.testing.assert_allclose(last.advantages.flat, [x.mean() for x in last.by_token])
 
 
 # what is said of a rollout -------------------------------------------------------------------------------------------

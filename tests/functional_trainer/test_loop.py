@@ -106,6 +106,26 @@ def test_a_new_folder_is_claimed_with_its_config(tmp_path):
     assert claim(replace(options, batch=7)) is None  # no step was made: it may still change
 
 
+def test_a_folder_is_not_claimed_for_a_run_that_weights_and_biases_refuses(tmp_path, monkeypatch):
+    """Its own client, which has no key here."""
+    import wandb
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    options = Options(out=str(tmp_path / "run"), wandb="project")
+    with pytest.raises(ValueError, match="--wandb project: .*[Ll]og ?in"):
+        claim(options)
+    assert not (tmp_path / "run").exists() and claim(options, main=False) is None
+    wandb.teardown()  # it reads its variables once
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(ValueError, match="--wandb a/b%: .*Invalid project name"):
+        claim(replace(options, wandb="a/b%"))
+    assert claim(options) is None
+    wandb.teardown()
+
+
 def test_other_ranks_write_nothing(tmp_path):
     assert claim(Options(out=str(tmp_path / "run")), main=False) is None
     assert not (tmp_path / "run").exists()

@@ -17,11 +17,11 @@ MODEL = models.from_config(CONFIG)
 
 
 def test_all_matrices_of_layers_but_the_router_are_in_8_bits():
-    found = precision.fp8(Fp8Options(), MODEL.specs)
+    found = precision.fp8(Fp8Options(), MODEL)
     names = [*(f"attn/{k}" for k in "qkvo"), "mlp/gate_up", "mlp/down", "moe/gate_up", "moe/down"]
     assert sorted(found) == sorted(f"params/layers/_/{name}" for name in names)
     assert set(found.values()) == {kernels.RECIPES["tile"]}
-    more = precision.fp8(Fp8Options("row", Fp8Options.exclude.removesuffix("|.*/router")), MODEL.specs)
+    more = precision.fp8(Fp8Options("row", Fp8Options.exclude.removesuffix("|.*/router")), MODEL)
     assert more.keys() - found.keys() == {"params/layers/_/moe/router"}
     assert set(more.values()) == {kernels.RECIPES["row"]}
 
@@ -32,11 +32,13 @@ def test_all_matrices_of_layers_but_the_router_are_in_8_bits():
         ("heads", "'heads' matches no parameter; paths are embed, layers/_/attn_norm, layers/_/attn/q"),
         (Fp8Options.exclude + "|layers/0/.*", "treats layers/0/attn/q unlike layers/_/attn/q; layers are alike"),
         ("(un)?embed|.*norm", "leaves layers/_/attn/q_bias, layers/_/attn/k_bias"),
+        (Fp8Options.exclude + "|.*/attn/k", "matches some of attn/q, attn/k, attn/v, which are one product: match all"),
+        (Fp8Options.exclude + "|.*/moe/down", "matches some of moe/gate_up, moe/down, which are one product"),
     ],
 )
 def test_a_regex_that_cannot_be_meant_is_refused(exclude, said):
     with pytest.raises(ValueError, match="--fp8.exclude") as error:
-        precision.fp8(Fp8Options(exclude=exclude), MODEL.specs)
+        precision.fp8(Fp8Options(exclude=exclude), MODEL)
     assert said in str(error.value)
 
 
@@ -48,7 +50,9 @@ def test_options_say_what_they_need():
 
 
 def test_weights_of_one_product_are_together():
-    fp8 = precision.fp8(Fp8Options(exclude=Fp8Options.exclude + "|.*/attn/k"), MODEL.specs)
+    found = precision.fp8(Fp8Options(exclude=Fp8Options.exclude + "|.*/attn/[qkv]|.*/mlp/down"), MODEL)
+    assert sorted(found) == [f"params/layers/_/{name}" for name in ("attn/o", "mlp/gate_up", "moe/down", "moe/gate_up")]
+    fp8 = {name: recipe for name, recipe in precision.fp8(Fp8Options(), MODEL).items() if "attn/k" not in name}
     with pytest.raises(ValueError, match="attn/q, attn/k, attn/v are one product"):
         steps(OneDevice(fp8))
 
@@ -72,7 +76,7 @@ def steps(shard, dtype: torch.dtype | None = None, **how) -> dict[str, torch.Ten
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "dtype"), [("tile", torch.bfloat16), ("row", None)])
 def test_all_forms_of_the_step_are_the_same(recipe, dtype):
-    shard = OneDevice(precision.fp8(Fp8Options(recipe), MODEL.specs))
+    shard = OneDevice(precision.fp8(Fp8Options(recipe), MODEL))
     plain, exact = steps(shard, dtype), steps(OneDevice(), dtype)
     assert 1e-6 < abs(plain["0/loss"] / exact["0/loss"] - 1) < 1e-2
     for how in (
@@ -84,7 +88,7 @@ def test_all_forms_of_the_step_are_the_same(recipe, dtype):
 
 
 def test_what_is_not_finite_is_skipped():
-    shard = OneDevice(precision.fp8(Fp8Options(), MODEL.specs))
+    shard = OneDevice(precision.fp8(Fp8Options(), MODEL))
     model, optimizer = models.from_config(CONFIG), optimizers.adamw(optimizers.schedule("constant", 1e-2, 1))
     params = model.init(0)
     params["layers"][1]["moe"]["down"][3, 2, 1] = float("nan")

@@ -129,6 +129,75 @@ def test_a_paused_server_says_nothing_until_it_goes_on(make):
     assert server.answered == len(PROMPTS)
 
 
+# answers in parts -----------------------------------------------------------------------------------------------------
+
+
+def said_by(params, prompt, tokens):
+    """Return the log-probability of each token, by log_softmax of the whole sequence."""
+    logits = models.logits(MODEL, params, torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(tokens)), tokens]
+
+
+@pytest.mark.parametrize("kind", servers.KINDS)
+def test_an_answer_grows_from_call_to_call_with_the_weights_of_each(kind, make):
+    """All of its tokens are kept, and each is of the weights of its version, given what was said before."""
+    sampler, weights = engine(*make(kind)), [NEW, OLD, MODEL.init(2), MODEL.init(3)]
+    parts = [None] * len(PROMPTS)
+    for version, params in enumerate(weights):
+        sampler.update(params, version)
+        open_ = [i for i, part in enumerate(parts) if part is None or part.finish_reason == "abort"]
+        begun, how = [parts[i] for i in open_], replace(SAMPLING, budget=3, seed=version)
+        for i, part in zip(open_, sampler.generate([PROMPTS[i] for i in open_], how, begun), strict=True):
+            had = parts[i].tokens if parts[i] else []
+            assert part.tokens[: len(had)] == had and 1 <= len(part.tokens) - len(had) <= 3
+            assert part.versions[len(had) :] == [version] * (len(part.tokens) - len(had))
+            parts[i] = part
+    assert {part.finish_reason for part in parts} == {"stop", "length"}
+    assert {len({*part.versions}) for part in parts} >= {1, 3}
+    for prompt, part in zip(PROMPTS, parts, strict=True):
+        assert len(part.tokens) == 9 or part.finish_reason == "stop"
+        each = [said_by(params, prompt, part.tokens) for params in weights]
+        wanted = [float(each[version][i]) for i, version in enumerate(part.versions)]
+        assert part.logprobs == pytest.approx(wanted, abs=1e-5)
+    with pytest.raises(ValueError, match="begun 0 has ended, by '(stop|length)': there is nothing to go on with"):
+        sampler.generate(PROMPTS, SAMPLING, parts)
+
+
+@pytest.mark.parametrize("kind", servers.KINDS)
+@pytest.mark.parametrize("budget", [0, 4])
+def test_an_answer_that_a_server_aborts_goes_on(kind, budget, make):
+    """Greedily it is the one without; it asks for no more than is missing."""
+    (server,) = make(kind)
+    sampler, greedy = engine(server, at_once=1), replace(SAMPLING, temperature=0.0, stop=())
+    whole = [sample.tokens for sample in models.generate(MODEL, OLD, PROMPTS, 9)]
+    server.faults.extend([servers.abort(2), servers.abort(1), servers.abort(0), servers.abort(9)])
+    found = sampler.generate(PROMPTS, replace(greedy, budget=budget))
+    assert server.answered == len(PROMPTS) + 3 and not server.faults and not sampler.servers[0].out
+    if budget:
+        assert {(len(sample.tokens), sample.finish_reason) for sample in found} == {(4, "abort")}
+        found = sampler.generate(PROMPTS, greedy, found)
+    assert [sample.tokens for sample in found] == whole and {sample.finish_reason for sample in found} == {"length"}
+    server.faults.extend([servers.abort(0)] * 9)
+    with pytest.raises(RuntimeError, match=f"no {kind} server is left: .*aborted before the first token"):
+        sampler.generate(PROMPTS, greedy)
+
+
+def test_each_part_has_random_numbers_of_its_own(make):
+    """Or what follows would be chosen by the numbers that chose what is there."""
+    (server,) = make()
+    seeds, generate = [], server.routes["POST /inference/v1/generate"]
+
+    def watched(self, body):
+        seeds.append((tuple(body["token_ids"]), body["sampling_params"]["seed"]))
+        return generate(self, body)
+
+    server.routes = server.routes | {"POST /inference/v1/generate": watched}
+    sampler, how = engine(server), replace(SAMPLING, budget=3, stop=())
+    sampler.generate(PROMPTS, how, sampler.generate(PROMPTS, how))
+    assert len({seed for _, seed in seeds}) == 2 * len(PROMPTS)
+    assert {len(ids) for ids, _ in seeds} >= {len(PROMPTS[0]), len(PROMPTS[0]) + 3}
+
+
 # what goes wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +314,7 @@ def test_a_prompt_that_the_server_refuses_is_not_sent_again(make):
     with pytest.raises(RuntimeError, match="a vllm server refused a prompt: .*maximum context length is 40"):
         engine(server, at_once=1).generate(PROMPTS, SAMPLING)
     assert server.answered < len(PROMPTS)
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
         engine(server).generate([[]], SAMPLING)
 
 

@@ -44,7 +44,7 @@ def chosen(model, params, batch) -> torch.Tensor:
     return torch.stack([ids.view(*batch["tokens"].shape, -1) for ids in seen], 2)
 
 
-def experience(model, params, *, record=True, asked=True, temperature=1.0) -> Experience:
+def experience(model, params, *, record=True, asked=True, temperature=1.0, **how) -> Experience:
     engine = LocalEngine(model, params, slots=5, length=20, record_routing=record)
     prompts = Prompts(Prompt([3 + i, 1 + i % 3] * (1 + i % 4), "", {}) for i in range(6))
     return Experience(
@@ -52,7 +52,7 @@ def experience(model, params, *, record=True, asked=True, temperature=1.0) -> Ex
         lambda some, seed: engine.generate([p.ids for p in some], Sampling(7, temperature, stop=(4, 9), seed=seed)),
         lambda p, a: Scores([float(len(x.tokens)) for x in a], {}),
         lambda rewards, sizes: rewards - rewards.mean(1, keepdims=True),
-        Plan(3, 4, routing_replay=asked), seq_len=30, longest=7, rows=2,
+        Plan(3, 4, routing_replay=asked), **{"seq_len": 30, "longest": 7, "rows": 2} | how,
     )  # fmt: skip
 
 
@@ -259,6 +259,72 @@ def test_a_policy_step_on_recorded_experts():
     assert float(metrics["ratio/mean"]) == 1 and float(metrics["sampling_logp_difference/max"]) < 1e-6
 
 
+# the trainer's own ---------------------------------------------------------------------------------------------------
+
+
+def recording(model, params, **how) -> Experience:
+    """Return rollouts of two steps each, trained on twice, with the routing before the first of them."""
+    old = agreement.scorer(model, params, 2, ONE_DEVICE, torch.device("cpu"), record=True, **how)
+    rollouts = experience(model, params, record=False, asked=False, old=old)
+    rollouts.how = Plan(3, 4, steps=2, iterations=2)
+    return rollouts
+
+
+def without(batch):
+    return {k: v for k, v in batch.items() if k != "routed_experts"}
+
+
+def test_all_steps_of_a_rollout_use_the_routing_before_the_first():
+    """The trainer's own then: of every token, and what a forward with it says is where ratios are 1."""
+    optimizer = optimizers.adamw(optimizers.schedule("constant", 3e-2, 10, 0))
+    state = init_state(MODEL.init(0, dtype=F64), optimizer)
+    begun, rollouts = tree.map(torch.clone, state.params), recording(MODEL, state.params)
+    step, seen, moved = make_train_step(MODEL, policy("grpo", old="old_logprobs"), optimizer, rows=2), [], []
+    for _ in range(4):
+        batch = next(rollouts)
+        real = batch["segment_ids"] != 0
+        assert batch["routed_experts"].dtype == torch.uint8 and not batch["routed_experts"][~real].any()
+        assert torch.equal(batch["routed_experts"].long()[real], chosen(MODEL, begun, without(batch))[real])
+        for free in (batch, without(batch)):
+            logp = agreement.score(MODEL, begun, free)
+            torch.testing.assert_close(logp, batch["old_logprobs"], rtol=1e-12, atol=1e-12)
+        now = chosen(MODEL, state.params, without(batch))[real].sort(-1).values
+        moved.append(bool((now != batch["routed_experts"].long()[real].sort(-1).values).any()))
+        logp = agreement.score(MODEL, state.params, batch)
+        state, metrics = step(state, batch)
+        sampled = batch["weights"] != 0
+        wanted = (logp - batch["old_logprobs"])[sampled].exp()
+        seen.append([float(metrics[f"ratio/{name}"]) for name in ("mean", "min", "max")])
+        assert seen[-1] == pytest.approx([float(x) for x in (wanted.mean(), wanted.min(), wanted.max())], rel=1e-9)
+    assert moved == [False, True, True, True] and seen[0] == [1, 1, 1] and seen[1][2] > 1.001
+    router = "layers/0/moe/router"
+    assert (tree.flatten(state.params)[router] - tree.flatten(begun)[router]).abs().max() > 0.02, "it learns"
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_the_first_step_is_as_without_it(remat):
+    batch = next(recording(MODEL, MODEL.init(0, dtype=F64)))
+    pair = [trained(b, policy("grpo", old="old_logprobs"), steps=1, remat=remat) for b in (batch, without(batch))]
+    torch.testing.assert_close(*pair, rtol=0, atol=0)
+    assert abs(float(pair[0][1]["grad_norm"])) > 1e-3
+
+
+def test_a_trainers_routing_is_kept_by_a_rollout_that_is_resumed():
+    params = MODEL.init(0)
+    straight, resumed = recording(MODEL, params), recording(MODEL, MODEL.init(1))
+    next(straight)
+    resumed.restore(straight.state())
+    for _ in range(3):
+        assert torch.equal(next(resumed)["routed_experts"], next(straight)["routed_experts"])
+
+
+@pytest.mark.slow
+def test_a_compiled_trainer_records_the_same():
+    params = MODEL.init(0, dtype=F64)
+    plain, compiled = (next(recording(MODEL, params, compile=form)) for form in ("off", "layer"))
+    torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-9)
+
+
 # refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +332,9 @@ def test_what_cannot_be_replayed_is_refused():
     dense = small.model(small.DENSE)
     with pytest.raises(ValueError, match="routing-replay.*the model has no routed experts"):
         LocalEngine(dense, dense.init(0), record_routing=True)
-    with pytest.raises(ValueError, match="routing-replay.*the rollout engine does not record experts"):
+    with pytest.raises(ValueError, match="routing-replay: the model has no routed experts"):
+        agreement.scorer(dense, dense.init(0), 2, ONE_DEVICE, torch.device("cpu"), record=True)
+    with pytest.raises(ValueError, match="routing-replay engine: the rollout engine does not record experts"):
         next(experience(MODEL, MODEL.init(0), record=False))
     batch = small.batch([[4]])
     batch["routed_experts"] = others(batch)

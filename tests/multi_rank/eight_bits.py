@@ -44,7 +44,7 @@ def train(name: str, recipe: str, mesh: str | None = None, exclude: str = "") ->
     case = CASES[name]
     model = models.from_config(case.config)
     options = Fp8Options(recipe, Fp8Options.exclude + exclude)  # type: ignore[arg-type]
-    fp8 = precision.fp8(options, model.specs)
+    fp8 = precision.fp8(options, model)
     shard: Any = OneDevice(fp8)
     if mesh is not None:
         grid = make(parity.MESHES[mesh], parity.CPU, torch.distributed.get_world_size())

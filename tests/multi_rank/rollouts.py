@@ -22,8 +22,9 @@ QUESTIONS = Prompts(Prompt([i, 3], f"question {i}", {}) for i in range(7))
 def run(rank: int, world: int) -> Any:
     """Return what rollouts need of a run."""
     return SimpleNamespace(
-        shard=SimpleNamespace(rank=rank, world=world), tokenizer=SimpleNamespace(eos_ids={5, 12}, decode=str)
-    )
+        shard=SimpleNamespace(rank=rank, world=world), tokenizer=SimpleNamespace(eos_ids={5, 12}, decode=str),
+        loader=QUESTIONS,
+    )  # fmt: skip
 
 
 def rewarded(folder: str, name: str) -> list[Any]:

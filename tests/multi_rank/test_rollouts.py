@@ -5,8 +5,8 @@ import pytest
 from tests.multi_rank import launch, rollouts
 
 FUNCTIONS = """
-def forgetful(prompts, completions):
-    return [1.0 for _ in completions]
+def forgetful(prompts, answer, **columns):
+    return [1.0 for _ in answer]
 """
 
 

@@ -75,8 +75,7 @@ def builder(device, options: dict[str, Any]):
 def fp8(case: Case):
     """Return how products of a case are in 8 bits."""
     config, options = case
-    specs = models.from_config(config).specs
-    return precision.fp8(Fp8Options(options["fp8"]), specs) if "fp8" in options else {}
+    return precision.fp8(Fp8Options(options["fp8"]), models.from_config(config)) if "fp8" in options else {}
 
 
 def sizes(mesh: Mesh) -> dict[str, int]:
