@@ -65,7 +65,7 @@ def rollouts(at: At, model: Any, params: Any, draws: Any) -> Any:
 
 
 def said_and_trained(model: Any, params: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
-    """Return log-probabilities of sampled tokens, the engine's and the step's forward's, less the mean of the latter."""
+    """Return log-probabilities of sampled tokens, the engine's and the step's, less the mean of the latter."""
     from functional_trainer import tree
     from functional_trainer.agreement import score
 
@@ -107,6 +107,8 @@ def decode(at: At, family: str, form: str) -> list[Check]:
 
 def rows(at: At, family: str, kind: str) -> list[Check]:
     """Check that answers of fewer rows than prompts are those of a row for each: but for ties, all of them."""
+    import torch
+
     if at.dtype != "float32":
         raise Skip("in 16 bit another number of rows rounds otherwise, and answers part")
     how = {"greedy": {"temperature": 0.0}, "sampled": {"top_k": 40, "top_p": 0.95}}[kind]
@@ -114,9 +116,13 @@ def rows(at: At, family: str, kind: str) -> list[Check]:
     drawn = sampling(at, model.config.vocab, seed=1, **how)
     asked = [p.ids for p in prompts(at, model.config.vocab) for _ in range(GROUP if kind == "sampled" else 1)] * 2
     few, many = (engine(at, model, params, slots=n).generate(asked, drawn) for n in (at.pick(5, 16), len(asked)))
-    apart = sum(a.tokens != b.tokens for a, b in zip(few, many, strict=True))
-    spoken = sorted({len(a.tokens) for a in few})
-    return [Check("answers", apart / len(asked), 0.05, f"{len(asked)} of {spoken[0]} to {spoken[-1]} tokens")]
+    same = [(a, b) for a, b in zip(few, many, strict=True) if a.tokens == b.tokens]
+    ours, wanted = (torch.tensor([x for pair in same for x in pair[side].logprobs]) for side in (0, 1))
+    sizes = sorted(len(a.tokens) for a in few)
+    return [
+        Check("answers", 1 - len(same) / len(asked), 0.05, f"{len(asked)} of {sizes[0]} to {sizes[-1]} tokens"),
+        Check("log-probabilities", error(ours - wanted.mean(), wanted - wanted.mean()), LEVEL[at.dtype]),
+    ]
 
 
 def moved(model: Any, params: Any, batch: dict[str, Any], loss: Any, at: tuple[Any, Any], **form: Any) -> Any:
