@@ -120,8 +120,8 @@ def ours(o: Options, model: Any, params: Any, stops: list[int], form: Any, promp
     from functional_trainer.engines import Sampling
     from functional_trainer.engines.local import LocalEngine
 
-    size = {"slots": min(o.slots, len(prompts)), "length": max(map(len, prompts)) + o.tokens}
-    engine = LocalEngine(model, params, compile=form, look_every=o.look_every, **size)
+    slots, length = min(o.slots, len(prompts)), max(map(len, prompts)) + o.tokens
+    engine = LocalEngine(model, params, slots=slots, length=length, compile=form, look_every=o.look_every)
     sampling = Sampling(o.tokens, o.temperature, stop=tuple(stops))
     return lambda: [sample.tokens for sample in engine.generate(prompts, sampling)]
 

@@ -260,8 +260,8 @@ def run_grpo(o: Options, small: bool) -> dict[str, Any]:
     """Race steps of reinforcement learning beside TRL's, where it is."""
     sizes = f"--preset {o.model} --layers {o.layers or 2} --steps {2 + o.steps} --tokens 128"
     usual = ("ours-off-bf16",) if small else ("ours-layer-bf16", "ours-layers-bf16")
-    usual += (POLICY,) if o.peer_python.exists() else ()
-    chosen = o.only if o.what == "grpo" and o.only else usual
+    theirs = (POLICY,) if o.peer_python.exists() else ()
+    chosen = o.only if o.what == "grpo" and o.only else (*usual, *theirs)
     few = "--preset tiny --layers 1 --steps 3 --tokens 3"
     with tempfile.TemporaryDirectory() as folder:
         same = ("--rounds", 1, "--folder", folder, "--peer-python", o.peer_python)

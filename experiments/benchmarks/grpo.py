@@ -60,7 +60,7 @@ OURS = {
 
 def theirs(gpu: bool) -> dict[str, dict[str, Any]]:
     """Return TRL's arguments of each contestant."""
-    best = {"gradient_checkpointing": False, "bf16": gpu, "use_cpu": not gpu}
+    best: dict[str, Any] = {"gradient_checkpointing": False, "bf16": gpu, "use_cpu": not gpu}
     best |= SMALL if gpu else {"per_device_train_batch_size": SAMPLES}
 
     def experts(name: str) -> dict[str, Any]:

@@ -107,17 +107,15 @@ def test_decode_times_contestants_that_agree(tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_decode_times_every_form_and_size(tmp_path):
+def test_decode_times_every_form_at_every_size(tmp_path):
     small = TINY | {"contestants": ("ours-*", "hf-*-grouped_mm"), "threads": torch.get_num_threads()}
     with pytest.raises(SystemExit) as ended:
-        decode.main(decode.Options(**small, prompts=(2, 6), prompt_tokens=(0, 9), json=tmp_path / "out.json"))
+        decode.main(decode.Options(**small, prompts=(6,), prompt_tokens=(0, 9), json=tmp_path / "out.json"))
     rows = json.loads((tmp_path / "out.json").read_text())["results"]
     assert not ended.value.code and all(row["others"] == 0 for row in rows)
     names = ["ours-off", "ours-layer", "ours-step", *(f"hf-{kind}-grouped_mm" for kind in decode.KINDS)]
-    sizes = [(count, size) for count in (2, 6) for size in (0, 9)]
-    assert [(row["prompts"], row["prompt_tokens"], row["name"]) for row in rows] == [
-        (*size, name) for size in sizes for name in names
-    ]
+    found = [(row["prompts"], row["prompt_tokens"], row["name"]) for row in rows]
+    assert found == [(6, size, name) for size in (0, 9) for name in names]
 
 
 def test_decode_runs_without_a_vllm(tmp_path):
