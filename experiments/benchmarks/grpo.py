@@ -166,6 +166,20 @@ def run(o: Options, name: str, gpu: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def collect(o: Options, names: list[str], gpu: bool, console: Console) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Let all run in turns; return what was seen of each run, and why contestants broke, which run no more."""
+    done, broken = list[dict[str, Any]](), dict[str, str]()
+    for _ in range(o.rounds):
+        for name in names:
+            if name not in broken:
+                console.print(name)
+                try:
+                    done.append(run(o, name, gpu))
+                except RuntimeError as problem:
+                    broken[name] = str(problem)[-300:]
+    return done, broken
+
+
 def summary(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each contestant."""
     rows = []
@@ -207,15 +221,7 @@ def main(o: Options) -> None:
     with runs.apart() as apart:
         gpu = apart(prepare, o)
     wanted = runs.chosen(contestants(o, gpu), o.contestants)
-    done, broken = [], {}
-    for _ in range(o.rounds):
-        for name in wanted:
-            if name not in broken:
-                console.print(name)
-                try:
-                    done.append(run(o, name, gpu))
-                except RuntimeError as problem:
-                    broken[name] = str(problem)[-300:]
+    done, broken = collect(o, wanted, gpu, console)
     rows = summary(done) + [{"name": name, "error": why} for name, why in broken.items()]
     show(o, rows, console)
     if o.json:

@@ -456,6 +456,26 @@ def test_grpo_takes_medians_of_all_runs():
     assert grpo.summary([other])[0]["generation"] is None
 
 
+def test_grpo_goes_on_without_the_broken(monkeypatch):
+    def run(o, name, gpu):
+        if name == "b" and gpu:
+            raise RuntimeError("status 1: no such kernel")
+        return {"name": name}
+
+    monkeypatch.setattr(grpo, "run", run)
+    done, broken = grpo.collect(grpo.Options(rounds=2), ["a", "b"], True, Console(quiet=True))
+    assert [one["name"] for one in done] == ["a", "a"] and broken == {"b": "status 1: no such kernel"}
+
+
+def test_grpo_gives_trl_what_fits_the_device():
+    host, device = grpo.theirs(False), grpo.theirs(True)
+    assert device.keys() - host.keys() == {"vllm"} and all(one["use_cpu"] for one in host.values())
+    for name, one in device.items():
+        passes = one["per_device_train_batch_size"] * one["gradient_accumulation_steps"]
+        assert not one["use_cpu"] and passes == grpo.SAMPLES, name
+    assert device["vllm"]["bf16"] and not host["generate-eager"]["bf16"]
+
+
 def test_grpo_says_how_to_get_trl(tmp_path):
     o = grpo.Options(peer_python=tmp_path / "python", contestants=("no-such",))
     with pytest.raises(ValueError, match="make bench-trl"):
