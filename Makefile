@@ -65,7 +65,7 @@ bench-trl: $(VENV)/.dev $(VENV)-trl/.made  ## Train end to end beside TRL's SFTT
 	$(BIN)/python experiments/benchmarks/sft_end_to_end.py $(ARGS)
 
 bench-grpo: $(VENV)/.dev $(VENV)-trl/.made  ## Reinforce beside TRL's GRPOTrainer
-	$(BIN)/python experiments/benchmarks/grpo_cpu.py $(ARGS)
+	$(BIN)/python experiments/benchmarks/grpo.py $(ARGS)
 
 gpu-suite: $(VENV)/.dev  ## Check and time every kernel and both models on a GPU (ARGS="--device cpu" at small sizes)
 	$(BIN)/python experiments/benchmarks/gpu_suite.py $(ARGS)

@@ -103,9 +103,8 @@ def make_train_step(
 
     Columns of `batch` are (B, S), split along B into `micro_batches`, or equally into passes of at most `rows` on each
     device. Metrics: 0-d loss, each term, lr, grad_norm, skipped; grad_norms, as `state.kinds`; the loss's reported
-    sums. `clip` is the largest gradient norm, 0 for none. Devices add gradients in the compute dtype, or, if `reduce`
-    is "master", where each layer casts, in the masters'. `remat` is one of `functional_trainer.remat`; `offload`: what
-    is in host memory.
+    sums. `clip` is the largest gradient norm, 0: none. Devices add gradients in the compute dtype, or, if `reduce` is
+    "master", where each layer casts, in the masters'. `remat`: see `functional_trainer.remat`; `offload`: to the host.
     """
     refuse(loss, optimizer, shard, 2 if rows else micro_batches, compile, remat, offload)
     one_graph = compile == "step" and micro_batches == 1 and not rows and remat == "none"

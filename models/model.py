@@ -68,12 +68,9 @@ class Model:
         look_up = partial(kernels.embedding, part=shard.part("params/embed", 0))
         begin = shard.local(look_up, ("params/embed", f"{COLUMNS} > act/rows"), ("sum:act/block_in > act/residual",))
         x_BSD = begin(embed, batch["tokens"])
-        rows = {
-            "segment_ids": place(batch["segment_ids"], "act/attn_rows"),
-            "positions": place(batch["positions"], "act/attn_rows"),
-            "token_segment_ids": place(batch["segment_ids"], "act/token_rows"),
-        }
-        rows |= {"parent_ids": place(batch["parent_ids"], "act/attn_rows")} if "parent_ids" in batch else {}
+        ids = [name for name in ("segment_ids", "positions", "parent_ids") if name in batch]
+        rows = {name: place(batch[name], "act/attn_rows") for name in ids}
+        rows["token_segment_ids"] = place(batch["segment_ids"], "act/token_rows")
         tables = shard.local(
             lambda positions_BS: c.rope.tables(positions_BS, c.head_dim, embed.dtype), (f"{COLUMNS} > act/rows",),
             ("act/rope", "act/rope"),

@@ -92,7 +92,7 @@ def randn(at: At, *shape: int) -> Any:
 
 
 ATTENTION = ("reference", "sdpa", "documents", "flex", "flash_attn", "flash_attn_3", "varlen")
-KINDS = ("plain", "cache", "window", "sinks", "softcap", "value_dim", "bidirectional", "prefix")
+KINDS = ("plain", "cache", "window", "sinks", "softcap", "value_dim", "bidirectional", "prefix", "parents")
 PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "varlen": "torch"}
 """Modules of the attention backends that compute in 16 bit only."""
 
@@ -118,10 +118,12 @@ def attention(at: At, name: str, case: str, compiled: bool = False) -> list[Chec
     segments[-1, -S // 4 :], positions[-1, -S // 4 :] = 0, 0
     period = at.pick(5, 90)
     blocks = (positions % period < period // 2) * (1 + positions // period) if case == "prefix" else None
+    parents = (segments > 1).to(segments.dtype) if case == "parents" else None  # all continue the first of their row
+    positions = positions if parents is None else positions + parents * (segments == 1).sum(1, keepdim=True)
     first = 3 * S // 8 if case == "cache" else 0  # of the queries; their keys are all tokens
     rows = Rows(
         segments[:, first:], positions[:, first:], segments, positions, 7 if case == "window" else None,
-        case != "bidirectional", blocks, blocks,
+        case != "bidirectional", blocks, blocks, parents,
     )  # fmt: skip
     real, scale = (rows.segments_BS != 0)[..., None, None], H**-0.5
     options: dict[str, Any] = {"softcap": 2.0} if case == "softcap" else {}
@@ -130,7 +132,8 @@ def attention(at: At, name: str, case: str, compiled: bool = False) -> list[Chec
         given = options | ({"sinks_N": sinks[0]} if sinks else {})
         if name == "flex":  # the table refuses it on the CPU, where it has no backward
             return backend.fn(q, k, v, rows, scale, **given) * real
-        given |= {"causal": rows.causal, "prefix_BS": blocks, "window": rows.window, "scale": scale, "backend": name}
+        given |= {"causal": rows.causal, "prefix_BS": blocks, "parents_BS": parents, "window": rows.window}
+        given |= {"scale": scale, "backend": name}
         if case == "cache":
             given |= {"key_segment_ids_BT": segments, "key_positions_BT": positions}
         return kernels.attention(q, k, v, rows.segments_BS, rows.positions_BS, **given) * real

@@ -1,12 +1,19 @@
-"""Check every kernel and both models on a device against references, then measure training speed and memory there.
+"""Check every kernel and both models on a device against references, then measure speed and memory there.
 
-    python experiments/benchmarks/gpu_suite.py                            # checks, speed, memory
+    python experiments/benchmarks/gpu_suite.py                            # everything
     python experiments/benchmarks/gpu_suite.py --what check --only 'attention *'
+    python experiments/benchmarks/gpu_suite.py --what check --only 'decode *' 'policy *'     # reinforcement learning
     python experiments/benchmarks/gpu_suite.py --device cpu               # every case at small sizes: it still runs
 
-Checks are `gpu_checks.py`; they run in a process of their own, after a fault of the device in a new one. Speed is
-`train_gpu.py`; its contestants are processes that hold no device memory while another runs, and a round builds, warms
-up and times each of them. Kernels are raced by `kernels.py`. Memory is the table of `memory.py`, in one process.
+Checks are `gpu_checks.py` and `rl_checks.py`; they run in a process of their own, after a fault of the device in a new
+one. Speed is `train_gpu.py`; its contestants are processes that hold no device memory while another runs, and a round
+builds, warms up and times each of them. Kernels are raced by `kernels.py`, generation by `decode.py` and steps of
+reinforcement learning by `grpo.py`, each a process that prints its own tables. Memory is the table of `memory.py`, in
+one process.
+
+What to expect on one GPU of the H100's class, guessed from what is compiled, in minutes: check 12, of which
+reinforcement learning 4; kernels 4; speed 8; memory 2; decode 6, and 2 more for vLLM; grpo 3, and 2 for each of TRL's.
+Where that is too long, --what and --only choose, and --rounds 1 is enough to see the order of magnitude.
 
 Exit status 1 if a check failed or a contestant broke.
 """
@@ -28,30 +35,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from the clo
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import gpu_checks, memory, sft_cpu, train_gpu
+from experiments.benchmarks import decode, gpu_checks, memory, rl_checks, runs, sft_cpu, train_gpu
 from functional_trainer import config
 
 CASE_SECONDS = 400
+CASES = gpu_checks.CASES | rl_checks.CASES
+GENERATION = ("hf-generate-grouped_mm", "hf-batch-grouped_mm", "vllm")
+"""Contestants of decode.py that run by default beside ours."""
+POLICY = "trl-generate-grouped_mm"
+"""That of grpo.py."""
 
 
 @dataclass(frozen=True)
 class Options:
     device: str = "auto"
     """Device to check: a GPU at real sizes, the CPU at small ones."""
-    what: Literal["all", "check", "kernels", "speed", "memory"] = "all"
+    what: Literal["all", "check", "kernels", "speed", "memory", "decode", "grpo"] = "all"
     """What to do."""
     model: train_gpu.Name = "30b-a3b"
     """Preset whose widths are timed."""
     only: tuple[str, ...] = ()
-    """Cases, contestants and settings by name, with wildcards ("attention *"); none means all."""
+    """Cases, contestants and settings by name, with wildcards ("attention *"); none means all, of decode and grpo the
+    fastest."""
     layers: int = 0
-    """Depth of the model that is timed (0: as many layers as fit)."""
+    """Depth of the model that is timed (0: as many layers as fit in training, 4 in decode, 2 in grpo)."""
     rows: int = 2
     """Rows of 4096 tokens a timed step."""
     rounds: int = 3
     """Times each contestant and each setting is built and timed."""
     steps: int = 5
     """Timed steps a round, after two untimed ones."""
+    vllm_python: Path = decode.Options.vllm_python
+    """Python that has vLLM, for decode."""
+    peer_python: Path = runs.PEER
+    """Python that has TRL, for grpo."""
     json: Path | None = None
     """Also write the results here."""
 
@@ -83,7 +100,7 @@ def serve(pipe: Any, device_name: str) -> None:
 
     def check(name: str, dtype: str) -> list[gpu_checks.Check]:
         torch.manual_seed(0)
-        return gpu_checks.CASES[name](gpu_checks.At(device, dtype, small))
+        return CASES[name](gpu_checks.At(device, dtype, small))
 
     def fit(model: str, rows: int) -> int:
         return 2 if small else train_gpu.layers_that_fit(model, device, rows * 4096)
@@ -156,7 +173,7 @@ def wanted(o: Options, names: Any) -> list[str]:
 def run_checks(o: Options, worker: Worker, console: Console) -> list[dict[str, Any]]:
     """Run every case in both dtypes, print a line for each comparison, and return them."""
     results = []
-    for name in wanted(o, gpu_checks.CASES):
+    for name in wanted(o, CASES):
         for dtype in gpu_checks.TOLERANCE:
             status, answer = worker.ask("check", name, dtype)
             if status != "ok":
@@ -213,15 +230,42 @@ def run_speed(o: Options, about: dict[str, str], console: Console) -> list[dict[
     return list(table.values())
 
 
-def run_kernels(o: Options, small: bool) -> dict[str, Any]:
-    """Race kernels beside their peers in a process that prints its tables, and return their rows or an error."""
-    program = [sys.executable, str(Path(__file__).parent / "kernels.py"), "--device", o.device]
+def beside(script: str, o: Options, *flags: Any) -> dict[str, Any]:
+    """Run a benchmark as a process that prints its tables; return what it wrote, with an error if it failed."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "kernels.json"
-        few = "--shapes tiny --routing mild --dtypes float32 --rounds 1 --compile off --memory-gib 1"
-        status = subprocess.run([*program, *(few.split() if small else []), "--json", str(out)]).returncode
-        rows = json.loads(out.read_text("utf-8"))["rows"] if out.exists() else []
-    return {"rows": rows} | ({"error": f"kernels.py ended with status {status}"} if status else {})
+        out = Path(folder) / "out.json"
+        given = ["--device", o.device, *flags, "--json", out]
+        status = subprocess.run([sys.executable, Path(__file__).with_name(script), *map(str, given)]).returncode
+        found = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    return found | ({"error": f"{script} ended with status {status}"} if status else {})
+
+
+def run_kernels(o: Options, small: bool) -> dict[str, Any]:
+    """Race kernels beside their peers."""
+    few = "--shapes tiny --routing mild --dtypes float32 --rounds 1 --compile off --memory-gib 1"
+    return beside("kernels.py", o, *(few.split() if small else []))
+
+
+def run_decode(o: Options, small: bool) -> dict[str, Any]:
+    """Race generation beside others, of few and of many prompts, short and long."""
+    sizes = f"--model {o.model} --layers {o.layers or 4} --prompts 16 128 --prompt-tokens 128 1024 --tokens 128"
+    usual = ("ours-off",) if small else ("ours-layer", "ours-step")
+    chosen = o.only if o.what == "decode" and o.only else (*usual, *GENERATION)
+    few = "--layers 1 --prompts 3 6 --prompt-tokens 9 --tokens 5 --slots 4"
+    same = ("--dtype", "bfloat16", "--rounds", o.rounds, "--warmup", 1, "--vllm-python", o.vllm_python)
+    return beside("decode.py", o, *(few if small else sizes).split(), *same, "--contestants", *chosen)
+
+
+def run_grpo(o: Options, small: bool) -> dict[str, Any]:
+    """Race steps of reinforcement learning beside TRL's, where it is."""
+    sizes = f"--preset {o.model} --layers {o.layers or 2} --steps {2 + o.steps} --tokens 128"
+    usual = ("ours-off-bf16",) if small else ("ours-layer-bf16", "ours-layers-bf16")
+    theirs = (POLICY,) if o.peer_python.exists() else ()
+    chosen = o.only if o.what == "grpo" and o.only else (*usual, *theirs)
+    few = "--preset tiny --layers 1 --steps 3 --tokens 3"
+    with tempfile.TemporaryDirectory() as folder:
+        same = ("--rounds", 1, "--folder", folder, "--peer-python", o.peer_python)
+        return beside("grpo.py", o, *(few if small else sizes).split(), *same, "--contestants", *chosen)
 
 
 def memory_options(small: bool, steps: int) -> memory.Options:
@@ -273,12 +317,15 @@ def main(o: Options) -> None:
     speed = run_speed(o, about, console) if o.what in ("all", "speed") else []
     held = run_memory(o, about, worker, console) if o.what in ("all", "memory") else []
     worker.stop()
+    generated = run_decode(o, bool(about["small"])) if o.what in ("all", "decode") else {}
+    reinforced = run_grpo(o, bool(about["small"])) if o.what in ("all", "grpo") else {}
     count = {s: sum(c["status"] == s for c in checks) for s in ("pass", "failed", "skip")}
     console.print(f"{count['pass']} passed, {count['failed']} failed, {count['skip']} skipped")
     if o.json:
         results = {"about": about, "checks": checks, "kernels": raced, "speed": speed, "memory": held}
+        results |= {"decode": generated, "grpo": reinforced}
         o.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    sys.exit(count["failed"] > 0 or any("error" in row for row in [*speed, *held, raced]))
+    sys.exit(count["failed"] > 0 or any("error" in row for row in [*speed, *held, raced, generated, reinforced]))
 
 
 if __name__ == "__main__":

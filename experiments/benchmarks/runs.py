@@ -1,5 +1,5 @@
 """Trainers run as a user runs them, each a process of its own, and seen from outside: what `sft_end_to_end.py`,
-`grpo_cpu.py` and `startup.py` share.
+`grpo.py` and `startup.py` share.
 
 A trainer appends a line to `metrics.jsonl` in its run folder as each step ends, and this file's clock is the moment
 that the line appears. Imports no torch: what a process has used at most includes its parent's memory at the start.
@@ -93,11 +93,12 @@ def trl(place: Path, out: Path, python: Path, config: dict[str, Any], script: st
     return [str(python), str(Path(__file__).with_name(f"{script}.py")), str(file)]
 
 
-def caches(folder: Path) -> dict[str, str]:
+def caches(folder: Path, gpu: bool = False) -> dict[str, str]:
     """Return the environment of a process that keeps what it compiles, tokenizes and converts in `folder`."""
     there = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp", "XDG_CACHE_HOME": "cache", "HF_HOME": "hub"}
     (folder / "tmp").mkdir(parents=True, exist_ok=True)  # Inductor's precompiled headers are always there
-    offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline |= {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     return os.environ | offline | {key: str(folder / name) for key, name in there.items()}
 
 

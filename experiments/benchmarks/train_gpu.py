@@ -96,13 +96,13 @@ def prefer(op: str, name: str) -> None:
     kernels.BACKENDS[op] = (*(b._replace(default_on=("*",)) for b in table if b.name == name), *table)
 
 
-def drawn(model: Any, device: Any, dtype: Any) -> Any:
+def drawn(model: Any, device: Any, dtype: Any, seed: int = 0) -> Any:
     """Draw the parameters that every contestant starts from; on the device, where billions of them take no time."""
     import torch
 
     from functional_trainer import param, tree
 
-    rng = torch.Generator(device).manual_seed(0)
+    rng = torch.Generator(device).manual_seed(seed)
 
     def one(p: Any) -> Any:
         x = torch.empty(p.shape, device=device)

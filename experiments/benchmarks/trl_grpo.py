@@ -1,10 +1,11 @@
-"""TRL's GRPOTrainer as its documentation uses it: the peer that grpo_cpu.py measures.
+"""TRL's GRPOTrainer as its documentation uses it: the peer that grpo.py measures.
 
     .venv-trl/bin/python experiments/benchmarks/trl_grpo.py JOB.json     # `make bench-trl` makes .venv-trl
 
 JOB.json holds model (a folder with the tokenizer), train (JSONL of OpenAI messages; the last one is the right answer),
 config (GRPOConfig's arguments). The run folder, config's output_dir, holds metrics.jsonl once the trainer is made, and
-there a row {"step", "samples", "generated_tokens"} as each step ends. Imports nothing of this project.
+there a row {"step", "samples", "generated_tokens"} as each step ends, with the most memory that a GPU had given out as
+"memory_bytes". Imports nothing of this project.
 """
 
 import json
@@ -16,6 +17,7 @@ sys.path.remove(str(Path(__file__).resolve().parent))  # whose kernels.py is not
 
 
 def main(job: dict[str, Any]) -> None:
+    import torch
     from datasets import load_dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -31,6 +33,8 @@ def main(job: dict[str, Any]) -> None:
         def on_step_end(self, args, state, control, **options):
             row = {"step": state.global_step, "samples": len(seen), "generated_tokens": sum(seen)}
             seen.clear()
+            if hasattr(device := torch.get_device_module(args.device), "max_memory_allocated"):
+                row["memory_bytes"] = device.max_memory_allocated()
             with open(rows, "a") as file:
                 file.write(json.dumps(row) + "\n")
 

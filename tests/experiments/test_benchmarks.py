@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import models
 from experiments.benchmarks import (
-    decode_cpu,
+    decode,
     gpu_checks,
     gpu_suite,
-    grpo_cpu,
+    grpo,
     memory,
+    rl_checks,
     runs,
     sft_cpu,
     sft_end_to_end,
@@ -27,7 +28,8 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks import kernels as kernels_benchmark
 from experiments.benchmarks.live_bytes import LiveBytes, allocated
-from functional_trainer import flops, losses, tree
+from functional_trainer import flops, losses, policy, tree
+from functional_trainer.engines.local import LocalEngine
 from functional_trainer.step import evaluate, wrap_layer
 from tests.models import small
 
@@ -85,34 +87,58 @@ def test_a_loss_that_differs_is_an_error():
     assert [row["name"] for row in rows if "error" in row] == ["hf-b", "hf-c"]
 
 
-@pytest.mark.parametrize("flags", [{}, {"stops": 40}, {"stops": 40, "samples": 3, "temperature": 1.0}])
-def test_decode_cpu_times_contestants_that_agree(tmp_path, flags):
-    small = {"prompts": 6, "tokens": 5, "slots": 4, "rounds": 2, "warmup": 1, "layers": 1}
-    small |= {"contestants": ("ours-off", "hf-generate-eager"), "threads": torch.get_num_threads()}
+TINY = {"device": "cpu", "tokens": 5, "slots": 4, "rounds": 2, "warmup": 1, "layers": 1}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"stops": 40}, {"stops": 40, "samples": 3, "temperature": 1.0}, {"dtype": "bfloat16", "prompt_tokens": (3,)}],
+)
+def test_decode_times_contestants_that_agree(tmp_path, flags):
+    small = TINY | {"contestants": ("ours-off", "hf-generate-eager"), "threads": torch.get_num_threads()}
     with pytest.raises(SystemExit) as ended:
-        decode_cpu.main(decode_cpu.Options(**small, **flags, json=tmp_path / "out.json"))
+        decode.main(decode.Options(**small, prompts=(6,), **flags, json=tmp_path / "out.json"))
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
     assert not ended.value.code and rows.keys() == {"ours-off", "hf-generate-eager"}
     for row in rows.values():
         assert len(row["seconds"]) == 2 and row["rate"] == row["tokens"] / row["median_s"]
-        assert 6 <= row["tokens"] <= 30 if flags else row["tokens"] == 30
+        assert 6 <= row["tokens"] <= 30 if "stops" in flags else row["tokens"] == 30
         assert row["others"] == (None if "temperature" in flags else 0)
 
 
-def test_decode_cpu_runs_without_a_vllm(tmp_path):
+@pytest.mark.slow
+def test_decode_times_every_form_at_every_size(tmp_path):
+    small = TINY | {"contestants": ("ours-*", "hf-*-grouped_mm"), "threads": torch.get_num_threads()}
+    with pytest.raises(SystemExit) as ended:
+        decode.main(decode.Options(**small, prompts=(6,), prompt_tokens=(0, 9), json=tmp_path / "out.json"))
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert not ended.value.code and all(row["others"] == 0 for row in rows)
+    names = ["ours-off", "ours-layer", "ours-step", *(f"hf-{kind}-grouped_mm" for kind in decode.KINDS)]
+    found = [(row["prompts"], row["prompt_tokens"], row["name"]) for row in rows]
+    assert found == [(6, size, name) for size in (0, 9) for name in names]
+
+
+def test_decode_runs_without_a_vllm(tmp_path):
     """With one: tests/vllm."""
-    absent = decode_cpu.Options(prompts=2, layers=1, vllm_python=tmp_path / "none")
-    assert "vllm" not in decode_cpu.contestants(absent, tmp_path)
-    present = decode_cpu.Options(prompts=2, layers=1, vllm_python=Path(sys.executable))
-    assert list(decode_cpu.contestants(present, tmp_path))[-1] == "vllm"
+    sizes = {"prompts": (2,), "layers": 1}
+    absent = decode.Options(**sizes, vllm_python=tmp_path / "none")
+    assert "vllm" not in decode.contestants(absent, CPU, tmp_path)
+    present = decode.Options(**sizes, vllm_python=Path(sys.executable))
+    found = decode.contestants(present, CPU, tmp_path)
+    assert list(found)[-1] == "vllm"
     with pytest.raises(RuntimeError, match="(?s)ended: .*No module named 'vllm'"):
-        decode_cpu.contestants(present, tmp_path)["vllm"]()
+        found["vllm"]([[1], [2]])
 
 
-def test_decode_cpu_counts_answers_that_are_not_ours():
-    calls = {"ours-off": lambda: [[1, 2], [3]], "hf-generate-eager": lambda: [[1, 2], [4]]}
-    rows = decode_cpu.race(decode_cpu.Options(rounds=1), calls, Console(quiet=True))
-    assert [row["others"] for row in rows] == [0, 1]
+def test_decode_counts_answers_that_are_not_ours_and_goes_on_without_the_broken():
+    def broken():
+        raise ValueError("no such kernel")
+
+    starts = {"ours-off": lambda: lambda: [[1, 2], [3]], "hf-a": lambda: lambda: [[1, 5], [4]], "hf-b": broken}
+    for dtype, others in (("float32", 2), ("bfloat16", 1)):
+        rows = decode.race(decode.Options(rounds=1, dtype=dtype), starts, Console(quiet=True))
+        assert [row.get("others") for row in rows] == [0, others, None]
+        assert rows[2]["error"] == "ValueError: no such kernel" and not rows[2]["seconds"]
 
 
 def test_packed_batch_holds_whole_documents():
@@ -133,7 +159,7 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     out = json.loads((tmp_path / "out.json").read_text())
     assert {(c["case"], c["dtype"]) for c in out["checks"]} == {
-        (n, d) for n in gpu_checks.CASES for d in gpu_checks.TOLERANCE
+        (n, d) for n in gpu_suite.CASES for d in gpu_checks.TOLERANCE
     }
     skipped = {c["case"] for c in out["checks"] if c["dtype"] == "float32" and c["status"] == "skip"}
     gpu = "experts triton", "sort triton", "fp8_experts scaled_mm", "fp8_experts triton", "fp8_linear triton"
@@ -144,7 +170,10 @@ def test_gpu_suite_runs_every_case_at_small_sizes(tmp_path):
         if b.name in ("flash_attn", "flash_attn_3", "varlen") or kind not in {"plain", *b.cases} and b.name != "shapes"
     }
     assert skipped == elsewhere | {name for name in gpu_checks.CASES if name.startswith(gpu)}
-    assert out["kernels"]["rows"] and "error" not in out["kernels"]
+    assert out["kernels"]["rows"] and not {"error"} & {*out["kernels"], *out["decode"], *out["grpo"]}
+    generated = {(row["prompts"], row["name"]) for row in out["decode"]["results"]}
+    assert generated >= {(n, name) for n in (3, 6) for name in ("ours-off", *gpu_suite.GENERATION[:2])}
+    assert out["grpo"]["results"][0]["name"] == "ours-off-bf16" and 0 < out["grpo"]["results"][0]["generation"] < 1
     assert [row["name"] for row in out["speed"]] == list(train_gpu.contestants(True))
     assert all(row["tokens_s"] > 0 and row["mfu"] is None for row in out["speed"])
     losses = [loss for row in out["speed"] for loss in row["losses"]]
@@ -169,6 +198,49 @@ def test_gpu_suite_fails_on_a_wrong_kernel(monkeypatch):
     checks = gpu_checks.CASES["elementwise"](gpu_checks.At(CPU, "float32", True))
     failed = {check.what.split()[0] for check in checks if not check.error <= check.tolerance}
     assert failed == {"swiglu"}
+
+
+def failures(case: str) -> set[str]:
+    """Return which comparisons of a case fail."""
+    torch.manual_seed(0)
+    checks = rl_checks.CASES[case](gpu_checks.At(CPU, "float32", True))
+    return {check.what for check in checks if not check.error <= check.tolerance}
+
+
+@pytest.mark.parametrize("case", ["decode qwen3_moe, off", "decode rows qwen3, sampled", "policy step qwen3_moe, gspo"])
+def test_gpu_suite_checks_reinforcement(case):
+    assert not failures(case)
+
+
+def test_gpu_suite_fails_on_an_engine_that_keeps_old_weights(monkeypatch):
+    """Whatever version it says that they are."""
+    right = LocalEngine.update
+
+    def stale(self, params, version):
+        right(self, getattr(self, "params", tree.map(torch.Tensor.clone, params)), version)
+
+    monkeypatch.setattr(LocalEngine, "update", stale)
+    assert failures("decode qwen3, off") == {"after a step", "new over old"}
+
+
+def test_gpu_suite_fails_on_an_engine_that_disturbs_rows_when_others_enter(monkeypatch):
+    right = LocalEngine._admit
+
+    def careless(self, rows, ready, running):
+        for held in tree.leaves(self._cache) if running else ():
+            held.copy_(held.roll(1, 0))
+        right(self, rows, ready, running)
+
+    monkeypatch.setattr(LocalEngine, "_admit", careless)
+    assert "answers" in failures("decode rows qwen3, sampled")
+
+
+def test_gpu_suite_fails_on_a_wrong_gradient_of_the_policy(monkeypatch):
+    right = policy.divergence
+    doubled = lambda *given: 2 * right(*given) - right(*given).detach()  # noqa: E731
+    sides = iter((doubled, right))  # the device's, the host's
+    monkeypatch.setattr(policy, "divergence", lambda *given: next(sides)(*given))
+    assert failures("policy step qwen3, grpo") == {"gradient", "worst leaf"}
 
 
 def test_gpu_suite_replays_the_routing():
@@ -365,9 +437,9 @@ def test_end_to_end_reads_speed_and_time_from_what_was_seen():
 
 
 @pytest.mark.slow
-def test_grpo_cpu_times_the_recipe(tmp_path):
+def test_grpo_times_the_recipe(tmp_path):
     small = ("--rounds", "1", "--steps", "4", "--tokens", "2", "--layers", "1", "--folder", str(tmp_path / "place"))
-    result = run("grpo_cpu.py", "--contestants", "ours-off", *small, "--json", str(tmp_path / "out.json"))
+    result = run("grpo.py", "--contestants", "ours-off", *small, "--json", str(tmp_path / "out.json"))
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     ((seen,), (row,)) = found["runs"], found["results"]
@@ -375,21 +447,41 @@ def test_grpo_cpu_times_the_recipe(tmp_path):
     assert row["samples_per_s"] * row["step_s"] == pytest.approx(512) and 0 < row["generation"] < 1
 
 
-def test_grpo_cpu_takes_medians_of_all_runs():
+def test_grpo_takes_medians_of_all_runs():
     one = {"generation": [0.5], "tokens": 3.0, "first_s": 5.0, "peak_mib": 100.0, "others_s": 0.0, "wall_s": 9.0}
     done = [{"name": "a", "seconds": [1.0, 9.0]} | one, {"name": "a", "seconds": [2.0]} | one | {"generation": [1.5]}]
-    (row,) = grpo_cpu.summary([*done])
+    (row,) = grpo.summary([*done])
     assert row["samples_per_s"] == 256 and row["generation"] == 0.5 and row["runs"] == 2
     other = {"name": "b", "seconds": [1.0]} | one | {"generation": []}
-    assert grpo_cpu.summary([other])[0]["generation"] is None
+    assert grpo.summary([other])[0]["generation"] is None
 
 
-def test_grpo_cpu_says_how_to_get_trl(tmp_path):
-    o = grpo_cpu.Options(peer_python=tmp_path / "python", contestants=("no-such",))
+def test_grpo_goes_on_without_the_broken(monkeypatch):
+    def run(o, name, gpu):
+        if name == "b" and gpu:
+            raise RuntimeError("status 1: no such kernel")
+        return {"name": name}
+
+    monkeypatch.setattr(grpo, "run", run)
+    done, broken = grpo.collect(grpo.Options(rounds=2), ["a", "b"], True, Console(quiet=True))
+    assert [one["name"] for one in done] == ["a", "a"] and broken == {"b": "status 1: no such kernel"}
+
+
+def test_grpo_gives_trl_what_fits_the_device():
+    host, device = grpo.theirs(False), grpo.theirs(True)
+    assert device.keys() - host.keys() == {"vllm"} and all(one["use_cpu"] for one in host.values())
+    for name, one in device.items():
+        passes = one["per_device_train_batch_size"] * one["gradient_accumulation_steps"]
+        assert not one["use_cpu"] and passes == grpo.SAMPLES, name
+    assert device["vllm"]["bf16"] and not host["generate-eager"]["bf16"]
+
+
+def test_grpo_says_how_to_get_trl(tmp_path):
+    o = grpo.Options(peer_python=tmp_path / "python", contestants=("no-such",))
     with pytest.raises(ValueError, match="make bench-trl"):
-        grpo_cpu.contestants(o)["trl-small"](tmp_path / "run")
+        grpo.contestants(o, False)["trl-small"](tmp_path / "run")
     with pytest.raises(ValueError, match="there are ours-off"):
-        grpo_cpu.main(o)
+        grpo.main(o)
 
 
 def test_a_trainer_that_fails_is_an_error_with_its_own_words(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import models
-from experiments.benchmarks import decode_cpu
+from experiments.benchmarks import decode
 from functional_trainer import tree
 from functional_trainer.engines import Sampling, remote
 from functional_trainer.engines.remote import RemoteEngine
@@ -189,11 +189,9 @@ def test_a_run_learns_through_it(served, tmp_path):
 
 
 def test_the_decoding_benchmark_has_it_beside_ours(tmp_path):
-    small = {"prompts": 8, "samples": 2, "tokens": 6, "stops": 24, "slots": 4, "rounds": 2, "warmup": 1, "layers": 1}
+    small = {"prompts": (8,), "samples": 2, "tokens": 6, "stops": 24, "slots": 4, "rounds": 2, "warmup": 1, "layers": 1}
     with pytest.raises(SystemExit) as ended:
-        decode_cpu.main(
-            decode_cpu.Options(**small, contestants=("ours-off", "vllm"), threads=1, json=tmp_path / "out.json")
-        )
+        decode.main(decode.Options(**small, contestants=("ours-off", "vllm"), threads=1, json=tmp_path / "out.json"))
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
     assert not ended.value.code and rows["vllm"]["others"] == 0 and rows["vllm"]["tokens"] == rows["ours-off"]["tokens"]
 
