@@ -67,7 +67,7 @@ def main(o: Options) -> None:
     from functional_trainer.reference import Reference
 
     # Where the run lives, what it asks, what it begins with: also when it is resumed, for the reference.
-    run = recipe.start(o, o.answers, lambda hf: policies.loss(o), episodes.read)
+    run = recipe.start(o, o.answers, lambda hf: policies.loss(o), rl.read)
     model, params = run.begin(again=True)
 
     # How the objective is optimized, and the step: as in supervised fine-tuning.

@@ -4,16 +4,25 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from experiments import engines
+from experiments import engines, episodes
 from experiments.policies import advantage
 from experiments.recipe import Run
-from functional_trainer import backend, tree
+from functional_trainer import backend, cluster, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
+from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
 from functional_trainer.rewards import Rewards, load
+
+
+def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> Any:
+    """Join Ray's cluster if the run wants workers there, for all of them, and read the data."""
+    first = o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
+    if workers := first + o.rollout.environment_ray:
+        cluster.connect(workers)
+    return episodes.read(o, tokenizer, vocab, shard, *more)
 
 
 def plan(o: Any) -> Plan:
@@ -69,7 +78,7 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
     if len({name for name, _ in found}) < len(found):
         raise ValueError(f"--reward.functions {' '.join(o.reward.functions)}: two have the same name")
     r = o.reward
-    how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds}
+    how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
     functions = Rewards(dict(found), r.weights or None, **how) if run.shard.rank == 0 else None
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
