@@ -22,7 +22,9 @@ from functional_trainer.workers import Outcome
 TRIES = 3
 """Workers that a job may cost, and starts of a worker that may fail in a row."""
 START = 300.0
-"""Seconds that a worker may take to start, and to say that it is there."""
+"""Seconds that a worker may take to start."""
+PULSE = 60.0
+"""Seconds that one that has nothing to do may take to say that it is there."""
 ROOM = 30.0
 """Seconds that a cluster is given to have room for a crew."""
 
@@ -87,6 +89,7 @@ class Crew:
             for i in range(count):
                 self._start(i)
         except TypeError as error:
+            self.close()
             raise ValueError(f"what {called} are made of cannot be sent to them: {brief(error)}") from error
 
     def _reserve(self, count: int, needs: Mapping[str, int]) -> Any:
@@ -105,10 +108,10 @@ class Crew:
     def _start(self, i: int) -> None:
         """Start a worker in place i; `started` is what it says when it is there."""
         self.workers[i] = self._make()
-        self._call(i)
+        self._call(i, START)
 
-    def _call(self, i: int) -> None:
-        self.started[i], self.until[i] = self.workers[i].process.remote(), time.monotonic() + START
+    def _call(self, i: int, seconds: float) -> None:
+        self.started[i], self.until[i] = self.workers[i].process.remote(), time.monotonic() + seconds
 
     def work(
         self, jobs: Sequence[Job], begin: Callable[[Any, Any], Any], seconds: float, tries: int = TRIES,
@@ -123,8 +126,9 @@ class Crew:
 
         waiting, calls = deque(jobs), dict[Any, Call]()
         with self.lock:
-            for i in range(len(self.workers)):  # who died in the meantime is replaced, and costs nothing
-                self._call(i)
+            for i, said in enumerate(self.started):  # who died in the meantime is replaced, and costs nothing
+                if ray.wait([said], timeout=0)[0]:
+                    self._call(i, PULSE)
             while calls or waiting and going():
                 coming = self._give(waiting, calls, begin, seconds) if going() else []
                 ends = [call.until for call in calls.values()] + [self.until[i] for i in coming]
@@ -190,7 +194,7 @@ class Crew:
         from ray.util.placement_group import remove_placement_group
 
         if ray.is_initialized() and self.workers:
-            for worker in self.workers:
+            for worker in filter(None, self.workers):
                 ray.kill(worker)
             remove_placement_group(self.room)
         self.workers = []

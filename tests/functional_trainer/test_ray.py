@@ -116,12 +116,25 @@ def test_a_worker_that_is_started_anew_has_the_current_weights(two):
 
 def test_a_worker_that_hangs_is_replaced(two):
     two.update(PARAMS["moe"], 40)
-    two.generate(PROMPTS, SAMPLED)
+    slowed(two, 1.0)
     stopped, went_on = processes(two)
-    os.kill(stopped, signal.SIGSTOP)
+    killer = threading.Timer(0.5, os.kill, (stopped, signal.SIGSTOP))
+    killer.start()
     two.seconds = 8.0
     assert_same(two.generate(PROMPTS, SAMPLED), engine(version=40).generate(PROMPTS, SAMPLED))
     two.seconds = 1800.0
+    assert stopped not in processes(two) and went_on in processes(two)
+
+
+def test_a_worker_that_hangs_while_it_has_nothing_to_do_is_replaced(two, monkeypatch):
+    monkeypatch.setattr(cluster, "PULSE", 3.0)
+    two.update(PARAMS["moe"], 45)
+    alone = engine(version=45).generate(PROMPTS, SAMPLED)
+    stopped, went_on = processes(two)
+    os.kill(stopped, signal.SIGSTOP)
+    assert_same(two.generate(PROMPTS, SAMPLED), alone)
+    time.sleep(3)
+    assert_same(two.generate(PROMPTS, SAMPLED), alone)
     assert stopped not in processes(two) and went_on in processes(two)
 
 
