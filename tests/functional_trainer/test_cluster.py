@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -25,11 +24,11 @@ TURN = encoded(TOKENIZER, "12")
 
 @pytest.fixture(scope="module", autouse=True)
 def room():
-    """A cluster of four cores: two workers for rewards, and two for environments."""
+    """A cluster of six cores: two workers for rewards, two for environments, two for others."""
     import ray
 
     os.environ.pop("RAY_ADDRESS", None)
-    cluster.connect(4)
+    cluster.connect(6)
     yield
     ray.shutdown()
 
@@ -201,22 +200,19 @@ def two():
     made.close()
 
 
-def same(theirs, ours) -> bool:
-    """Tell whether samples are the same, whatever objects said why an episode was lost."""
-    plain = [[one._replace(episode=replace(one.episode, error=bool(one.episode.error))) for one in some]
-             for some in (theirs, ours)]  # fmt: skip
-    return plain[0] == plain[1]
-
-
 def test_episodes_are_those_of_environments_here(two):
     turns = ["a b c", "a raise", "odd", "a", "hang", "a b c d", "a b"]
     rows = [told(*some.split()) for some in turns]
     here = Episodes(TALKER, TOKENIZER, seconds=2)
     wanted, found = play(here, Steady([]), rows), play(two, Steady([]), rows)
     here.close()
-    assert same(found, wanted) and [s.reward for s in wanted] == [1.5, None, None, 0.5, None, 2.0, 1.0]
-    assert [s.episode.error for s in found][1] == "SystemExit: over" and report(found)["environment/raised"] == 3
-    assert "took over 2 s" in found[4].episode.error
+    assert [s.reward for s in wanted] == [1.5, None, None, 0.5, None, 2.0, 1.0]
+    errors = ["", "SystemExit: over", "TypeError: ", "", "TimeoutError: it took over 2 s", "", ""]
+    for theirs, ours, error in zip(found, wanted, errors, strict=True):
+        assert theirs.episode.error.startswith(error) and ours.episode.error.startswith(error)
+        whole = [one._replace(episode=one.episode._replace(error="")) for one in (theirs, ours)]
+        assert whole[0] == whole[1]
+    assert report(found) == report(wanted) and report(found)["environment/raised"] == 3
 
 
 def test_tools_run_there_too():
@@ -286,10 +282,10 @@ def test_what_no_thread_can_end_costs_the_episodes_of_its_worker(two, monkeypatc
 def test_a_cluster_that_is_too_small_is_told_at_once(monkeypatch):
     monkeypatch.setattr(cluster, "ROOM", 1.0)
     begun = time.monotonic()
-    said = r"no room for 9 judges: they want 9 CPUs, it has 4, \d free"
+    said = r"no room for 9 judges: they want 9 CPUs, it has 6, \d free"
     with pytest.raises(RuntimeError, match=said):
         Crew(Pools, ({},), 9, "judges")
-    with pytest.raises(RuntimeError, match="they want 1 CPUs, it has 4, . free; and 1 GPUs, it has 0, 0 free"):
+    with pytest.raises(RuntimeError, match="they want 1 CPUs, it has 6, \\d free; and 1 GPUs, it has 0, 0 free"):
         Crew(Pools, ({},), 1, "judges", gpus=1)
     assert time.monotonic() - begun < 10
 
