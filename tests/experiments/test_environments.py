@@ -81,16 +81,8 @@ def test_workers_of_ray_play_and_judge_as_this_process_does(place):
     weights["lm_head.weight"][Tokenizer(place / "model").eos_ids] *= 30  # then turns end, and are answered
     save_file(weights, shutil.copytree(place / "model", place / "brief") / "model.safetensors")
     flags = "--rollout.environment", "mine.py:Count", "--data.train", "rows.jsonl", "--data.eval", "rows.jsonl"
-    flags += (
-        "--model.path",
-        "brief",
-        "--steps",
-        2,
-        "--reward.functions",
-        "mine.py:last_is_short",
-        "--reward.isolate",
-        "last_is_short",
-    )
+    flags += "--model.path", "brief", "--steps", 2
+    flags += "--reward.functions", "mine.py:last_is_short", "--reward.isolate", "last_is_short"
     run(place, *flags, "--rollout.environment-ray", 2, "--reward.ray", 2, "--out", "by-ray")
     run(place, *flags, "--out", "by-itself")
     for theirs, ours in zip(*(sft_runs.rows(place / name) for name in ("by-ray", "by-itself")), strict=True):
