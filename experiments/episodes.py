@@ -22,7 +22,7 @@ def made(o: Any, tokenizer: Tokenizer) -> Episodes:
     """Return what plays episodes of --rollout.environment."""
     r = o.rollout
     how: dict[str, Any] = {"turns": r.max_turns, "seconds": r.tool_seconds, "workers": o.reward.workers}
-    how |= {"turn_tokens": r.max_turn_length} if r.max_turn_length else {}
+    how |= {"ray": r.environment_ray} | ({"turn_tokens": r.max_turn_length} if r.max_turn_length else {})
     return Episodes(environments.load(r.environment), tokenizer, **how)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from experiments import engines, episodes
 from experiments.policies import advantage
 from experiments.recipe import Run
-from functional_trainer import backend, tree
+from functional_trainer import backend, cluster, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
-from functional_trainer.data import Record
+from functional_trainer.data import Record, Tokenizer
 from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
@@ -72,9 +72,13 @@ def functions(o: Any) -> dict[str, Function]:
     return found
 
 
-def read(o: Any, *how: Any) -> tuple[Prompts, dict, list[Record]]:
-    """Return what is asked, as `episodes.read`; before, and of its columns after, refuse what cannot give rewards."""
-    own, found = functions(o), episodes.read(o, *how)
+def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tuple[Prompts, dict, list[Record]]:
+    """Return what is asked, as `episodes.read`; before, join Ray's cluster if the run wants workers there, for all of
+    them, and refuse functions, and after that columns, that can give no rewards."""
+    own, first = functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
+    if workers := first + o.rollout.environment_ray:
+        cluster.connect(workers)
+    found = episodes.read(o, tokenizer, vocab, shard, *more)
     refuse_columns(own, [*GIVEN, *_columns(found[0])])
     return found
 
@@ -86,7 +90,7 @@ def _columns(prompts: Prompts) -> list[str]:
 def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
     r, names = o.reward, _columns(run.loader)
-    how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds}
+    how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
     asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:

@@ -26,7 +26,7 @@ MAY_DIFFER = {"out", "resume", "keep", "keep_best", "save_every", "saving", "eva
 MAY_DIFFER |= {"answers", "samples", "mesh", "micro_batch", "compile", "remat", "offload", "profile", "wandb"}
 MAY_DIFFER |= {"timeout", "rules", "data.workers", "data.cache", "rollout.slots", "rollout.compile"}
 MAY_DIFFER |= {"rollout.log_completions", "rollout.log_every", "rollout.url", "rollout.sync", "rollout.timeout"}
-MAY_DIFFER |= {"rollout.ray", "reward.workers", "reference", "rollout.wait"}
+MAY_DIFFER |= {"rollout.ray", "rollout.environment_ray", "reward.ray", "reward.workers", "reference", "rollout.wait"}
 """Options that do not change what a run computes, but for rounding: they may differ when it is resumed."""
 
 

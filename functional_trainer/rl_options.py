@@ -84,7 +84,9 @@ class RolloutOptions:
     max_turn_length: int = 0
     """Most tokens of a turn (0: only what the episode has left)."""
     tool_seconds: float = 10.0
-    """Longest time for a call of a tool, and for a step of an asynchronous environment."""
+    """Longest time for a call of a tool, and of an environment."""
+    environment_ray: int = 0
+    """Workers of Ray that environments and their tools run in, on this machine or a cluster (0: this process)."""
     engine: Literal["local", "vllm", "sglang", "lmdeploy"] = "local"
     """What answers: this process, or servers, at --rollout.url (docs/rl.md)."""
     url: tuple[str, ...] = ()
@@ -107,10 +109,12 @@ class RolloutOptions:
     """Workers that draw rollouts as actors of Ray, on this machine or a cluster (0: none, this process does)."""
 
     def __post_init__(self):
-        for name in ("max_turns", "max_turn_length", "tool_seconds"):
+        for name in ("max_turns", "max_turn_length", "tool_seconds", "environment_ray"):
             if getattr(self, name) != getattr(RolloutOptions, name) and not self.environment:
                 raise ValueError(f"--rollout.{name.replace('_', '-')} has no effect without --rollout.environment")
         within("rollout.", self, max_turns=(1, ""), max_turn_length=(0, ""), tool_seconds=(0, ""))
+        within("rollout.", self, environment_ray=(0, ""))
+        _has_ray("rollout.environment-ray", self.environment_ray)
         for given, flag in ((self.routing_replay == "engine", "routing-replay engine"), (self.partial, "partial")):
             if given and self.environment:
                 raise ValueError(f"--rollout.{flag} is for answers of one turn, not for environments")
@@ -170,13 +174,17 @@ class RolloutOptions:
                 f"{said} with --rollout.compile {self.compile}: the compiler's settings are the process's, and the "
                 "step's are others; leave one away, or draw in other processes, with --rollout.ray"
             )
-        if self.ray and importlib.util.find_spec("ray") is None:
-            raise ValueError(f"--rollout.ray {self.ray}: Ray is not installed; pip install '.[ray]'")
+        _has_ray("rollout.ray", self.ray)
 
     def packed_rows(self, prompts: int, seq_len: int, equal: int) -> int:
         """Return the rows of a step if all answers are as long as may be, raised to a multiple of `equal`."""
         tokens = prompts * self.num_generations * self.max_completion_length
         return -(-tokens // (self.steps_per_generation * seq_len * equal)) * equal
+
+
+def _has_ray(flag: str, count: int) -> None:
+    if count and importlib.util.find_spec("ray") is None:
+        raise ValueError(f"--{flag} {count}: Ray is not installed; pip install '.[ray]'")
 
 
 @dataclass(frozen=True)
@@ -191,9 +199,12 @@ class RewardOptions:
     """Processes for each isolated function."""
     seconds: float = 10.0
     """Longest time for one answer in an isolated function."""
+    ray: int = 0
+    """Workers of Ray that isolated functions run in, on this machine or a cluster (0: --reward.workers here)."""
 
     def __post_init__(self):
-        within("reward.", self, workers=(1, ""), seconds=(0, ""))
+        within("reward.", self, workers=(1, ""), seconds=(0, ""), ray=(0, ""))
+        _has_ray("reward.ray", self.ray)
         if self.weights and len(self.weights) != len(self.functions):
             raise ValueError(f"--reward.weights: {len(self.weights)} for {len(self.functions)} of --reward.functions")
 

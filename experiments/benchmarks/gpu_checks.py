@@ -91,7 +91,7 @@ def randn(at: At, *shape: int) -> Any:
 # kernels -------------------------------------------------------------------------------------------------------------
 
 
-ATTENTION = ("reference", "sdpa", "documents", "flex", "flash_attn", "flash_attn_3", "varlen")
+ATTENTION = ("reference", "sdpa", "sdpa_float32", "documents", "flex", "flash_attn", "flash_attn_3", "varlen")
 KINDS = ("plain", "cache", "window", "sinks", "softcap", "value_dim", "bidirectional", "prefix", "parents")
 PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "varlen": "torch"}
 """Modules of the attention backends that compute in 16 bit only."""

@@ -4,14 +4,9 @@ Every call carries which weights it is to be answered with: a reference to Ray's
 put once. A worker that has others fetches them first, so one that is started anew cannot answer with none or old ones.
 Prompts are split into parts. A part whose worker dies or hangs is given to another one, under the same numbers, and
 only one answer of it is ever taken: samples are the same whoever draws them.
-
-Ray is optional, and imported where it is used. RAY_ADDRESS names a cluster; without it one begins and ends with the
-run.
 """
 
 import os
-import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,29 +15,12 @@ import numpy as np
 import torch
 
 from functional_trainer import backend, tree
+from functional_trainer.cluster import TRIES, Crew, Job, Lost
 from functional_trainer.engines import Sample, Sampling
 from functional_trainer.engines.local import LocalEngine
 
 PARTS = 2
 """Parts for each worker of the prompts of a call: what a worker that dies loses is one."""
-TRIES = 3
-"""Workers that a part may cost before the run ends."""
-
-
-class Part(NamedTuple):
-    """Prompts that a worker is given, by their places in the call, and how many workers were lost over them."""
-
-    first: int
-    last: int
-    tries: int = 0
-
-
-class Call(NamedTuple):
-    """A part that a worker is at, until when it has time."""
-
-    part: Part
-    worker: int
-    until: float
 
 
 class Worker:
@@ -92,28 +70,10 @@ class RayEngine:
         self.params: tree.Tree = None
         self.version = -1
         self.put: tuple[int, Any] = (-1, None)
-        self.workers: list[Any] = []
-        self.started: list[Any] = []
-        if not workers:  # another rank has them
-            return
-        import ray
-
-        if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-            ray.init(logging_level="warning", log_to_driver=False, **local)  # type: ignore[arg-type]
-        own = backend.has_own_memory(backend.setup(device))
-        needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(own), "max_concurrency": 2}
-        made = ray.remote(**needs)(Worker)
-        self._make = lambda: made.remote(model, device, how)
-        self.workers, self.started = [None] * workers, [None] * workers
-        for i in range(workers):
-            self._start(i)
-
-    def _start(self, i: int) -> None:
-        """Start a worker in place i; `started` is what it says when it is there."""
-        self.workers[i] = self._make()
-        self.started[i] = self.workers[i].process.remote()
+        self.crew: Crew | None = None
+        if workers:  # else another rank has them
+            gpus = int(backend.has_own_memory(backend.setup(device)))
+            self.crew = Crew(Worker, (model, device, how), workers, "rollout workers", gpus=gpus, threads=2)
 
     def update(self, params: tree.Tree, version: int) -> None:
         """Sample with these parameters from the next call on."""
@@ -121,15 +81,16 @@ class RayEngine:
 
     def pause(self) -> None:
         """Return from `generate` soon, and at once when it is called, until `resume`."""
-        self.paused = True
-        for worker in self.workers:
-            worker.pause.remote(True)
+        self._pause(True)
 
     def resume(self) -> None:
         """Let `generate` work again."""
-        self.paused = False
-        for worker in self.workers:
-            worker.pause.remote(False)
+        self._pause(False)
+
+    def _pause(self, paused: bool) -> None:
+        self.paused = paused
+        for worker in self.crew.workers if self.crew else []:
+            worker.pause.remote(paused)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, begun: Sequence[Sample | None] = ()
@@ -139,37 +100,20 @@ class RayEngine:
         samples = [one or Sample([], [], "abort", []) for one in begun]
         if not prompts:
             return samples
-        import ray
-
+        assert self.crew is not None
         weights = [self._weights()]
-        size = -(-len(prompts) // (PARTS * len(self.workers)))
-        parts = deque(Part(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size))
-        calls: dict[Any, Call] = {}
-        while calls or parts and not self.paused:
-            busy, coming = {call.worker for call in calls.values()}, []
-            for i in range(len(self.workers)):
-                if i in busy or not parts or self.paused:
-                    continue
-                if not ray.wait([self.started[i]], timeout=0)[0]:  # a new one takes a while
-                    coming.append(self.started[i])
-                    continue
-                part = parts.popleft()
-                own, how = slice(part.first, part.last), replace(sampling, first=sampling.first + part.first)
-                given = [*map(list, prompts[own])], how, begun[own], self.version, weights
-                calls[self.workers[i].generate.remote(*given)] = Call(part, i, time.monotonic() + self.seconds)
-            left = min([call.until for call in calls.values()] or [time.monotonic() + self.seconds]) - time.monotonic()
-            done, _ = ray.wait([*calls, *coming], timeout=max(0.0, left))
-            if not done and not calls:
-                raise RuntimeError(f"no rollout worker has started in {self.seconds:g} s; has the cluster room for it?")
-            late = [one for one, call in calls.items() if call.until <= time.monotonic()]
-            for one in [one for one in done if one in calls] or late:
-                call = calls.pop(one)
-                try:
-                    samples[call.part.first : call.part.last] = ray.get(one, timeout=0)
-                except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                    parts.append(self._lost(call, error))
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from error
+        size = -(-len(prompts) // (PARTS * len(self.crew.workers)))
+        parts = [Job(slice(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
+
+        def ask(worker: Any, part: slice) -> Any:
+            how = replace(sampling, first=sampling.first + part.start)
+            return worker.generate.remote([*map(list, prompts[part])], how, begun[part], self.version, weights)
+
+        for part, found in self.crew.work(parts, ask, self.seconds, going=lambda: not self.paused):
+            if isinstance(found, Lost):
+                which = f"prompts {part.start} to {part.stop - 1}"
+                raise RuntimeError(f"{TRIES} rollout workers were lost over {which}, the last one so: {found.error}")
+            samples[part] = found
         return samples
 
     def _weights(self) -> Any:
@@ -179,17 +123,6 @@ class RayEngine:
         if self.put[0] != self.version:
             self.put = self.version, ray.put(tree.map(_packed, self.params))
         return self.put[1]
-
-    def _lost(self, call: Call, error: Exception) -> Part:
-        """Start a worker in the place of one that was lost; return its part, to be given to any."""
-        import ray
-
-        ray.kill(self.workers[call.worker])
-        part = call.part._replace(tries=call.part.tries + 1)
-        if part.tries == TRIES:
-            raise RuntimeError(f"{TRIES} rollout workers were lost over prompts {part[:2]}, the last one so: {error}")
-        self._start(call.worker)
-        return part
 
 
 class Packed(NamedTuple):

@@ -5,20 +5,19 @@ the environment said, encoded once, which is not trained. Whatever an environmen
 it has no reward, and is counted.
 """
 
-import asyncio
-import inspect
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
 
+from functional_trainer.cluster import Crew, RayPool
 from functional_trainer.data.chat import Message, Tokenizer
 from functional_trainer.engines import Engine, Episode, Sample, Sampling
-from functional_trainer.environments import Environment, Maker, Row, Step
-from functional_trainer.environments.tools import Call, Tools
+from functional_trainer.environments import Maker, Row, Step
+from functional_trainer.environments.stage import Host, RayStage, Stage
+from functional_trainer.environments.tools import Call, Tools, pooled
 from functional_trainer.environments.turns import Turns
 from functional_trainer.errors import brief
 
@@ -27,7 +26,8 @@ from functional_trainer.errors import brief
 class Play:
     """An episode that goes on until it has a reason to end."""
 
-    environment: Environment | None
+    number: int
+    """Of its environment."""
     opening: list[int]
     messages: list[Message]
     tokens: list[int] = field(default_factory=list)
@@ -61,29 +61,36 @@ class Episodes:
     """Play episodes of environments that `make` makes, with an engine as the policy.
 
     An episode of more than `turns` turns, or with a turn of more than `turn_tokens` tokens, is cut off: its finish
-    reason is "length", and its reward what it got until then. Tools run in `workers` processes; a call of a tool, and
-    each step of asynchronous environments, may take `seconds`. Close it when done.
+    reason is "length", and its reward what it got until then. Tools run in `workers` processes, environments in this
+    one, or both in `ray` workers of Ray. A call of a tool, and of an environment (`stage`), may take `seconds`. Close
+    it when done.
     """
 
     def __init__(
         self, make: Maker, tokenizer: Tokenizer, *, turns: int = 16, turn_tokens: int = 2**31, workers: int = 2,
-        seconds: float = 10.0,
+        seconds: float = 10.0, ray: int = 0,
     ):  # fmt: skip
         if min(turns, turn_tokens) < 1:
             raise ValueError(f"turns {turns}, turn_tokens {turn_tokens}: each must be at least 1")
-        self.make, self.most, self.turn_tokens, self.seconds = make, turns, turn_tokens, seconds
+        self.most, self.turn_tokens, self.numbers = turns, turn_tokens, count()
         offered = list(make().tools)
         functions, described = [t for t in offered if callable(t)], [t for t in offered if not callable(t)]
         if functions and described:
             raise ValueError("tools are functions, or descriptions of what `step` answers: not some of each")
-        self.tools = Tools(functions, workers, seconds) if functions else None
+        self.stage: Stage | RayStage = Stage(make, seconds)
+        pool = None
+        if ray:
+            hows = {"tools": pooled(functions, seconds)} if functions else {}
+            crew = Crew(Host, (hows, make, seconds), ray, "workers for environments")
+            self.stage, pool = RayStage(crew, seconds), RayPool(crew, "tools", seconds)
+        self.tools = Tools(functions, workers, seconds, pool=pool) if functions else None
         self.turns = Turns(tokenizer, self.tools.schemas if self.tools else described)
 
     def openings(self, rows: Sequence[Row]) -> list[list[Message]]:
         """Return what each row's environment begins with; what one raises is raised."""
-        made = [self.make() for _ in rows]
-        found = self._all([partial(one.reset, row) for one, row in zip(made, rows, strict=True)])
-        self._all([one.close for one in made])
+        numbered = dict(zip(self.numbers, rows, strict=False))
+        found = self.stage.reset(numbered)
+        self.stage.close([*numbered])
         if lost := next((one for one in found if isinstance(one, BaseException)), None):
             raise lost
         return found
@@ -92,7 +99,7 @@ class Episodes:
         self, engine: Engine, prompts: Sequence[Sequence[int]], rows: Sequence[Row], sampling: Sampling
     ) -> list[Sample]:
         """Play an episode of each row from the ids of its opening; `max_tokens` is for all turns together."""
-        plays = [Play(None, list(prompt), []) for prompt in prompts]
+        plays = [Play(next(self.numbers), list(prompt), []) for prompt in prompts]
         try:
             self._open(plays, rows)
             turn = 0
@@ -106,17 +113,12 @@ class Episodes:
                 self._answer([play for play in live if not play.reason], sampling.max_tokens)
                 turn += 1
         finally:
-            self._all([play.environment.close for play in plays if play.environment])
+            self.stage.close([play.number for play in plays])
         return [self._sample(play) for play in plays]
 
     def _open(self, plays: Sequence[Play], rows: Sequence[Row]) -> None:
         """Begin; what the environments say must be what the ids of the openings were made of."""
-
-        def begin(play: Play, row: Row) -> Any:
-            play.environment = self.make()
-            return play.environment.reset(row)
-
-        found = self._all([partial(begin, play, row) for play, row in zip(plays, rows, strict=True)])
+        found = self.stage.reset({play.number: row for play, row in zip(plays, rows, strict=True)})
         for play, opening in zip(plays, found, strict=True):
             try:
                 if isinstance(opening, BaseException):
@@ -152,7 +154,7 @@ class Episodes:
             both = enumerate(zip(play.calls, results, strict=True))
             said = [{"tool_call_id": f"call_{i}", "name": call.name, "content": told.text} for i, (call, told) in both]
             self._go_on(play, Step([{"role": "tool", **one} for one in said]), most)
-        found = self._all([partial(play.environment.step, list(play.messages)) for play in stepped])  # type: ignore[union-attr]
+        found = self.stage.step({play.number: list(play.messages) for play in stepped})
         for play, step in zip(stepped, found, strict=True):
             self._go_on(play, step, most)
 
@@ -181,40 +183,11 @@ class Episodes:
         kept = play.tokens, play.logprobs, play.reason or "abort", play.versions, play.sampled
         return Sample(*kept, reward=play.reward, episode=episode)
 
-    def _all(self, methods: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Call all, wait for what is asynchronous together, and return what each gave or raised."""
-        found = [_tried(method) for method in methods]
-        waiting = [one for one in found if inspect.isawaitable(one)]
-        if not waiting:
-            return found
-
-        async def together() -> list[Any]:
-            limited = [asyncio.wait_for(one, self.seconds) for one in waiting]
-            return await asyncio.gather(*limited, return_exceptions=True)
-
-        answers = iter(asyncio.run_coroutine_threadsafe(together(), self._loop).result())
-        return [next(answers) if inspect.isawaitable(one) else one for one in found]
-
-    @cached_property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        """A loop in a thread of its own: a notebook has one in this thread already."""
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, daemon=True).start()
-        return loop
-
     def close(self) -> None:
-        """End the processes of tools, and what waits for asynchronous environments."""
+        """End the processes of tools, and the threads or workers of environments."""
         if self.tools:
             self.tools.close()
-        if "_loop" in self.__dict__:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-
-
-def _tried(method: Callable[[], Any]) -> Any:
-    try:
-        return method()
-    except (Exception, SystemExit) as error:
-        return error
+        self.stage.end()
 
 
 def report(samples: Sequence[Sample]) -> dict[str, float]:

@@ -12,11 +12,14 @@ from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from functional_trainer.cluster import RayPool
 from functional_trainer.errors import brief
 from functional_trainer.workers import Pool
 
 KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 VALUES: dict[str, Any] = {name: kind for kind, name in KINDS.items()} | {"number": (int, float)}
+MEMORY = 4 << 30
+"""Bytes of data of a process."""
 SECTIONS = ("Args:", "Arguments:", "Returns:", "Yields:", "Raises:", "Example:", "Examples:", "Note:", "Notes:")
 
 
@@ -122,18 +125,24 @@ def wrong(value: Any, wanted: Mapping[str, Any], where: str) -> str:
     return next(filter(None, (wrong(*one) for one in inner)), "")
 
 
+def pooled(functions: Sequence[Callable[..., Any]], seconds: float) -> dict[str, Any]:
+    """Return the arguments of a `workers.Pool` that calls functions by name."""
+    named = {schema(function)["function"]["name"]: function for function in functions}
+    return {"function": partial(_call, named), "seconds": seconds, "memory": MEMORY}
+
+
 class Tools:
-    """Functions by name, called in `workers` processes, each call within `seconds`; close it when done."""
+    """Functions by name, called in `workers` processes or in `pool`, each call within `seconds`; close it when done."""
 
     def __init__(
-        self, functions: Sequence[Callable[..., Any]], workers: int = 2, seconds: float = 10.0, memory: int = 4 << 30
-    ):
+        self, functions: Sequence[Callable[..., Any]], workers: int = 2, seconds: float = 10.0,
+        pool: RayPool | None = None,
+    ):  # fmt: skip
         self.schemas = [schema(function) for function in functions]
         self.taken = {s["function"]["name"]: s["function"]["parameters"] for s in self.schemas}
         if len(self.taken) < len(functions):
             raise ValueError(f"two tools have the same name: {', '.join(s['function']['name'] for s in self.schemas)}")
-        named = dict(zip(self.taken, functions, strict=True))
-        self.pool = Pool(partial(_call, named), workers, seconds, memory)
+        self.pool = pool or Pool(workers=workers, **pooled(functions, seconds))
 
     def __call__(self, calls: Sequence[Call]) -> list[Result]:
         """Answer calls, in order."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from functional_trainer.cluster import Crew, Pools, RayPool
 from functional_trainer.errors import brief, run_python
 from functional_trainer.rewards.programs import check, code, code_share
 from functional_trainer.rewards.shipped import (
@@ -68,14 +69,15 @@ class Rewards:
     as 0, and one that no function values has no reward. A function that raises is asked again for one completion at a
     time, so only those that it raises for are lost. What is lost counts as None: "raised", "wrong length" or "not a
     number" (nan and infinity are none), and for the functions in `isolate`, `maths` and `code`, which run in `workers`
-    processes of their own with `memory` bytes, "timed out" (after `seconds` for one completion) or "died".
+    processes of their own with `memory` bytes, "timed out" (after `seconds` for one completion) or "died". With `ray`
+    those processes are at so many workers of Ray, on this machine or a cluster.
 
     ValueError if functions and weights do not fit, or if a function cannot be called, with these columns or any.
     """
 
     def __init__(
         self, functions: Mapping[str, Function], weights: Sequence[float] | None = None, *,
-        isolate: Iterable[str] = (), workers: int = 2, seconds: float = 10.0, memory: int = 4 << 30,
+        isolate: Iterable[str] = (), workers: int = 2, seconds: float = 10.0, memory: int = 4 << 30, ray: int = 0,
     ):  # fmt: skip
         isolate = {*isolate}
         refuse(functions, isolate)
@@ -84,7 +86,17 @@ class Rewards:
         self.functions = dict(functions)
         self.weights = dict(zip(functions, weights or [1.0] * len(functions), strict=True))
         isolated = {name for name, function in functions.items() if function in ISOLATED} | isolate
-        self.pools = {name: _pool(functions[name], workers, seconds, memory) for name in sorted(isolated)}
+        hows = {name: _pooled(functions[name], seconds, memory) for name in sorted(isolated)}
+        self.pools: dict[str, Pool | RayPool]
+        if ray:
+            if not hows:
+                raise ValueError(
+                    f"workers of Ray run isolated functions only, and none of {', '.join(functions)} is one"
+                )
+            crew = Crew(Pools, (hows,), ray, "workers for rewards")
+            self.pools = {name: RayPool(crew, name, how["seconds"]) for name, how in hows.items()}
+        else:
+            self.pools = {name: Pool(workers=workers, **how) for name, how in hows.items()}
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]],
@@ -221,11 +233,13 @@ def load_all(named: tuple[str, ...]) -> dict[str, Function]:
     return dict(found)
 
 
-def _pool(function: Function, workers: int, seconds: float, memory: int) -> Pool:
+def _pooled(function: Function, seconds: float, memory: int) -> dict[str, Any]:
+    """Return the arguments of a function's pool, but for how many workers it has."""
+    how: dict[str, Any] = {"function": partial(_single, function), "seconds": seconds, "memory": memory}
     if function is maths:
-        return Pool(partial(_single, function), workers, seconds, memory, prepare=load_math_verify)
+        return how | {"prepare": load_math_verify}
     if function in (code, code_share):  # they end what runs too long themselves: it fails, and is not without a reward
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # or numpy has threads, and a fork wants none
         confined = partial(_single, partial(function, seconds=seconds, memory=memory))
-        return Pool(confined, workers, seconds + SLACK, memory, prepare=check, environment=threads)
-    return Pool(partial(_single, function), workers, seconds, memory)
+        return how | {"function": confined, "seconds": seconds + SLACK, "prepare": check, "environment": threads}
+    return how

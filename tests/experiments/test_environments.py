@@ -1,9 +1,11 @@
 """Environments in the recipe: what a run says, what is refused, resuming, and that models learn from them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from experiments.first_light import dialogues
 from functional_trainer import environments
@@ -73,9 +75,28 @@ def test_an_environment_of_ones_own_and_functions_beside_it(place):
     assert row["reward"] <= 1.25 and row["rewards/last_is_short/mean"] == 0.25
 
 
+@pytest.mark.slow
+def test_workers_of_ray_play_and_judge_as_this_process_does(place):
+    weights = load_file(place / "model" / "model.safetensors")
+    weights["lm_head.weight"][Tokenizer(place / "model").eos_ids] *= 30  # then turns end, and are answered
+    save_file(weights, shutil.copytree(place / "model", place / "brief") / "model.safetensors")
+    flags = "--rollout.environment", "mine.py:Count", "--data.train", "rows.jsonl", "--data.eval", "rows.jsonl"
+    flags += "--model.path", "brief", "--steps", 2
+    flags += "--reward.functions", "mine.py:last_is_short", "--reward.isolate", "last_is_short"
+    run(place, *flags, "--rollout.environment-ray", 2, "--reward.ray", 2, "--out", "by-ray")
+    run(place, *flags, "--out", "by-itself")
+    for theirs, ours in zip(*(sft_runs.rows(place / name) for name in ("by-ray", "by-itself")), strict=True):
+        assert {k for k in theirs if not k.startswith("timing")} == {k for k in ours if not k.startswith("timing")}
+        for key in ("reward", "eval_reward", "completions", "num_turns/mean", "entropy", "environment/raised"):
+            assert theirs.get(key) == ours.get(key), key
+        assert theirs["num_turns/mean"] > 1
+        assert theirs["rewards/last_is_short/mean"] == 0.25 and theirs["environment/raised"] == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
+        (("--rollout.environment-ray", 2), 2, "has no effect without"),
         (("--rollout.max-turns", 3), 2, "has no effect without"),
         (("--rollout.environment", "chess"), 1, "it can be FILE.py:NAME, calculator, guess"),
         (("--rollout.environment", "mine.py:Count"), 1, "give a file of rows, --data.train"),

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import random
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from experiments.first_light.make_tokenizer import FOLDER
 from functional_trainer import environments
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Episode, Sample, Sampling
-from functional_trainer.environments import Environment, Step, adapters, shipped, tools
+from functional_trainer.environments import Environment, Step, adapters, shipped, stage, tools
 from functional_trainer.environments.episodes import Episodes, report, rewarded
 from functional_trainer.environments.tools import Call, Tools
 from functional_trainer.environments.turns import Turns
@@ -484,6 +486,89 @@ def test_asynchronous_environments_wait_together(tokenizers):
     episodes.close()
     assert [s.reward for s in samples] == [1.0] * 20 + [None]
     assert samples[-1].episode.error.startswith("TimeoutError")
+
+
+class Stuck(Talk):
+    """It hangs where and as its row says: it computes, sleeps, or lets no other coroutine go on."""
+
+    def __init__(self):
+        self.how = ""
+
+    def hang(self, where):
+        if self.how == f"computes in {where}":
+            while True:
+                pass
+        if self.how == f"sleeps in {where}":
+            time.sleep(3)
+
+    def reset(self, row):
+        self.how = row["how"] if "opened" in row else ""
+        row["opened"] = True
+        self.hang("reset")
+        return super().reset(row | {"opening": [user("q")], "answers": [[user("on")]]})
+
+    def step(self, messages):
+        self.hang("step")
+        return super().step(messages)
+
+    def close(self):
+        self.hang("close")
+
+
+def test_an_environment_that_hangs_costs_its_episode(tokenizers):
+    hows = ["", "computes in step", "", "sleeps in step", "computes in reset", "computes in close", ""]
+    turn = encoded(tokenizers["shipped"], "1")
+    episodes = Episodes(Stuck, tokenizers["shipped"], seconds=0.2)
+    begun, before = time.monotonic(), threading.active_count()
+    samples = play(episodes, Script([[turn] * 6, [turn] * 4]), [{"how": how} for how in hows])
+    assert time.monotonic() - begun < 2
+    assert [s.reward for s in samples] == [1.25, None, 1.25, None, None, 1.25, 1.25]
+    assert [s.episode.error for s in samples][3] == "TimeoutError: it took over 0.2 s"
+    assert report(samples)["environment/raised"] == 3
+    episodes.close()
+    time.sleep(0.1)
+    assert threading.active_count() <= before + 1, "what computes is ended; one still sleeps"
+    with pytest.raises(TimeoutError, match="it took over 0.2 s"):
+        Episodes(Stuck, tokenizers["shipped"], seconds=0.2).openings([{"how": "sleeps in reset", "opened": True}])
+
+
+class Stubborn(Talk):
+    """Coroutines that will not be cancelled, or let no other go on."""
+
+    async def step(self, messages):
+        if self.how == "stubborn":
+            for _ in range(9):
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(1)
+        if self.how == "blocks":
+            time.sleep(2)
+        if self.how == "exits":
+            raise SystemExit("over")
+        return super().step(messages)
+
+    def reset(self, row):
+        self.how = row["how"]
+        return super().reset(row)
+
+
+@pytest.mark.parametrize(
+    ("hows", "rewards"),
+    [(["", "stubborn", "exits", ""], [1.0, None, None, 1.0]), (["", "blocks", "", ""], [None] * 4)],
+)
+def test_a_coroutine_that_does_not_end_costs_its_episode_or_those_that_wait_for_it(
+    tokenizers, monkeypatch, hows, rewards
+):
+    monkeypatch.setattr(stage, "SLACK", 0.2)
+    turn = encoded(tokenizers["shipped"], "1")
+    episodes = Episodes(Stubborn, tokenizers["shipped"], seconds=0.2)
+    begun = time.monotonic()
+    for how in (hows, [""] * 4):
+        rows = [{"opening": [user("q")], "answers": [], "how": one} for one in how]
+        samples = play(episodes, Script([[turn] * 4]), rows)
+        wanted = rewards if how is hows else [1.0] * 4
+        assert [s.reward for s in samples] in (wanted, [1.0, *wanted[1:]])
+    assert time.monotonic() - begun < 2
+    episodes.close()
 
 
 def test_tools_are_of_one_kind(tokenizers):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from functional_trainer import tree
+from functional_trainer import cluster, tree
 from functional_trainer.engines import actors
 from functional_trainer.engines.actors import RayEngine
 from tests.functional_trainer.test_engine import MODELS, PARAMS, PROMPTS, SAMPLED, assert_same, engine
@@ -32,18 +32,18 @@ def two():
 def processes(two: RayEngine) -> list[int]:
     import ray
 
-    return ray.get([worker.process.remote() for worker in two.workers])
+    return ray.get([worker.process.remote() for worker in two.crew.workers])
 
 
 def begin_with(two: RayEngine, make) -> None:
     """Let other workers take the place of all, which hold the cores that they need."""
     import ray
 
-    two._make = make
-    for i, worker in enumerate(two.workers):
+    two.crew._make = make
+    for i, worker in enumerate(two.crew.workers):
         ray.kill(worker)
-        two._start(i)
-    ray.get(two.started)
+        two.crew._start(i)
+    ray.get(two.crew.started)
 
 
 def slowed(two: RayEngine, seconds: float) -> None:
@@ -55,7 +55,7 @@ def slowed(two: RayEngine, seconds: float) -> None:
         worker.engine.generate = lambda *given: (time.sleep(seconds), generate(*given))[1]
 
     two.generate(PROMPTS, SAMPLED)  # from then on they have an engine
-    ray.get([worker.__ray_call__.remote(slow) for worker in two.workers])
+    ray.get([worker.__ray_call__.remote(slow) for worker in two.crew.workers])
 
 
 def test_samples_are_those_of_one_engine(two):
@@ -116,18 +116,31 @@ def test_a_worker_that_is_started_anew_has_the_current_weights(two):
 
 def test_a_worker_that_hangs_is_replaced(two):
     two.update(PARAMS["moe"], 40)
-    two.generate(PROMPTS, SAMPLED)
+    slowed(two, 1.0)
     stopped, went_on = processes(two)
-    os.kill(stopped, signal.SIGSTOP)
+    killer = threading.Timer(0.5, os.kill, (stopped, signal.SIGSTOP))
+    killer.start()
     two.seconds = 8.0
     assert_same(two.generate(PROMPTS, SAMPLED), engine(version=40).generate(PROMPTS, SAMPLED))
     two.seconds = 1800.0
     assert stopped not in processes(two) and went_on in processes(two)
 
 
+def test_a_worker_that_hangs_while_it_has_nothing_to_do_is_replaced(two, monkeypatch):
+    monkeypatch.setattr(cluster, "PULSE", 3.0)
+    two.update(PARAMS["moe"], 45)
+    alone = engine(version=45).generate(PROMPTS, SAMPLED)
+    stopped, went_on = processes(two)
+    os.kill(stopped, signal.SIGSTOP)
+    assert_same(two.generate(PROMPTS, SAMPLED), alone)
+    time.sleep(3)
+    assert_same(two.generate(PROMPTS, SAMPLED), alone)
+    assert stopped not in processes(two) and went_on in processes(two)
+
+
 def test_what_kills_every_worker_ends_the_call(two):
 
-    make, version = two._make, two.version
+    make, version = two.crew._make, two.version
 
     def mortal():
         worker = make()
@@ -136,7 +149,7 @@ def test_what_kills_every_worker_ends_the_call(two):
         return worker
 
     begin_with(two, mortal)
-    with pytest.raises(RuntimeError, match=f"{actors.TRIES} rollout workers were lost over prompts"):
+    with pytest.raises(RuntimeError, match=f"{cluster.TRIES} rollout workers were lost over prompts"):
         two.generate(PROMPTS, SAMPLED)
     begin_with(two, make)
     assert len(two.generate(PROMPTS, SAMPLED)) == len(PROMPTS)

@@ -163,6 +163,11 @@ def test_one_that_fails_costs_its_sample(isolate):
         check()
 
 
+def test_workers_of_ray_run_isolated_functions_only():
+    with pytest.raises(ValueError, match="run isolated functions only, and none of exact, length is one"):
+        Rewards({"exact": rewards.exact, "length": rewards.length(8)}, ray=2)
+
+
 def test_one_that_hangs_or_dies_costs_its_sample():
     def function(completions, how, **columns):
         import ctypes
