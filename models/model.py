@@ -69,7 +69,7 @@ class Model:
         begin = shard.local(look_up, ("params/embed", f"{COLUMNS} > act/rows"), ("sum:act/block_in > act/residual",))
         x_BSD = begin(embed, batch["tokens"])
         ids = [name for name in ("segment_ids", "positions", "parent_ids") if name in batch]
-        rows = {name: place(batch[name], "act/attn_rows") for name in ids}
+        rows: dict[str, Any] = {name: place(batch[name], "act/attn_rows") for name in ids}
         rows["token_segment_ids"] = place(batch["segment_ids"], "act/token_rows")
         tables = shard.local(
             lambda positions_BS: c.rope.tables(positions_BS, c.head_dim, embed.dtype), (f"{COLUMNS} > act/rows",),

@@ -1,8 +1,8 @@
 """Packed rows of answers to prompts, several of which share a prompt: what is in which row.
 
-With r answers of A tokens to a prompt of P, r (P + A) tokens are computed, or, where answers in a row share all but the
-prompt's last token, P - 1 + r (1 + A): with 16 short answers to a long question about a sixteenth. The last token of
-the prompt stands before each answer, since it predicts the answer's first one.
+r answers of A tokens to a prompt of P take r (P + A - 1) places, or, where they share all of the prompt but its last
+token, P - 1 + r A: with 16 short answers to a long question about a sixteenth. The last token of the prompt stands
+before each answer, since it predicts the answer's first one; an answer's own last token is only predicted.
 """
 
 from collections.abc import Sequence

@@ -72,7 +72,7 @@ class Episodes:
     ):  # fmt: skip
         if min(turns, turn_tokens) < 1:
             raise ValueError(f"turns {turns}, turn_tokens {turn_tokens}: each must be at least 1")
-        self.most, self.turn_tokens, self.numbers = turns, turn_tokens, count()
+        self.make, self.most, self.turn_tokens, self.numbers = make, turns, turn_tokens, count()
         offered = list(make().tools)
         functions, described = [t for t in offered if callable(t)], [t for t in offered if not callable(t)]
         if functions and described:
