@@ -81,13 +81,14 @@ def setup(name: str = "auto", deterministic: bool | None = None) -> torch.device
 def keep_host_memory() -> None:
     """Let freed host memory stay with the process and use huge pages: a step allocates the same buffers every time.
 
-    All threads allocate from one arena, so that what one has freed serves the others. Only glibc knows these switches;
-    elsewhere nothing happens. Huge pages work if torch has not allocated anything large yet.
+    That holds for buffers of any size: none is mapped by itself, which would make Linux clear its pages anew at every
+    step (benchmarks.md). All threads allocate from one arena, so that what one has freed serves the others. Only glibc
+    knows these switches; elsewhere nothing happens. Huge pages work if torch has not allocated anything large yet.
     """
     if platform.system() != "Linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
-    libc.mallopt(mmap_threshold, 1 << 25)  # the most it takes
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, (1 << 31) - 1)
     libc.mallopt(arena_max, 1)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator at its first large allocation

@@ -37,7 +37,7 @@ def tile(rows: int, itemsize: int) -> int:
     """
     if itemsize > 2:
         return rows
-    step = max(32, 2 ** ((rows - 1).bit_length() - 3))
+    step = max(8, 2 ** ((rows - 1).bit_length() - 3))
     return math.ceil(rows / step) * step
 
 
