@@ -80,6 +80,7 @@ class Peak:
 def measured(o: Options, model, shard, device, source: Path, again: Path) -> dict[str, float]:
     """Load and save; return what one rank took, and what it may take."""
     import torch
+    import torch._dynamo  # which the first DTensor imports: a hundred MB that are not the weights'
 
     import models
     from functional_trainer import backend, tree
