@@ -33,7 +33,7 @@ class Options(RunOptions):
     batch: int = 32
     """Prompts of a rollout, over all devices."""
     micro_batch: int = 16
-    """Packed rows of a pass on each device; a step has as many passes as its answers need."""
+    """Most packed rows of a pass on each device; a step has as many passes as its answers need."""
     eval_every: int = 20
     """Steps between evaluations (0: only at the end)."""
     out: str = "runs/qwen3_moe_grpo"

@@ -142,15 +142,14 @@ class Experience:
     """Iterate over batches of columns (rows / world, S) that `policy.policy` wants, drawn by the current policy.
 
     `rows` are those of a pass over all data-parallel ranks, at most; a batch has as many passes as its answers need,
-    all alike. `advantage`
-    maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. Before a rollout `weights` says what
-    the weights are, and `update` gives them to what generates, with their version: how many rollouts came before.
-    ValueError if a prompt and its longest answer do not fit into a row.
+    all alike. `advantage` maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. Before a
+    rollout `weights` says what the weights are, and `update` gives them to what generates, with their version: how many
+    rollouts came before. ValueError if a prompt and its longest answer do not fit into a row.
 
     With `old` batches have old_logprobs, and routed_experts if it records them: what it returns of a rollout's batches
-    before the first of them is taken. With
-    `greedy`, which answers a prompt with the likeliest tokens, `advantage` is given the rewards of these answers, (P,),
-    too. `reference` gives log-probabilities for the divergence that rewards lose.
+    before the first of them is taken. With `greedy`, which answers a prompt with the likeliest tokens, `advantage` is
+    given the rewards of these answers, (P,), too. `reference` gives log-probabilities for the divergence that rewards
+    lose.
     """
 
     def __init__(
@@ -192,9 +191,12 @@ class Experience:
         return {k: torch.from_numpy(self._own(v)) for k, v in self.waiting[0].items()}
 
     def _own(self, column: np.ndarray) -> np.ndarray:
-        """Return this rank's rows of a column of all, those of each pass."""
-        (rank, world), passes = self.part, -(-len(column) // self.rows)
-        return column.reshape(passes, world, -1, *column.shape[1:])[:, rank].reshape(-1, *column.shape[1:])
+        """Return this rank's rows of a column of all, those of each pass, which are alike: empty rows fill them up."""
+        (rank, world), passes = self.part, max(1, -(-len(column) // self.rows))
+        each = self.equal * max(1, -(-len(column) // (passes * self.equal)))
+        whole = np.zeros((passes * each, *column.shape[1:]), column.dtype)
+        whole[: len(column)] = column
+        return whole.reshape(passes, world, -1, *column.shape[1:])[:, rank].reshape(-1, *column.shape[1:])
 
     def _score(self, old: Scorer) -> None:
         """Let the batches of a rollout have old_logprobs."""
@@ -219,7 +221,7 @@ class Experience:
         count = np.arange(len(answers))
         how = replace(self.how, group=1, mask_truncated=False, routing_replay=False)
         numbered = Rollout(prompts, answers, count[:, None], count[:, None], [])  # advantages say whose a token is
-        columns = _pack(numbered, count, how, self.seq_len, self.rows, self.equal)
+        columns = _pack(numbered, count, how, self.seq_len)
         sampled, told = columns["weights"] != 0, columns["rollout_logprobs"]
         d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns).logprobs)[sampled])
         whose = columns["advantages"][sampled].astype(np.int64)
@@ -261,8 +263,8 @@ class Experience:
         """Draw a rollout and pack it."""
         begun = time.perf_counter()
         rollout, said = self._draw()
-        groups, sizes = np.arange(len(rollout.rewards)), (self.seq_len, self.rows, self.equal)
-        parts = [_pack(rollout, part, self.how, *sizes) for part in np.array_split(groups, self.how.steps)]
+        groups = np.array_split(np.arange(len(rollout.rewards)), self.how.steps)
+        parts = [_pack(rollout, part, self.how, self.seq_len) for part in groups]
         return Drawn(parts, said | {"rollout_s": time.perf_counter() - begun}, rollout)
 
     def _hold(self, drawn: Drawn) -> None:
@@ -294,9 +296,10 @@ class Experience:
         if apart:
             used = used - how.beta * np.array([d.sum() for d in apart]).reshape(sizes.shape)
         baseline = ([g.greedy for g in good],) if self.greedy else ()
-        worth = self.advantage(used, sizes, *baseline)
         if by_token:
             worth = np.array([x.mean() if len(x) else 0.0 for x in by_token]).reshape(sizes.shape)
+        else:
+            worth = self.advantage(used, sizes, *baseline)
         said = [one for g in good for one in g.said]
         rollout = Rollout(prompts, answers, rewards, worth, said, by_token)
         row = _report(rollout, sizes) | scores.report | ({"rollouts": tried} if how.filter_groups else {})
@@ -386,31 +389,27 @@ def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _pack(
-    rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int, rows: int, equal: int
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Return the batch columns of some groups of a rollout, without answers that train nothing.
+def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int) -> dict[str, np.ndarray]:
+    """Return the batch columns, (R, S), of some groups of a rollout, as many rows as their answers take.
 
-    They are passes of as many rows each, at most `rows` and a multiple of `equal`.
+    Answers that train nothing are not there. Those of other experts share no prompt.
     """
     which = [int(g) * how.group + i for g in groups for i in range(how.group)]
-    pairs, documents, told, worth = list[tuple[list[int], Sample]](), [], list[float](), list[float]()
-    for i in which:
-        before, answer = rollout.prompts[i].ids, rollout.answers[i]
+    pairs = [(rollout.prompts[i].ids, rollout.answers[i]) for i in which]
+    documents, told, worth, wanted = [], list[float](), list[float](), list[layout.Answer]()
+    for i, (before, answer) in zip(which, pairs, strict=True):
         sampled = answer.sampled or [True] * len(answer.tokens)
+        documents.append((before + answer.tokens, [False] * len(before) + sampled))
+        told += [0.0] * len(before) + answer.logprobs
+        own = np.full(len(answer.tokens), rollout.advantages.flat[i])
+        if rollout.by_token:
+            own[np.array(sampled, bool)] = rollout.by_token[i]
+        worth += [0.0] * len(before) + own.tolist()
         if any(sampled) and not (how.mask_truncated and answer.finish_reason == "length"):
-            pairs.append((before, answer))
-            documents.append((before + answer.tokens, [False] * len(before) + sampled))
-            told += [0.0] * len(before) + answer.logprobs
-            own = np.full(len(answer.tokens), rollout.advantages.flat[i])
-            if rollout.by_token:
-                own[np.array(sampled, bool)] = rollout.by_token[i]
-            worth += [0.0] * len(before) + own.tolist()
-    stored = Documents.of(documents)
-    totals = np.diff(stored.offsets).tolist()
-    table = layout.rows([tuple(prompt) for prompt, _ in pairs], totals, seq_len, how.share_prompts)
-    passes = max(1, -(-len(table) // rows))
-    table += [[] for _ in range(passes * equal * max(1, -(-len(table) // (passes * equal))) - len(table))]
+            routed = answer.routed_experts if how.routing_replay else None
+            key = tuple(before), None if routed is None else routed[: len(before) - 1].tobytes()
+            wanted.append(layout.Answer(len(documents) - 1, key, len(before), len(before) + len(answer.tokens)))
+    stored, table = Documents.of(documents), layout.rows(wanted, seq_len, how.share_prompts)
     more = {"advantages": np.array(worth, np.float32), "rollout_logprobs": np.array(told, np.float32)}
     if how.routing_replay:
         more["routed_experts"] = routing.column(pairs)

@@ -26,7 +26,7 @@ def id_type(model: Any) -> torch.dtype:
 
 
 def recorded(aux: Tree, dtype: torch.dtype) -> torch.Tensor:
-    """Return the experts that a forward with a cache chose, (B, S, L, K)."""
+    """Return the experts that a forward chose, as it says with a cache or `record`,, (B, S, L, K)."""
     return aux["routed_experts"].movedim(0, 2).to(dtype)
 
 

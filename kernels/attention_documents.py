@@ -88,7 +88,7 @@ def _band(
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """Return the additive mask of documents with these tokens (documents, L), of `lengths` (documents, 1), and parents
-    with these (documents, P), of lengths `before` (documents, 1); one (L, L) if it is the same for all.
+    with these (documents, P), of lengths `before` (documents, 1); one for all where it is the same.
 
     A padding query sees itself, so that no row of scores is all hidden.
     """
@@ -108,7 +108,10 @@ def _band(
         then = torch.arange(parent.shape[1])
         past = (before + at)[:, :, None] - then >= (rule.window or before.max() + token.shape[1])
         past = past | (then >= before)[:, None]
-        hidden = torch.cat([past, hidden.expand(len(token), -1, -1)], 2)
+        if hidden.dim() == 2 and bool((before == before[0]).all()):
+            hidden = torch.cat([past[0], hidden], 1)
+        else:
+            hidden = torch.cat([past, hidden.expand(len(token), -1, -1)], 2)
     band = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
     return band if hidden.dim() == 2 else band[:, None]
 
@@ -264,10 +267,12 @@ def _long_band(plan: Plan, run: Run, dtype: torch.dtype) -> tuple[torch.Tensor |
     return band.view(n, before + n), False
 
 
-def _seen(x_TKH: torch.Tensor, run: Run) -> torch.Tensor:
-    """Return (..., T, H) keys or values of a long document: its parent's and its own."""
-    own = x_TKH[..., run.start : run.start + run.length, :]
-    return torch.cat([x_TKH[..., run.parent : run.parent + run.before, :], own], -2) if run.before else own
+def _seen(x_BSKH: torch.Tensor, run: Run, groups: int) -> torch.Tensor:
+    """Return (G, K, T, H) keys or values of a long document: its parent's and its own."""
+    x_KTH = _by_group(x_BSKH, 1, 1)[0]
+    own = x_KTH[:, run.start : run.start + run.length]
+    seen = torch.cat([x_KTH[:, run.parent : run.parent + run.before], own], 1) if run.before else own
+    return seen.expand(groups, -1, -1, -1)
 
 
 @op("functional_trainer::attention_documents", gradient=True)
@@ -308,7 +313,7 @@ def _flash(q, k, v, out, lse, sinks, plan: Plan, run: Run, scale: float) -> None
     """Compute one long document into `out` and `lse`."""
     G, width, here = q.shape[2] // k.shape[2], max(q.shape[3], v.shape[3]), slice(run.start, run.start + run.length)
     qs, outs, lses = (_by_group(x, G, G)[:, :, here] for x in (q, out, lse[..., None]))
-    ks, vs = (_seen(_by_group(x, 1, G), run) for x in (k, v))
+    ks, vs = (_seen(x, run, G) for x in (k, v))
     band, causal = _long_band(plan, run, q.dtype)
     o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(_widened(x, width) for x in (qs, ks, vs)), 0.0, causal, attn_mask=band, scale=scale
@@ -365,7 +370,7 @@ def _flash_grad(grad, q, k, v, out, lse, dq, dk, dv, plan: Plan, run: Run, scale
     """Compute the gradients of one long document into `dq`, and add them to `dk` and `dv`."""
     G, width, here = q.shape[2] // k.shape[2], max(q.shape[3], v.shape[3]), slice(run.start, run.start + run.length)
     grads, qs, outs, m, dqs = (_by_group(x, G, G)[:, :, here] for x in (grad, q, out, lse[..., None], dq))
-    ks, vs = (_seen(_by_group(x, 1, G), run) for x in (k, v))
+    ks, vs = (_seen(x, run, G) for x in (k, v))
     band, causal = _long_band(plan, run, q.dtype)
     a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_widened(x, width) for x in (grads, qs, ks, vs, outs)), m[..., 0].contiguous(), 0.0, causal,

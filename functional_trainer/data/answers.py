@@ -5,7 +5,7 @@ token, P - 1 + r A: with 16 short answers to a long question about a sixteenth. 
 before each answer, since it predicts the answer's first one; an answer's own last token is only predicted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,36 +16,50 @@ OPEN = 64
 """Rows, the last ones, into which an answer may still go."""
 
 
+class Answer(NamedTuple):
+    """An answer and its prompt, stored one behind the other."""
+
+    document: int
+    """Where they are stored."""
+    key: Hashable
+    """Those that have the same may share a prompt."""
+    prompt: int
+    """Tokens of the prompt, at least one."""
+    total: int
+    """Tokens of both."""
+
+
 class Segment(NamedTuple):
     """Tokens [first, stop) of a prompt and its answer in a row; all but the last are inputs."""
 
-    answer: int
+    document: int
     first: int
     stop: int
     parent: int
     """Segment of the row, counted from 1, that this one continues; 0 for none."""
 
 
-def rows(prompts: Sequence[tuple[int, ...]], totals: Sequence[int], seq_len: int, share: bool) -> list[list[Segment]]:
-    """Put prompts, each with an answer, of so many tokens together, into as few rows of `seq_len` as first-fit takes.
+def rows(answers: Iterable[Answer], seq_len: int, share: bool) -> list[list[Segment]]:
+    """Put answers and their prompts into as few rows of `seq_len` as first-fit takes.
 
-    With `share` an answer goes to a row that has its prompt, if there is room, and else brings it. Those that do not
-    fit into a row raise a ValueError.
+    With `share` an answer goes to a row that has its prompt, if there is room, and else brings it. ValueError for those
+    that do not fit into a row.
     """
-    table, free, held = list[list[Segment]](), list[int](), list[dict[tuple[int, ...], int]]()
-    for answer, (prompt, total) in enumerate(zip(prompts, totals, strict=True)):
-        before, inputs = (len(prompt) - 1 if share else 0), total - 1
+    table, free, held = list[list[Segment]](), list[int](), list[dict[Hashable, int]]()
+    for document, key, prompt, total in answers:
+        before, inputs = (prompt - 1 if share else 0), total - 1
         if inputs > seq_len:
-            raise ValueError(f"prompt and answer {answer} have {total} tokens: a row of {seq_len} holds {seq_len + 1}")
+            said = f"a prompt and its answer have {total} tokens, a row of {seq_len} holds {seq_len + 1}"
+            raise ValueError(f"{said}: raise --data.seq-len or lower --rollout.max-completion-length")
         recent = range(max(0, len(table) - OPEN), len(table))
-        row = next((r for r in recent if prompt in held[r] and free[r] >= inputs - before), -1)
+        row = next((r for r in recent if key in held[r] and free[r] >= inputs - before), -1)
         row = next((r for r in recent if free[r] >= inputs), len(table)) if row < 0 else row
         if row == len(table):
             table, free, held = [*table, []], [*free, seq_len], [*held, {}]
-        if before and prompt not in held[row]:
-            table[row].append(Segment(answer, 0, before + 1, 0))
-            held[row][prompt], free[row] = len(table[row]), free[row] - before
-        table[row].append(Segment(answer, before, total, held[row].get(prompt, 0)))
+        if before and key not in held[row]:
+            table[row].append(Segment(document, 0, before + 1, 0))
+            held[row][key], free[row] = len(table[row]), free[row] - before
+        table[row].append(Segment(document, before, total, held[row].get(key, 0)))
         free[row] -= inputs - before
     return table
 
@@ -54,7 +68,7 @@ def pieces(stored: Documents, table: Sequence[Sequence[Segment]]) -> tuple[Piece
     """Return what `packing.fill` takes to write the segments of each row, given prompts with their answers."""
     flat = [segment for row in table for segment in row]
     first, stop = (np.array([segment[k] for segment in flat], np.int64) for k in (1, 2))
-    begin, length = stored.offsets[[segment.answer for segment in flat]] + first, stop - first - 1
+    begin, length = stored.offsets[[segment.document for segment in flat]] + first, stop - first - 1
     before = np.concatenate([[0], np.cumsum(stored.mask)])  # trained tokens before each
     numbers = iter(range(len(flat)))
     trained = before[begin + 1 + length] - before[begin + 1]

@@ -43,7 +43,7 @@ def refuse_cut(loss: Any, overlong: Overlong) -> None:
 def check_whole(batch: Mapping[str, Any]) -> None:
     """Raise a ValueError if a sequence is cut: begins in its middle, or has other weights than `lengths` says.
 
-    One that continues another, its `parent_ids`, begins where that ends.
+    One that continues another, its `parent_ids`, begins anywhere.
     """
     ids, positions, weights, whole = (np.asarray(batch[k]) for k in ("segment_ids", "positions", "weights", "lengths"))
     parents = np.asarray(batch.get("parent_ids", np.zeros_like(ids)))

@@ -197,7 +197,7 @@ def fill(
     batch = {name: np.zeros(shape, np.int64) for name in ("tokens", "targets", "segment_ids", "positions")}
     batch["weights"] = np.zeros(shape, np.float32)
     flat = np.array([piece for row in table for piece in row], np.int64)
-    length, count = pieces.length[flat], np.array([len(row) for row in table])
+    length, count = pieces.length[flat], np.array([len(row) for row in table], np.int64)
     ends = np.cumsum(length)
     before = np.concatenate([[0], ends])[np.cumsum(count) - count]  # places taken in the rows above
     row = np.repeat(np.arange(len(table)), count)

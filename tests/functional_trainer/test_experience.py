@@ -1,6 +1,5 @@
 """Rollouts as batches: every answer's tokens with its own advantage, filters, splits, and a place to resume from."""
 
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -97,15 +96,25 @@ def test_advantages_are_those_of_the_groups():
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_ranks_share_a_batch_and_all_of_its_passes(static):
-    how = replace(USUAL, static=static)
-    parts = [next(made(how, rows=2, rank=rank, world=2)) for rank in range(2)]
-    whole = next(made(replace(how, static=True), rows=2))
-    passes = len(whole["tokens"]) // 2
-    assert passes > 1
-    for name, column in whole.items():
-        both = torch.stack([part[name].view(passes, 2, -1) for part in parts], 1)
-        assert torch.equal(both.reshape(column.shape), column), name
+@pytest.mark.parametrize("taken", [0, 1])
+def test_ranks_share_a_batch_and_all_of_its_passes(static, taken):
+    """Passes of at most 6 rows, also if the rollout was drawn by one rank, for passes of at most 3."""
+    how = Plan(7, 4, steps=2, static=static, share_prompts=False)
+    began = made(how, rows=3, seq_len=9)
+    held = list(islice(began, taken))
+    stored = began.peek()["tokens"]
+    stored = stored[(stored != 0).any(1)]
+    parts = []
+    for rank in range(2):
+        one = made(how, rows=6, rank=rank, world=2, seq_len=9)
+        if held:
+            one.restore(began.state())
+        parts.append(next(one)["tokens"])
+    passes = -(-len(stored) // 6)
+    each = 3 if static else -(-len(stored) // (2 * passes))  # of a rank
+    assert passes > 1 and all(part.shape == (passes * each, 9) for part in parts)
+    both = torch.stack([part.view(passes, each, -1) for part in parts], 1).reshape(-1, 9)
+    assert torch.equal(both[: len(stored)], stored) and not both[len(stored) :].any()
 
 
 def test_a_rollout_is_split_into_steps_and_trained_on_again():

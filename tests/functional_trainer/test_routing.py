@@ -359,3 +359,21 @@ def test_a_rollout_that_is_resumed_has_its_experts():
     next(straight)
     resumed.restore(straight.state())
     assert torch.equal(next(resumed)["routed_experts"], next(straight)["routed_experts"])
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_only_answers_to_a_prompt_of_the_same_experts_share_it(cut):
+    """The third answer was begun by other weights. Where all are cut off, none of them is trained on."""
+
+    def draw(prompts, seed):
+        ids = [np.full((4, 2, 2), i, np.uint8) for i in (0, 0, 1)]
+        reason = "length" if cut else "stop"
+        return [Sample([7, 8], [-1.0, -1.0], reason, [0, 0], routed_experts=one) for one in ids]
+
+    prompts, how = Prompts([Prompt([1, 2, 3], "", {})]), Plan(1, 3, mask_truncated=True, routing_replay=True)
+    reward = lambda p, a: Scores([1.0, 2.0, 3.0], {})  # noqa: E731
+    batch = next(Experience(prompts, draw, reward, lambda r, n: r, how, seq_len=12, longest=2, rows=1))
+    tokens, ids = batch["tokens"][0].tolist(), batch["routed_experts"][0, :, 0, 0].tolist()
+    assert tokens == ([0] * 12 if cut else [1, 2, 3, 7, 3, 7, 1, 2, 3, 7, 0, 0])
+    assert ids == ([0] * 12 if cut else [0] * 6 + [1] * 4 + [0, 0])
+    assert batch["routed_experts"].shape == (1, 12, 2, 2)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_trainer import flops, tree
-from functional_trainer.data.answers import rows
+from functional_trainer.data.answers import Answer, rows
 from functional_trainer.data.columns import check_whole
 from functional_trainer.engines import Sample
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
@@ -18,7 +18,9 @@ from functional_trainer.objectives import OBJECTIVES
 from functional_trainer.policy import policy
 from functional_trainer.step import objective, total_weights
 from functional_trainer.types import ONE_DEVICE
+from tests.functional_trainer.test_routing import step_on_ranks
 from tests.models import small
+from tests.multi_rank.launch import run as on_ranks
 
 F64 = torch.float64
 WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
@@ -43,8 +45,8 @@ def batch_of(share: bool, seq_len: int, seed: int) -> dict[str, torch.Tensor]:
         return Scores(rng.normal(0, 1, len(answers)).tolist(), {})
 
     how = Plan(3, 4, mask_truncated=True, share_prompts=share)
-    settings: dict[str, Any] = {"seq_len": seq_len, "longest": 6, "rows": 2}
-    return next(Experience(prompts, draw, reward, lambda r, sizes: r - r.mean(1, keepdims=True), how, **settings))
+    sizes: dict[str, Any] = {"seq_len": seq_len, "longest": 6, "rows": 2}
+    return next(Experience(prompts, draw, reward, lambda r, n: r - r.mean(1, keepdims=True), how, **sizes))
 
 
 def learned(model, params, name: str, batch) -> dict[str, torch.Tensor]:
@@ -81,23 +83,24 @@ def test_rows_hold_every_answer_once_and_a_prompt_once_a_row(sizes, seq_len):
     prompts = [tuple(range(2 * which + 1)) for which, _ in sizes]
     totals = [len(prompt) + n for prompt, (_, n) in zip(prompts, sizes, strict=True)]
     for share in (False, True):
-        table = rows(prompts, totals, seq_len, share)
-        answers = [s.answer for row in table for s in row if s.stop == totals[s.answer]]
+        given = [Answer(i, p, len(p), n) for i, (p, n) in enumerate(zip(prompts, totals, strict=True))]
+        table = rows(given, seq_len, share)
+        answers = [s.document for row in table for s in row if s.stop == totals[s.document]]
         assert sorted(answers) == list(range(len(sizes)))
         used = [sum(s.stop - s.first - 1 for s in row) for row in table]
         assert max(used) <= seq_len and all(a + b > seq_len - 8 for a, b in zip(used, used[1:], strict=False))
         for row in table:
-            brought = [prompts[s.answer] for s in row if s.stop < totals[s.answer]]
+            brought = [prompts[s.document] for s in row if s.stop < totals[s.document]]
             assert len(set(brought)) == len(brought) and (share or not brought)
             for s in row:
                 parent = row[s.parent - 1] if s.parent else None
                 assert s.first == (parent.stop - 1 if parent else 0)
-                assert parent is None or prompts[parent.answer] == prompts[s.answer]
+                assert parent is None or prompts[parent.document] == prompts[s.document]
 
 
 def test_an_answer_that_fits_into_no_row_is_refused():
-    with pytest.raises(ValueError, match="prompt and answer 1 have 9 tokens: a row of 7 holds 8"):
-        rows([(1, 2), (1, 2)], [8, 9], 7, True)
+    with pytest.raises(ValueError, match="have 9 tokens, a row of 7 holds 8: raise --data.seq-len or lower"):
+        rows([Answer(0, 0, 2, 8), Answer(1, 0, 2, 9)], 7, True)
 
 
 def test_pairs_of_queries_and_keys_are_those_of_whole_sequences():
@@ -113,3 +116,18 @@ def test_pairs_of_queries_and_keys_are_those_of_whole_sequences():
         pairs = int((same & (far >= 0) & (far < (window or 99)) & (ids != 0)[:, :, None]).sum())
         heads = 6 * 10 * 6 * 4 * int(lengths.sum()) + 6 * 6 * (4 + 4) * pairs
         assert got == heads
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 1, "cp": 2}, pytest.param({"fsdp": 1, "tp": 2}, marks=pytest.mark.slow),
+              pytest.param({"fsdp": 1, "ep": 2}, marks=pytest.mark.slow)], ids=str,
+)  # fmt: skip
+def test_a_mesh_does_not_matter(sizes):
+    """Loss, gradients and so parameters, where the documents of a row continue its first."""
+    batch = small.batch([[5, 4], [9, 2], [3, 3, 4], [6, 7]], width=14)
+    batch["parent_ids"] = (batch["segment_ids"] > 1).long()
+    batch["positions"] += batch["parent_ids"] * (batch["segment_ids"] == 1).sum(1, keepdim=True)
+    alone = step_on_ranks(batch, {})
+    torch.testing.assert_close(on_ranks(2, step_on_ranks, batch, sizes), alone, rtol=1e-9, atol=1e-9)
+    del batch["parent_ids"]
+    assert abs(step_on_ranks(batch, {})[1]["nll"] - alone[1]["nll"]) > 1e-3
