@@ -197,15 +197,12 @@ def _by_row(sources: list[torch.Tensor], rows: int) -> tuple[torch.Tensor, torch
     return place[row >= 0], torch.searchsorted(row[row >= 0], torch.arange(rows))
 
 
-def _plan_of(
-    segments_BS, q_BSNH, kv_heads: int, window, causal: bool, prefix_BS, parents_BS, whole: bool
-) -> Plan:  # fmt: skip
-    columns = (
+def _plan_of(segments_BS, q_BSNH, kv_heads: int, window, causal: bool, prefix_BS, parents_BS, whole: bool) -> Plan:
+    segments, prefix, parents = (
         None if ids is None else ids.to(torch.int64).contiguous().numpy().tobytes()
         for ids in (segments_BS, prefix_BS, parents_BS)
-    )  # fmt: skip
+    )
     S, groups = segments_BS.shape[1], q_BSNH.shape[2] // kv_heads
-    segments, prefix, parents = columns
     return _plan(segments, S, kv_heads, groups, window, causal, prefix, parents, whole, q_BSNH.dtype)
 
 
