@@ -32,8 +32,9 @@ def read(
     """Return what episodes begin with, nothing, and held-out ones: `data.prompts` where there is no environment."""
     if not o.rollout.environment:
         return data.prompts(o, tokenizer, vocab, shard, questions, say)
-    given, episodes, found = o.rollout.environment, made(o, tokenizer), []
+    given, found = o.rollout.environment, []
     files = [[row for f in sources.files(paths) for _, row in sources.rows(f)] for paths in (o.data.train, o.data.eval)]
+    episodes = made(o, tokenizer)
     train, held_out = files if o.data.train else environments.rows(given, episodes.make)
     for opening, row in zip(episodes.openings(train), train, strict=True):
         ids = episodes.turns.prompt(opening)
@@ -78,7 +79,8 @@ class HeldOut:
             answers = self.run.answer(self.model, params, self.questions)
             return {"accuracy": exact_match.score(answers)} if answers else {}
         played = self._played(params, self.questions)
-        return {"eval_reward": fmean(sample.reward or 0.0 for sample in played)} if played else {}
+        lost = sum(sample.reward is None for sample in played)
+        return {"eval_reward": fmean(s.reward or 0.0 for s in played), "eval_raised": lost} if played else {}
 
     def sample(self, params: tree.Tree) -> list[dict[str, str]]:
         """Return some of them to be shown."""
@@ -90,7 +92,8 @@ class HeldOut:
     def say(self, found: dict[str, float]) -> str:
         """Put what was measured into words."""
         if self.o.rollout.environment:
-            return f"the reward of {len(self.questions)} held-out episodes is {found.get('eval_reward', 0):.3f}"
+            lost = f"; {found['eval_raised']} were lost, and count as 0" if found.get("eval_raised") else ""
+            return f"the reward of {len(self.questions)} held-out episodes is {found.get('eval_reward', 0):.3f}{lost}"
         return f"{found.get('accuracy', 0):.1%} of {len(self.questions)} answers are right"
 
     def show(self, params: tree.Tree) -> None:

@@ -1,7 +1,7 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from experiments import engines, episodes
@@ -10,7 +10,7 @@ from experiments.recipe import Run
 from functional_trainer import backend, cluster, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
-from functional_trainer.data import Record, Tokenizer
+from functional_trainer.data import Record, Tokenizer, sources
 from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
@@ -65,16 +65,22 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     )  # fmt: skip
 
 
+loaded = cache(load_all)
+"""Files of functions are run once for a run (`read`): they may load models."""
+
+
 def functions(o: Any) -> dict[str, Function]:
     """Return the reward functions by name; ValueError if one is not there or cannot be called."""
-    found = load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
-    refuse(found, o.reward.isolate)
+    found = loaded(o.reward.functions or (() if o.rollout.environment else ("exact",)))
+    refuse(found, o.reward.isolate, o.reward.ray)
     return found
 
 
 def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tuple[Prompts, dict, list[Record]]:
-    """Return what is asked, as `episodes.read`; before, join Ray's cluster if the run wants workers there, for all of
-    them, and refuse functions, and after that columns, that can give no rewards."""
+    """Return what is asked, as `episodes.read`; before, refuse functions and files, and join Ray's cluster if the run
+    wants workers there, for all of them; after it, refuse functions that columns give no rewards with."""
+    loaded.cache_clear()
+    sources.files((*o.data.train, *o.data.eval))
     own, first = functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
     if workers := first + o.rollout.environment_ray:
         cluster.connect(workers)
@@ -91,6 +97,7 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
     r, names = o.reward, _columns(run.loader)
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
+    told: set[str] = set()
     asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
@@ -99,6 +106,12 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
         said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
+        lost = [a.episode.error for a in answers if a.episode and a.episode.error]
+        if lost and not told:
+            told.update(lost)
+            run.say(
+                f"{len(lost)} of {len(answers)} episodes were lost, one so: {lost[0]} (environment/raised has how many)"
+            )
         found = asked([p.text for p in prompts], said, ids, **columns)
         return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
