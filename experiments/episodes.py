@@ -32,9 +32,8 @@ def read(
     """Return what episodes begin with, nothing, and held-out ones: `data.prompts` where there is no environment."""
     if not o.rollout.environment:
         return data.prompts(o, tokenizer, vocab, shard, questions, say)
-    given, found = o.rollout.environment, []
+    given, episodes, found = o.rollout.environment, made(o, tokenizer), []
     files = [[row for f in sources.files(paths) for _, row in sources.rows(f)] for paths in (o.data.train, o.data.eval)]
-    episodes = made(o, tokenizer)
     train, held_out = files if o.data.train else environments.rows(given, episodes.make)
     for opening, row in zip(episodes.openings(train), train, strict=True):
         ids = episodes.turns.prompt(opening)

@@ -80,9 +80,9 @@ def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tu
     """Return what is asked, as `episodes.read`; before, refuse functions and files, and join Ray's cluster if the run
     wants workers there, for all of them; after it, refuse functions that columns give no rewards with."""
     loaded.cache_clear()
-    sources.files((*o.data.train, *o.data.eval))
     own, first = functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
     if workers := first + o.rollout.environment_ray:
+        sources.files((*o.data.train, *o.data.eval))  # one that is missing is told of before a cluster is begun
         cluster.connect(workers)
     found = episodes.read(o, tokenizer, vocab, shard, *more)
     refuse_columns(own, [*GIVEN, *_columns(found[0])])

@@ -72,9 +72,8 @@ class Stage:
             found = {number: self._one(number, method, late) for number, method in methods.items()}
             if waiting := {number: one for number, one in found.items() if inspect.isawaitable(one)}:
                 self.loop = self.loop or _Loop()
-                tasks, blocked = self.loop.together(waiting, self.seconds)
+                tasks, ended, blocked = self.loop.together(waiting, self.seconds)
                 self.loop = None if blocked else self.loop
-                ended = {number for number, task in tasks.items() if task.done() and not task.cancelled()}
                 self.late |= {number: partial(_runs, task) for number, task in tasks.items() if number not in ended}
                 found |= {number: tasks[number].result() if number in ended else late for number in waiting}
             return [*found.values()]
@@ -133,8 +132,10 @@ class _Loop:
         with suppress(SystemExit):
             self.loop.run_forever()
 
-    def together(self, waiting: Mapping[int, Awaitable], seconds: float) -> tuple[dict[int, asyncio.Future], bool]:
-        """Return the task of each, and whether one keeps the loop from going on: those that have not ended are late."""
+    def together(
+        self, waiting: Mapping[int, Awaitable], seconds: float
+    ) -> tuple[dict[int, asyncio.Future], set[int], bool]:  # fmt: skip
+        """Return the task of each, which ended in time, and whether one keeps the loop from going on."""
         tasks: dict[int, asyncio.Future] = {}
         marks: list[None] = []  # one when a task begins, one when it ends
 
@@ -147,22 +148,26 @@ class _Loop:
             finally:
                 marks.append(None)
 
-        async def wait() -> None:
+        def over() -> set[int]:
+            return {number for number, task in tasks.items() if task.done() and not task.cancelled()}
+
+        async def wait() -> set[int]:
             tasks.update({number: asyncio.ensure_future(told(one)) for number, one in waiting.items()})
             await asyncio.sleep(0)  # all have begun
             await asyncio.wait(tasks.values(), timeout=seconds)
+            found = over()
             for task in tasks.values():
                 task.cancel()
+            return found
 
         ended, seen = asyncio.run_coroutine_threadsafe(wait(), self.loop), -1
         while seen < len(marks):
             seen = len(marks)
             with suppress(TimeoutError):
-                ended.result(seconds + SLACK)
-                return tasks, False
+                return tasks, ended.result(seconds + SLACK), False
         self.end()
         _interrupt(self.thread)
-        return tasks, True
+        return tasks, over(), True
 
     def end(self) -> None:
         """Let it end when it can."""
