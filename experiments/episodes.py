@@ -77,9 +77,8 @@ class HeldOut:
         if not self.o.rollout.environment:
             answers = self.run.answer(self.model, params, self.questions)
             return {"accuracy": exact_match.score(answers)} if answers else {}
-        played = self._played(params, self.questions)
-        lost = sum(sample.reward is None for sample in played)
-        return {"eval_reward": fmean(s.reward or 0.0 for s in played), "eval_raised": lost} if played else {}
+        rewards = [sample.reward for sample in self._played(params, self.questions)]
+        return {"eval_reward": fmean(x or 0.0 for x in rewards), "eval_raised": rewards.count(None)} if rewards else {}
 
     def sample(self, params: tree.Tree) -> list[dict[str, str]]:
         """Return some of them to be shown."""

@@ -1,7 +1,7 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from experiments import engines, episodes
@@ -12,7 +12,7 @@ from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
 from functional_trainer.data import Record, Tokenizer, sources
 from functional_trainer.engines import Sample
-from functional_trainer.environments.episodes import report, rewarded
+from functional_trainer.environments.episodes import lost, report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
 from functional_trainer.rewards import GIVEN, Function, Rewards, load_all, refuse, refuse_columns
 
@@ -65,22 +65,17 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     )  # fmt: skip
 
 
-loaded = cache(load_all)
-"""Files of functions are run once for a run (`read`): they may load models."""
-
-
 def functions(o: Any) -> dict[str, Function]:
-    """Return the reward functions by name; ValueError if one is not there or cannot be called."""
-    found = loaded(o.reward.functions or (() if o.rollout.environment else ("exact",)))
-    refuse(found, o.reward.isolate, o.reward.ray)
-    return found
+    """Return the reward functions by name; ValueError if one is not there."""
+    return load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
 
 
 def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tuple[Prompts, dict, list[Record]]:
-    """Return what is asked, as `episodes.read`; before, refuse functions and files, and join Ray's cluster if the run
-    wants workers there, for all of them; after it, refuse functions that columns give no rewards with."""
-    loaded.cache_clear()
+    """Return what is asked, as `episodes.read`, and refuse functions that can give no rewards, whatever the columns are
+    before that. Join Ray's cluster if the run wants workers there, for all of them."""
+    load_all.cache_clear()  # files may have changed since the last run of this process
     own, first = functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
+    refuse(own, o.reward.isolate, o.reward.ray)
     if workers := first + o.rollout.environment_ray:
         sources.files((*o.data.train, *o.data.eval))  # one that is missing is told of before a cluster is begun
         cluster.connect(workers)
@@ -97,7 +92,7 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
     r, names = o.reward, _columns(run.loader)
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
-    told: set[str] = set()
+    told: list[Any] = []
     asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
@@ -106,12 +101,8 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
         said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
-        lost = [a.episode.error for a in answers if a.episode and a.episode.error]
-        if lost and not told:
-            told.update(lost)
-            run.say(
-                f"{len(lost)} of {len(answers)} episodes were lost, one so: {lost[0]} (environment/raised has how many)"
-            )
+        if not told and (some := lost(answers)):
+            told.append(run.say(some))
         found = asked([p.text for p in prompts], said, ids, **columns)
         return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
@@ -124,7 +115,6 @@ def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience)
     mean, most = differences(model, params, batch, o.micro_batch, run.shard, o.rollout.temperature)
     run.say(f"log-probabilities as sampled and as trained differ by {mean:.2g} in the mean, {most:.2g} at most")
     if not mean <= o.rollout.max_disagreement:
-        raise ValueError(
-            f"the rollout engine and the trainer disagree: their log-probabilities differ by {mean:.3g} in the mean, "
-            f"--rollout.max-disagreement is {o.rollout.max_disagreement}. Weights, precision or ids are not the same"
-        )
+        said = f"the rollout engine and the trainer disagree: their log-probabilities differ by {mean:.3g} in the mean"
+        most = o.rollout.max_disagreement
+        raise ValueError(f"{said}, --rollout.max-disagreement is {most}. Weights, precision or ids are not the same")

@@ -206,6 +206,13 @@ def report(samples: Sequence[Sample]) -> dict[str, float]:
     }  # fmt: skip
 
 
+def lost(samples: Sequence[Sample]) -> str:
+    """Say how many episodes were lost, and what the first one was lost by; nothing if none was."""
+    errors = [sample.episode.error for sample in samples if sample.episode and sample.episode.error]
+    said = f"{len(errors)} of {len(samples)} episodes were lost (environment/raised), the first one by "
+    return said + errors[0] if errors else ""
+
+
 def rewarded(answers: Sequence[Sample], given: Sequence[float | None]) -> list[float | None]:
     """Add what functions gave to what environments did; an episode that was lost has no reward."""
 

@@ -2,7 +2,7 @@
 
 Methods of plain environments are called one after the other in a thread beside the caller's. One that takes too long is
 left there, the next ones go on in another thread. The old one is told to end once, which it does if it runs Python and
-lets SystemExit pass, or when it returns from what it waits for. Nothing helps against what keeps the interpreter to
+lets SystemExit through, or when it returns from what it waits for. Nothing helps against what keeps the interpreter to
 itself, as a loop in C can, but another process: that is a worker of Ray. Imports no torch.
 """
 
@@ -11,7 +11,7 @@ import ctypes
 import inspect
 import pickle
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -58,9 +58,12 @@ class Stage:
             raise RuntimeError("its worker was lost, and another one has taken its place")
         return self.held[number].step(messages)
 
-    def close(self, numbers: Iterable[int]) -> list[Any]:
+    def close(self, numbers: Collection[int]) -> list[Any]:
         """The episodes of those that were begun are over; those that still run are left alone."""
-        return self._all("close", {number: partial(self._close, number) for number in numbers})
+        found = self._all("close", {number: partial(self._close, number) for number in numbers})
+        for number in numbers:
+            self.late.pop(number, None)
+        return found
 
     def _close(self, number: int) -> Any:
         environment, runs = self.held.pop(number, None), self.late.pop(number, bool)
@@ -223,7 +226,7 @@ class RayStage:
         """Answer conversations."""
         return self._share("step", said)
 
-    def close(self, numbers: Iterable[int]) -> list[Any]:
+    def close(self, numbers: Collection[int]) -> list[Any]:
         """The episodes of those that were begun are over."""
         return self._share("close", dict.fromkeys(numbers))
 

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -232,8 +232,12 @@ def load(given: str) -> tuple[str, Function]:
         raise ValueError(f"reward function {given}: {error}") from None
 
 
+@cache
 def load_all(named: tuple[str, ...]) -> dict[str, Function]:
-    """Return functions by name; a file is run once. ValueError if two have the same name."""
+    """Return functions by name; a file is run once, it may load a model, until the cache is cleared.
+
+    ValueError if two have the same name.
+    """
     found = [load(given) for given in named]
     if len({name for name, _ in found}) < len(found):
         raise ValueError(f"--reward.functions {' '.join(named)}: two have the same name")

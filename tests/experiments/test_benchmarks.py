@@ -154,6 +154,7 @@ def test_decode_refuses_questions_that_are_not_asked_equally_often():
         decode.main(decode.Options(prompts=(16, 8), samples=16))
 
 
+@pytest.mark.slow
 def test_gpu_suite_runs_no_race_in_full_beside_what_was_chosen(monkeypatch):
     asked = []
     monkeypatch.setattr(gpu_suite, "beside", lambda *given: asked.append(given) or {})

@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from experiments import episodes, rl
 from experiments.first_light import dialogues
-from functional_trainer import environments
+from functional_trainer import environments, experience
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Episode, Sample
 from functional_trainer.experience import Prompt, Prompts
@@ -116,7 +117,7 @@ def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, me
 
 
 def test_lost_episodes_are_told_of(monkeypatch):
-    """Those of a rollout once, with why; of held-out ones how many."""
+    """Those of a rollout once, with why, and in completions.jsonl; of held-out ones how many."""
     fine = Sample([1], [-0.1], "stop", [0], reward=1.0, episode=Episode([], 1, 0, 0))
     lost = fine._replace(reward=None, episode=Episode([], 1, 0, 0, "KeyError: gone"))
     said: list[str] = []
@@ -126,7 +127,10 @@ def test_lost_episodes_are_told_of(monkeypatch):
     score = rl.rewards(o, run)
     for _ in range(2):
         assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.0, None, None]
-    assert len(said) == 1 and "2 of 3 episodes were lost, one so: KeyError: gone" in said[0]
+    assert len(said) == 1 and said[0].endswith("the first one by KeyError: gone")
+    table = np.array([[1.0, np.nan]])
+    shown = experience._shown(experience.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
+    assert [row.get("error") for row in shown] == [None, "KeyError: gone"]
     held_out = episodes.HeldOut(o, run, None)
     monkeypatch.setattr(held_out, "_played", lambda params, records: [fine, lost])
     assert (found := held_out.measure({})) == {"eval_reward": 0.5, "eval_raised": 1}

@@ -362,7 +362,7 @@ def test_one_that_hangs_is_seen_while_others_answer(crew):
 
 
 def test_what_ray_loses_is_lost_whatever_it_is_called(crew, monkeypatch):
-    """There are more errors of Ray than that of a dead actor; what a job raises is raised though it has such a name."""
+    """There are more errors of Ray than that of a dead actor; what a job raises is raised."""
     import ray
 
     get, left = ray.get, [ray.exceptions.OutOfMemoryError("full"), ray.exceptions.ObjectLostError("00", None, "")]
