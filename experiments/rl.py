@@ -92,7 +92,7 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
     r, names = o.reward, _columns(run.loader)
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
-    told: list[Any] = []
+    told: list[str] = []
     asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
@@ -102,7 +102,8 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
         texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
         said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
         if not told and (some := lost(answers)):
-            told.append(run.say(some))
+            told.append(some)
+            run.say(some)
         found = asked([p.text for p in prompts], said, ids, **columns)
         return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
@@ -114,7 +115,6 @@ def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience)
     batch = run.shard.put_batch({k: v.to(run.device) for k, v in rollouts.peek().items()})
     mean, most = differences(model, params, batch, o.micro_batch, run.shard, o.rollout.temperature)
     run.say(f"log-probabilities as sampled and as trained differ by {mean:.2g} in the mean, {most:.2g} at most")
-    if not mean <= o.rollout.max_disagreement:
+    if not mean <= (limit := o.rollout.max_disagreement):
         said = f"the rollout engine and the trainer disagree: their log-probabilities differ by {mean:.3g} in the mean"
-        most = o.rollout.max_disagreement
-        raise ValueError(f"{said}, --rollout.max-disagreement is {most}. Weights, precision or ids are not the same")
+        raise ValueError(f"{said}, --rollout.max-disagreement is {limit}. Weights, precision or ids are not the same")
