@@ -77,8 +77,8 @@ class HeldOut:
         if not self.o.rollout.environment:
             answers = self.run.answer(self.model, params, self.questions)
             return {"accuracy": exact_match.score(answers)} if answers else {}
-        played = self._played(params, self.questions)
-        return {"eval_reward": fmean(sample.reward or 0.0 for sample in played)} if played else {}
+        rewards = [sample.reward for sample in self._played(params, self.questions)]
+        return {"eval_reward": fmean(x or 0.0 for x in rewards), "eval_raised": rewards.count(None)} if rewards else {}
 
     def sample(self, params: tree.Tree) -> list[dict[str, str]]:
         """Return some of them to be shown."""
@@ -90,7 +90,8 @@ class HeldOut:
     def say(self, found: dict[str, float]) -> str:
         """Put what was measured into words."""
         if self.o.rollout.environment:
-            return f"the reward of {len(self.questions)} held-out episodes is {found.get('eval_reward', 0):.3f}"
+            lost = f"; {found['eval_raised']} were lost, and count as 0" if found.get("eval_raised") else ""
+            return f"the reward of {len(self.questions)} held-out episodes is {found.get('eval_reward', 0):.3f}{lost}"
         return f"{found.get('accuracy', 0):.1%} of {len(self.questions)} answers are right"
 
     def show(self, params: tree.Tree) -> None:

@@ -49,6 +49,9 @@ class Options(RunOptions):
             raise ValueError(f"--batch {self.batch} prompts cannot be split into {said} steps")
         if self.rollout.environment and (self.data.split or self.data.type != "auto" or self.data.columns):
             raise ValueError("--data.split, --data.type and --data.columns are for conversations, not for environments")
+        used = not self.reward.ray or self.rollout.environment and not self.rollout.environment_ray
+        if self.reward.workers != RewardOptions.workers and not used:
+            raise ValueError(f"--reward.workers has no effect with --reward.ray {self.reward.ray}; leave one away")
         if not self.model.path and not self.init_from:
             raise ValueError("--model.path is missing: a model with random weights gets no reward to learn from")
 

@@ -10,9 +10,9 @@ from experiments.recipe import Run
 from functional_trainer import backend, cluster, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
-from functional_trainer.data import Record, Tokenizer
+from functional_trainer.data import Record, Tokenizer, sources
 from functional_trainer.engines import Sample
-from functional_trainer.environments.episodes import report, rewarded
+from functional_trainer.environments.episodes import lost, report, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
 from functional_trainer.rewards import GIVEN, Function, Rewards, load_all, refuse, refuse_columns
 
@@ -66,17 +66,18 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
 
 
 def functions(o: Any) -> dict[str, Function]:
-    """Return the reward functions by name; ValueError if one is not there or cannot be called."""
-    found = load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
-    refuse(found, o.reward.isolate)
-    return found
+    """Return the reward functions by name; ValueError if one is not there."""
+    return load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
 
 
 def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tuple[Prompts, dict, list[Record]]:
-    """Return what is asked, as `episodes.read`; before, join Ray's cluster if the run wants workers there, for all of
-    them, and refuse functions, and after that columns, that can give no rewards."""
+    """Return what is asked, as `episodes.read`, and refuse functions that can give no rewards, whatever the columns are
+    before that. Join Ray's cluster if the run wants workers there, for all of them."""
+    load_all.cache_clear()  # files may have changed since the last run of this process
     own, first = functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
+    refuse(own, o.reward.isolate, o.reward.ray)
     if workers := first + o.rollout.environment_ray:
+        sources.files((*o.data.train, *o.data.eval))  # one that is missing is told of before a cluster is begun
         cluster.connect(workers)
     found = episodes.read(o, tokenizer, vocab, shard, *more)
     refuse_columns(own, [*GIVEN, *_columns(found[0])])
@@ -91,6 +92,7 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
     """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
     r, names = o.reward, _columns(run.loader)
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
+    told: list[str] = []
     asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
@@ -99,6 +101,9 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
         said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
+        if not told and (some := lost(answers)):
+            told.append(some)
+            run.say(some)
         found = asked([p.text for p in prompts], said, ids, **columns)
         return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
@@ -110,8 +115,6 @@ def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience)
     batch = run.shard.put_batch({k: v.to(run.device) for k, v in rollouts.peek().items()})
     mean, most = differences(model, params, batch, o.micro_batch, run.shard, o.rollout.temperature)
     run.say(f"log-probabilities as sampled and as trained differ by {mean:.2g} in the mean, {most:.2g} at most")
-    if not mean <= o.rollout.max_disagreement:
-        raise ValueError(
-            f"the rollout engine and the trainer disagree: their log-probabilities differ by {mean:.3g} in the mean, "
-            f"--rollout.max-disagreement is {o.rollout.max_disagreement}. Weights, precision or ids are not the same"
-        )
+    if not mean <= (limit := o.rollout.max_disagreement):
+        said = f"the rollout engine and the trainer disagree: their log-probabilities differ by {mean:.3g} in the mean"
+        raise ValueError(f"{said}, --rollout.max-disagreement is {limit}. Weights, precision or ids are not the same")

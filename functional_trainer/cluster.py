@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from functional_trainer import workers
@@ -58,6 +59,7 @@ def connect(count: int) -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         alone: dict[str, Any] = {"address": "local", "num_cpus": count, "include_dashboard": False}
+        alone["_node_ip_address"] = "127.0.0.1"  # who reaches a cluster may run code there
         given = {} if os.environ.get("RAY_ADDRESS") else alone
         ray.init(logging_level=logging.WARNING, log_to_driver=False, **given)
 
@@ -88,7 +90,7 @@ class Crew:
         try:
             for i in range(count):
                 self._start(i)
-        except TypeError as error:
+        except Exception as error:
             self.close()
             raise ValueError(f"what {called} are made of cannot be sent to them: {brief(error)}") from error
 
@@ -115,31 +117,41 @@ class Crew:
 
     def work(
         self, jobs: Sequence[Job], begin: Callable[[Any, Any], Any], seconds: float, tries: int = TRIES,
-        going: Callable[[], bool] = lambda: True,
+        going: Callable[[], bool] = lambda: True, pulse: bool = False,
     ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
         """Yield what each job was and its answer, or `Lost` after `tries`, in any order.
 
-        `begin(worker, what)` calls a method, which has `seconds`. No job is begun any more when it is not `going` on.
-        What a worker raises is raised; RuntimeError if one cannot be started.
+        `begin(worker, what)` calls a method, which has `seconds`, or with `pulse` those again and again while another
+        thread of its worker says that it is there. No job is begun any more when it is not `going` on. What a worker
+        raises is raised; RuntimeError if one cannot be started. Workers whose answers nobody takes any more, since this
+        is left early, are replaced.
         """
         import ray
 
+        if not self.workers:
+            raise RuntimeError("the pool is closed")
         waiting, calls = deque(jobs), dict[Any, Call]()
-        with self.lock:
+        with self.lock, self._forgotten(calls):
             for i, said in enumerate(self.started):  # who died in the meantime is replaced, and costs nothing
                 if ray.wait([said], timeout=0)[0]:
                     self._call(i, PULSE)
             while calls or waiting and going():
-                coming = self._give(waiting, calls, begin, seconds) if going() else []
+                coming = self._give(waiting, calls, begin, seconds, pulse) if going() else []
                 ends = [call.until for call in calls.values()] + [self.until[i] for i in coming]
                 left = min(ends, default=0.0) - time.monotonic()
                 done, _ = ray.wait([*calls, *(self.started[i] for i in coming)], timeout=max(0.0, left))
-                late = [one for one, call in calls.items() if call.until <= time.monotonic()]
-                for one in [one for one in done if one in calls] or late:
+                now = time.monotonic()
+                for one in [one for one, call in calls.items() if one in done or call.until <= now]:
                     call = calls.pop(one)
+                    if pulse and one not in done and ray.wait([self.started[call.worker]], timeout=0)[0]:
+                        self._call(call.worker, seconds)
+                        calls[one] = call._replace(until=now + seconds)
+                        continue
                     try:
                         answer = ray.get(one, timeout=0)
-                    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                    except ray.exceptions.RayTaskError as error:
+                        raise error.cause from error
+                    except ray.exceptions.RayError as error:
                         self._replace(call.worker)
                         job = call.job._replace(tries=call.job.tries + 1)
                         if job.tries < tries:
@@ -147,11 +159,22 @@ class Crew:
                             continue
                         hung = isinstance(error, ray.exceptions.GetTimeoutError)
                         answer = Lost(f"took over {seconds:g} s" if hung else brief(error))
-                    except ray.exceptions.RayTaskError as error:
-                        raise error.cause from error
                     yield call.job.what, answer
 
-    def _give(self, waiting: deque[Job], calls: dict[Any, Call], begin: Callable, seconds: float) -> list[int]:
+    @contextmanager
+    def _forgotten(self, calls: Mapping[Any, Call]) -> Iterator[None]:
+        """Replace workers whose calls are under way in the end."""
+        import ray
+
+        try:
+            yield
+        finally:
+            for call in calls.values() if self.workers and ray.is_initialized() else ():
+                self._replace(call.worker)
+
+    def _give(
+        self, waiting: deque[Job], calls: dict[Any, Call], begin: Callable, seconds: float, pulse: bool
+    ) -> list[int]:
         """Give jobs to the workers that have none; return those that there are jobs for and that are still to come."""
         busy, coming = {call.worker for call in calls.values()}, []
         for i in range(len(self.workers)):
@@ -163,6 +186,8 @@ class Crew:
                 continue
             waiting.remove(job)
             calls[begin(self.workers[i], job.what)] = Call(job, i, time.monotonic() + seconds)
+            if pulse:
+                self._call(i, seconds)
         return coming
 
     def _there(self, i: int) -> bool:
@@ -173,7 +198,7 @@ class Crew:
             return False
         try:
             ray.get(self.started[i], timeout=0)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except ray.exceptions.RayError as error:
             self.failed[i] += 1
             if self.failed[i] == TRIES:
                 raise RuntimeError(f"{TRIES} {self.called} in a row did not start: {error}") from error
@@ -237,5 +262,4 @@ class RayPool:
         return [found[i] for i in range(len(arguments))]
 
     def close(self) -> None:
-        """End the workers."""
-        self.crew.close()
+        """Do nothing: the workers are the crew's."""

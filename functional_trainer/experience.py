@@ -363,6 +363,7 @@ def _shown(rollout: Rollout, count: int) -> list[dict[str, Any]]:
         reward, worth = rollout.rewards.flat[i], rollout.advantages.flat[i]
         row = {"prompt": rollout.prompts[i].text} | rollout.said[i]
         row |= {"reward": None if np.isnan(reward) else float(reward), "advantage": float(worth)}
+        row |= {"error": answer.episode.error} if answer.episode and answer.episode.error else {}
         rows.append(row | {"tokens": len(answer.tokens), "finish_reason": answer.finish_reason})
     return rows
 

@@ -112,8 +112,9 @@ class RolloutOptions:
         for name in ("max_turns", "max_turn_length", "tool_seconds", "environment_ray"):
             if getattr(self, name) != getattr(RolloutOptions, name) and not self.environment:
                 raise ValueError(f"--rollout.{name.replace('_', '-')} has no effect without --rollout.environment")
-        within("rollout.", self, max_turns=(1, ""), max_turn_length=(0, ""), tool_seconds=(0, ""))
-        within("rollout.", self, environment_ray=(0, ""))
+        within("rollout.", self, max_turns=(1, ""), max_turn_length=(0, ""), environment_ray=(0, ""))
+        if not 0 < self.tool_seconds < math.inf:
+            raise ValueError(f"--rollout.tool-seconds is {self.tool_seconds}; it must be above 0")
         _has_ray("rollout.environment-ray", self.environment_ray)
         for given, flag in ((self.routing_replay == "engine", "routing-replay engine"), (self.partial, "partial")):
             if given and self.environment:
@@ -196,14 +197,16 @@ class RewardOptions:
     isolate: tuple[str, ...] = ()
     """Names of functions of your own to run in processes that are killed when they hang."""
     workers: int = 2
-    """Processes for each isolated function."""
+    """Processes for each isolated function, and for tools of an environment."""
     seconds: float = 10.0
     """Longest time for one answer in an isolated function."""
     ray: int = 0
     """Workers of Ray that isolated functions run in, on this machine or a cluster (0: --reward.workers here)."""
 
     def __post_init__(self):
-        within("reward.", self, workers=(1, ""), seconds=(0, ""), ray=(0, ""))
+        within("reward.", self, workers=(1, ""), ray=(0, ""))
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"--reward.seconds is {self.seconds}; it must be above 0")
         _has_ray("reward.ray", self.ray)
         if self.weights and len(self.weights) != len(self.functions):
             raise ValueError(f"--reward.weights: {len(self.weights)} for {len(self.functions)} of --reward.functions")

@@ -8,9 +8,9 @@
 
 Everybody continues the same prompts, questions of the shipped tasks or random tokens, from the same random weights
 until --tokens or the first of --stops ids. Contestants take turns in one process. Tokens a second are those that were
-generated, over the time of a whole call, prompts included. Greedy answers must be ours, but for a share, --ties: where
-two tokens are equally likely, rounding chooses. In 16 bit, where it soon does, only their first tokens are compared. If
-more differ, or a contestant breaks, the exit status is 1.
+generated, over the time of a whole call, prompts included. Greedy answers must be those of the first contestant that
+runs, ours if one is chosen, but for a share, --ties: where two tokens are equally likely, rounding chooses. In 16 bit,
+where it soon does, only their first tokens are compared. If more differ, or a contestant breaks, the exit status is 1.
 
     ours-F         `LocalEngine` with compile F
     hf-generate-X  `generate` with experts implementation X, all prompts as one batch, padded on the left
@@ -83,7 +83,7 @@ class Options:
     contestants: tuple[str, ...] = ()
     """Names as above, with wildcards; none means all."""
     ties: float | None = None
-    """Share of the answers that may differ from ours (default: 0.02; of first tokens in 16 bit 0.5)."""
+    """Share of answers that may differ from the first contestant's (default: 0.02; of first tokens in 16 bit 0.5)."""
     rounds: int = 9
     """Timed calls of each contestant."""
     warmup: int = 2
@@ -240,6 +240,11 @@ def contestants(o: Options, device: Any, folder: Path) -> dict[str, Prepare]:
     return found
 
 
+def why(problem: Exception) -> str:
+    """Say in short what broke a contestant."""
+    return f"{type(problem).__name__}: {str(problem).strip()[-300:]}"
+
+
 def race(o: Options, starts: dict[str, Callable], console: Console) -> list[dict[str, Any]]:
     """Let all take turns, each what its start returns; return a row for each, with the error if it breaks."""
     rows: list[dict[str, Any]] = []
@@ -256,15 +261,20 @@ def race(o: Options, starts: dict[str, Callable], console: Console) -> list[dict
             for _ in range(o.warmup - 1):
                 calls[name]()
         except Exception as problem:
-            rows[-1]["error"] = f"{type(problem).__name__}: {str(problem).strip()[-300:]}"
-    going = [row for row in rows if "error" not in row]
+            rows[-1]["error"] = why(problem)
     for round in range(o.rounds):
+        going = [row for row in rows if "error" not in row]
         turn = round % max(1, len(going))
         for row in going[turn:] + going[:turn]:
             begin = time.perf_counter()
-            calls[row["name"]]()
+            try:
+                calls[row["name"]]()
+            except Exception as problem:
+                row |= {"error": why(problem), "seconds": []}
+                continue
             row["seconds"].append(time.perf_counter() - begin)
     seen = None if o.dtype == "float32" else 1
+    going = [row for row in rows if "error" not in row]
     for row in going:
         mine, wanted = answers[row["name"]], answers[going[0]["name"]]
         others = sum(a[:seen] != b[:seen] for a, b in zip(mine, wanted, strict=True))
@@ -277,7 +287,7 @@ def race(o: Options, starts: dict[str, Callable], console: Console) -> list[dict
 def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
     """Print one table."""
     table = Table(title=title)
-    for head in ("contestant", "tokens/s", "median s", "min..max s", "tokens", "first call s", "not ours", ""):
+    for head in ("contestant", "tokens/s", "median s", "min..max s", "tokens", "first call s", "not the first's", ""):
         table.add_column(head, justify="left" if head in ("contestant", "") else "right")
     for row in rows:
         cells = [""] * 6
@@ -313,6 +323,8 @@ def main(o: Options) -> None:
     sizes = (*o.prompts, o.tokens, o.rounds, o.warmup, o.threads, o.layers, o.samples, o.slots)
     if min(sizes) < 1 or not o.prompts or not o.prompt_tokens or min(o.prompt_tokens) < 0:
         raise ValueError("--prompt-tokens is at least 0, all other numbers at least 1")
+    if odd := [count for count in o.prompts if count % o.samples]:
+        raise ValueError(f"--prompts {odd[0]} are not some questions, each asked --samples {o.samples} times")
     import torch
 
     from functional_trainer import backend

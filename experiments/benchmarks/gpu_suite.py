@@ -56,13 +56,13 @@ class Options:
     """Preset whose widths are timed."""
     only: tuple[str, ...] = ()
     """Cases, contestants and settings by name, with wildcards ("attention *"); none means all, of decode and grpo the
-    fastest."""
+    fastest. With all of --what these two, and kernels, are left out."""
     layers: int = 0
     """Depth of the model that is timed (0: as many layers as fit in training, 4 in decode, 2 in grpo)."""
     rows: int = 2
     """Rows of 4096 tokens a timed step."""
     rounds: int = 3
-    """Times each contestant and each setting is built and timed."""
+    """Times each contestant and each setting is built and timed; those of grpo are once."""
     steps: int = 5
     """Timed steps a round, after two untimed ones."""
     vllm_python: Path = decode.Options.vllm_python
@@ -311,14 +311,15 @@ def main(o: Options) -> None:
     if status != "ok":
         raise ValueError(about)
     console.print(f"{about['device']}, torch {about['torch']}{', small sizes' * bool(about['small'])}")
+    races = o.what == "all" and not o.only
     checks = run_checks(o, worker, console) if o.what in ("all", "check") else []
     worker.stop()
-    raced = run_kernels(o, bool(about["small"])) if o.what in ("all", "kernels") else {}
+    raced = run_kernels(o, bool(about["small"])) if races or o.what == "kernels" else {}
     speed = run_speed(o, about, console) if o.what in ("all", "speed") else []
     held = run_memory(o, about, worker, console) if o.what in ("all", "memory") else []
     worker.stop()
-    generated = run_decode(o, bool(about["small"])) if o.what in ("all", "decode") else {}
-    reinforced = run_grpo(o, bool(about["small"])) if o.what in ("all", "grpo") else {}
+    generated = run_decode(o, bool(about["small"])) if races or o.what == "decode" else {}
+    reinforced = run_grpo(o, bool(about["small"])) if races or o.what == "grpo" else {}
     count = {s: sum(c["status"] == s for c in checks) for s in ("pass", "failed", "skip")}
     console.print(f"{count['pass']} passed, {count['failed']} failed, {count['skip']} skipped")
     if o.json:

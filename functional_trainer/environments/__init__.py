@@ -30,7 +30,13 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """One episode. Whoever derives from it writes `reset` and `step`."""
+    """One episode. Whoever derives from it writes `reset` and `step`.
+
+    A method may take --rollout.tool-seconds, 10 s, or the episode is lost (`stage`). Methods that are no coroutines are
+    called in one thread, not the main one, so signal.alarm does not work in them; behind one that took too long in
+    another thread, so what belongs to a thread, as a connection of sqlite3, is lost then. `close` is not called while
+    another method still runs.
+    """
 
     tools: Sequence[Callable[..., Any] | dict[str, Any]] = ()
     """Plain functions without state, which are called for the policy (`tools.Tools`); a turn that calls some is no

@@ -77,18 +77,20 @@ class Episodes:
         functions, described = [t for t in offered if callable(t)], [t for t in offered if not callable(t)]
         if functions and described:
             raise ValueError("tools are functions, or descriptions of what `step` answers: not some of each")
-        self.stage: Stage | RayStage = Stage(make, seconds)
+        self.stage: Stage | RayStage
         pool = None
         if ray:
             hows = {"tools": pooled(functions, seconds)} if functions else {}
-            crew = Crew(Host, (hows, make, seconds), ray, "workers for environments")
+            crew = Crew(Host, (hows, make, seconds), ray, "workers for environments", threads=2)
             self.stage, pool = RayStage(crew, seconds), RayPool(crew, "tools", seconds)
+        else:
+            self.stage = Stage(make, seconds)
         self.tools = Tools(functions, workers, seconds, pool=pool) if functions else None
         self.turns = Turns(tokenizer, self.tools.schemas if self.tools else described)
 
     def openings(self, rows: Sequence[Row]) -> list[list[Message]]:
         """Return what each row's environment begins with; what one raises is raised."""
-        numbered = dict(zip(self.numbers, rows, strict=False))
+        numbered = {next(self.numbers): row for row in rows}
         found = self.stage.reset(numbered)
         self.stage.close([*numbered])
         if lost := next((one for one in found if isinstance(one, BaseException)), None):
@@ -202,6 +204,13 @@ def report(samples: Sequence[Sample]) -> dict[str, float]:
         "tools/failure_frequency": sum(e.failures for e in episodes) / calls if calls else 0.0,
         "environment/raised": sum(bool(e.error) for e in episodes),
     }  # fmt: skip
+
+
+def lost(samples: Sequence[Sample]) -> str:
+    """Say how many episodes were lost, and what the first one was lost by; nothing if none was."""
+    errors = [sample.episode.error for sample in samples if sample.episode and sample.episode.error]
+    said = f"{len(errors)} of {len(samples)} episodes were lost (environment/raised), the first one by "
+    return said + errors[0] if errors else ""
 
 
 def rewarded(answers: Sequence[Sample], given: Sequence[float | None]) -> list[float | None]:

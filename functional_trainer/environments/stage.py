@@ -1,9 +1,9 @@
 """Where environments are: in this process, or in workers of Ray; what one takes too long for is its own loss.
 
 Methods of plain environments are called one after the other in a thread beside the caller's. One that takes too long is
-left there, the next ones go on in another thread. The old one is told to end, which it does if it runs Python, or when
-it returns from what it waits for. Nothing helps against what keeps the interpreter to itself, as a loop in C can, but
-another process: that is a worker of Ray. Imports no torch.
+left there, the next ones go on in another thread. The old one is told to end once, which it does if it runs Python and
+lets SystemExit through, or when it returns from what it waits for. Nothing helps against what keeps the interpreter to
+itself, as a loop in C can, but another process: that is a worker of Ray. Imports no torch.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import ctypes
 import inspect
 import pickle
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -23,7 +23,7 @@ from functional_trainer.cluster import Crew, Job, Lost, Pools
 from functional_trainer.environments import Environment, Maker, Message, Row
 
 SLACK = 10.0
-"""Seconds beyond all limits of its environments after which their process is taken to hang."""
+"""Seconds beyond its limit after which a loop in which nothing goes on, or a silent process, is taken to hang."""
 
 
 class Stage:
@@ -35,6 +35,8 @@ class Stage:
     def __init__(self, make: Maker, seconds: float):
         self.make, self.seconds, self.lock = make, seconds, threading.Lock()
         self.held: dict[int, Environment] = {}
+        self.late: dict[int, Callable[[], bool]] = {}
+        """Whether a method of one that took too long still runs."""
         self.caller: _Caller | None = None
         self.loop: _Loop | None = None
 
@@ -45,34 +47,41 @@ class Stage:
             self.held[number] = self.make()
             return self.held[number].reset(row)
 
-        return self._all([partial(begin, *one) for one in rows.items()])
+        return self._all("reset", {number: partial(begin, number, row) for number, row in rows.items()})
 
     def step(self, said: Mapping[int, list[Message]]) -> list[Any]:
         """Answer conversations."""
-        return self._all([partial(self._step, *one) for one in said.items()])
+        return self._all("step", {number: partial(self._step, number, what) for number, what in said.items()})
 
     def _step(self, number: int, messages: list[Message]) -> Any:
         if number not in self.held:
             raise RuntimeError("its worker was lost, and another one has taken its place")
         return self.held[number].step(messages)
 
-    def close(self, numbers: Sequence[int]) -> None:
-        """The episodes of those that were begun are over."""
-        self._all([self.held.pop(number).close for number in numbers if number in self.held])
+    def close(self, numbers: Collection[int]) -> list[Any]:
+        """The episodes of those that were begun are over; those that still run are left alone."""
+        found = self._all("close", {number: partial(self._close, number) for number in numbers})
+        for number in numbers:
+            self.late.pop(number, None)
+        return found
 
-    def _all(self, methods: Sequence[Callable[[], Any]]) -> list[Any]:
+    def _close(self, number: int) -> Any:
+        environment, runs = self.held.pop(number, None), self.late.pop(number, bool)
+        return environment.close() if environment and not runs() else None
+
+    def _all(self, name: str, methods: Mapping[int, Callable[[], Any]]) -> list[Any]:
+        late = TimeoutError(f"its {name} took over {self.seconds:g} s (--rollout.tool-seconds)")
         with self.lock:
-            found = [self._one(method) for method in methods]
-            waiting = [i for i, one in enumerate(found) if inspect.isawaitable(one)]
-            if waiting:
+            found = {number: self._one(number, method, late) for number, method in methods.items()}
+            if waiting := {number: one for number, one in found.items() if inspect.isawaitable(one)}:
                 self.loop = self.loop or _Loop()
-                answers, blocked = self.loop.together([found[i] for i in waiting], self.seconds)
+                tasks, ended, blocked = self.loop.together(waiting, self.seconds)
                 self.loop = None if blocked else self.loop
-                for i, answer in zip(waiting, answers, strict=True):
-                    found[i] = answer
-            return found
+                self.late |= {number: partial(_runs, task) for number, task in tasks.items() if number not in ended}
+                found |= {number: tasks[number].result() if number in ended else late for number in waiting}
+            return [*found.values()]
 
-    def _one(self, method: Callable[[], Any]) -> Any:
+    def _one(self, number: int, method: Callable[[], Any], late: TimeoutError) -> Any:
         caller, self.caller = self.caller or _Caller(), None
         caller.asked.put(method)
         try:
@@ -80,7 +89,8 @@ class Stage:
             self.caller = caller
             return answer
         except Empty:
-            return _late(self.seconds)
+            self.late[number] = caller.thread.is_alive
+            return late
         finally:
             if self.caller is None:
                 caller.end()
@@ -125,23 +135,42 @@ class _Loop:
         with suppress(SystemExit):
             self.loop.run_forever()
 
-    def together(self, waiting: Sequence[Awaitable], seconds: float) -> tuple[list[Any], bool]:
-        """Return what came of each, and whether one keeps the loop from going on, which then all have lost."""
-        tasks: list[asyncio.Future] = []
+    def together(
+        self, waiting: Mapping[int, Awaitable], seconds: float
+    ) -> tuple[dict[int, asyncio.Future], set[int], bool]:  # fmt: skip
+        """Return the task of each, which ended in time, and whether one keeps the loop from going on."""
+        tasks: dict[int, asyncio.Future] = {}
+        marks: list[None] = []  # one when a task begins, one when it ends
 
-        async def wait() -> None:
-            tasks.extend(asyncio.ensure_future(_awaited(one)) for one in waiting)
-            await asyncio.wait(tasks, timeout=seconds)
-            for task in tasks:
+        async def told(one: Awaitable) -> Any:
+            marks.append(None)
+            try:
+                return await one
+            except (Exception, SystemExit) as error:
+                return error
+            finally:
+                marks.append(None)
+
+        def over() -> set[int]:
+            return {number for number, task in tasks.items() if task.done() and not task.cancelled()}
+
+        async def wait() -> set[int]:
+            tasks.update({number: asyncio.ensure_future(told(one)) for number, one in waiting.items()})
+            await asyncio.sleep(0)  # all have begun
+            await asyncio.wait(tasks.values(), timeout=seconds)
+            found = over()
+            for task in tasks.values():
                 task.cancel()
+            return found
 
-        try:
-            asyncio.run_coroutine_threadsafe(wait(), self.loop).result(seconds + SLACK)
-        except TimeoutError:
-            self.end()
-            _interrupt(self.thread)
-            return [_answer(task, seconds) for task in tasks] or [_late(seconds) for _ in waiting], True
-        return [_answer(task, seconds) for task in tasks], False
+        ended, seen = asyncio.run_coroutine_threadsafe(wait(), self.loop), -1
+        while seen < len(marks):
+            seen = len(marks)
+            with suppress(TimeoutError):
+                return tasks, ended.result(seconds + SLACK), False
+        self.end()
+        _interrupt(self.thread)
+        return tasks, over(), True
 
     def end(self) -> None:
         """Let it end when it can."""
@@ -153,19 +182,8 @@ def _interrupt(thread: threading.Thread) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
 
-async def _awaited(one: Awaitable) -> Any:
-    try:
-        return await one
-    except (Exception, SystemExit) as error:
-        return error
-
-
-def _answer(task: asyncio.Future, seconds: float) -> Any:
-    return task.result() if task.done() and not task.cancelled() else _late(seconds)
-
-
-def _late(seconds: float) -> TimeoutError:
-    return TimeoutError(f"it took over {seconds:g} s")
+def _runs(task: asyncio.Future) -> bool:
+    return not task.done()
 
 
 def _tried(method: Callable[[], Any]) -> Any:
@@ -185,22 +203,16 @@ class Host(Pools):
         super().__init__(hows)
         self.stage = Stage(make, seconds)
 
-    def reset(self, rows: Mapping[int, Row]) -> list[bytes]:
-        return [_sent(one) for one in self.stage.reset(rows)]
-
-    def step(self, said: Mapping[int, list[Message]]) -> list[bytes]:
-        return [_sent(one) for one in self.stage.step(said)]
-
-    def close(self, rows: Mapping[int, None]) -> list[bytes]:
-        self.stage.close([*rows])
-        return []
+    def play(self, method: str, given: Any) -> list[bytes]:
+        """Call a method of the stage."""
+        return [_sent(one) for one in getattr(self.stage, method)(given)]
 
 
 class RayStage:
     """A `Stage` whose environments are those of the `Host`s of a crew, each at the one that its number says.
 
-    Those of a worker that dies are lost; one that died before they were begun costs nothing. A worker that has done
-    nothing for longer than all of its environments may take counts as hung, and is killed.
+    Those of a worker that dies are lost; one that died before they were begun costs nothing. A worker whose other
+    thread does not say within the limit of a call, and SLACK, that it is there counts as hung, and is killed.
     """
 
     def __init__(self, crew: Crew, seconds: float):
@@ -214,26 +226,25 @@ class RayStage:
         """Answer conversations."""
         return self._share("step", said)
 
-    def close(self, numbers: Sequence[int]) -> None:
+    def close(self, numbers: Collection[int]) -> list[Any]:
         """The episodes of those that were begun are over."""
-        self._share("close", dict.fromkeys(numbers))
+        return self._share("close", dict.fromkeys(numbers))
 
     def _share(self, method: str, given: Mapping[int, Any]) -> list[Any]:
         count = len(self.crew.workers)
         shares = {i: {n: x for n, x in given.items() if n % count == i} for i in range(count)}
         jobs = [Job(i, worker=i) for i, share in shares.items() if share]
-        seconds = SLACK * 2 + self.seconds * max(map(len, shares.values()))
         found = dict[int, Any]()
 
         def ask(worker: Any, i: int) -> Any:
-            return getattr(worker, method).remote(shares[i])
+            return worker.play.remote(method, shares[i])
 
-        for i, answers in self.crew.work(jobs, ask, seconds, tries=1):
+        for i, answers in self.crew.work(jobs, ask, self.seconds + SLACK, tries=1, pulse=True):
             if isinstance(answers, Lost):
                 found |= {n: RuntimeError(f"its worker was lost: {answers.error}") for n in shares[i]}
             else:
-                found |= dict(zip(shares[i], map(_taken, answers), strict=method != "close"))
-        return [] if method == "close" else [found[n] for n in given]
+                found |= dict(zip(shares[i], map(_taken, answers), strict=True))
+        return [found[n] for n in given]
 
     def end(self) -> None:
         """End the workers."""
@@ -242,10 +253,16 @@ class RayStage:
 
 def _sent(answer: Any) -> bytes:
     """Return an answer as bytes, or why it cannot be: that costs its own episode."""
+    kind = type(answer).__name__
     try:
-        return cloudpickle.dumps(answer)
+        data = cloudpickle.dumps(answer)
+        if isinstance(answer, BaseException):
+            pickle.loads(data)  # one with an __init__ of its own may not load
+        return data
     except Exception as error:
-        return pickle.dumps(TypeError(f"{type(answer).__name__} cannot be sent from a worker: {error}"))
+        raised = isinstance(answer, BaseException)
+        why = f"{kind}: {answer}" if raised else f"{kind} cannot be sent from a worker: {error}"
+        return pickle.dumps(RuntimeError(why) if raised else TypeError(why))
 
 
 def _taken(data: bytes) -> Any:

@@ -125,9 +125,17 @@ def wrong(value: Any, wanted: Mapping[str, Any], where: str) -> str:
     return next(filter(None, (wrong(*one) for one in inner)), "")
 
 
+def schemas(functions: Sequence[Callable[..., Any]]) -> dict[str, dict[str, Any]]:
+    """Describe functions, by name; ValueError if two have the same."""
+    found = {(s := schema(function))["function"]["name"]: s for function in functions}
+    if len(found) < len(functions):
+        raise ValueError(f"two tools have the same name: there are {len(functions)}, named {', '.join(found)}")
+    return found
+
+
 def pooled(functions: Sequence[Callable[..., Any]], seconds: float) -> dict[str, Any]:
     """Return the arguments of a `workers.Pool` that calls functions by name."""
-    named = {schema(function)["function"]["name"]: function for function in functions}
+    named = dict(zip(schemas(functions), functions, strict=True))
     return {"function": partial(_call, named), "seconds": seconds, "memory": MEMORY}
 
 
@@ -138,10 +146,9 @@ class Tools:
         self, functions: Sequence[Callable[..., Any]], workers: int = 2, seconds: float = 10.0,
         pool: RayPool | None = None,
     ):  # fmt: skip
-        self.schemas = [schema(function) for function in functions]
-        self.taken = {s["function"]["name"]: s["function"]["parameters"] for s in self.schemas}
-        if len(self.taken) < len(functions):
-            raise ValueError(f"two tools have the same name: {', '.join(s['function']['name'] for s in self.schemas)}")
+        described = schemas(functions)
+        self.schemas = [*described.values()]
+        self.taken = {name: s["function"]["parameters"] for name, s in described.items()}
         self.pool = pool or Pool(workers=workers, **pooled(functions, seconds))
 
     def __call__(self, calls: Sequence[Call]) -> list[Result]:

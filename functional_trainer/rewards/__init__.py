@@ -80,7 +80,7 @@ class Rewards:
         isolate: Iterable[str] = (), workers: int = 2, seconds: float = 10.0, memory: int = 4 << 30, ray: int = 0,
     ):  # fmt: skip
         isolate = {*isolate}
-        refuse(functions, isolate)
+        refuse(functions, isolate, ray)
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"{len(weights)} weights for {len(functions)} reward functions: {', '.join(functions)}")
         self.functions = dict(functions)
@@ -88,13 +88,9 @@ class Rewards:
         isolated = {name for name, function in functions.items() if function in ISOLATED} | isolate
         hows = {name: _pooled(functions[name], seconds, memory) for name in sorted(isolated)}
         self.pools: dict[str, Pool | RayPool]
-        if ray:
-            if not hows:
-                raise ValueError(
-                    f"workers of Ray run isolated functions only, and none of {', '.join(functions)} is one"
-                )
-            crew = Crew(Pools, (hows,), ray, "workers for rewards")
-            self.pools = {name: RayPool(crew, name, how["seconds"]) for name, how in hows.items()}
+        self.crew = Crew(Pools, (hows,), ray, "workers for rewards") if ray else None
+        if self.crew:
+            self.pools = {name: RayPool(self.crew, name, how["seconds"]) for name, how in hows.items()}
         else:
             self.pools = {name: Pool(workers=workers, **how) for name, how in hows.items()}
 
@@ -133,8 +129,9 @@ class Rewards:
 
     def close(self) -> None:
         """End the worker processes."""
-        for pool in self.pools.values():
-            pool.close()
+        for one in (*self.pools.values(), self.crew):
+            if one:
+                one.close()
 
     def __enter__(self) -> "Rewards":
         return self
@@ -143,25 +140,36 @@ class Rewards:
         self.close()
 
 
-def refuse(functions: Mapping[str, Function], isolate: Iterable[str]) -> None:
+def refuse(functions: Mapping[str, Function], isolate: Iterable[str], ray: int = 0) -> None:
     """Raise a ValueError if functions cannot be called whatever the columns are, or isolated as is asked."""
+    if ray and not {*isolate} and not {*ISOLATED} & {*functions.values()}:
+        said = f"--reward.ray {ray}: workers of Ray run isolated functions only, and none of {', '.join(functions)} is"
+        raise ValueError(f"{said} one; name some with --reward.isolate")
     if unknown := {*isolate} - functions.keys():
         raise ValueError(f"isolate names {sorted(unknown)}; the functions are {sorted(functions)}")
     if maths in functions.values() and importlib.util.find_spec("math_verify") is None:
         raise ValueError("maths needs math-verify, which is not installed: pip install '.[rl]'")
     for name, function in functions.items():
-        named = [p.name for p in inspect.signature(function).parameters.values() if p.kind in NAMED]
+        named = [p.name for p in _signature(name, function).parameters.values() if p.kind in NAMED]
         refuse_columns({name: function}, [*GIVEN, *(p for p in named if p not in GIVEN)])
 
 
 def refuse_columns(functions: Mapping[str, Function], names: Iterable[str]) -> None:
     """Raise a ValueError if a function cannot be called with these arguments, columns of the data set among them."""
     for name, function in functions.items():
+        signature = _signature(name, function)
         try:
-            inspect.signature(function).bind(**dict.fromkeys(names))
+            signature.bind(**dict.fromkeys(names))
         except TypeError as error:
             said = f"reward function {name} cannot be called with {', '.join(names)}: {error}"
             raise ValueError(f"{said}; it takes the columns that it names, and the others as **columns") from None
+
+
+def _signature(name: str, function: Function) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward function {name} does not say its arguments ({error}): wrap it in a `def`") from None
 
 
 def _single(function: Function, **sample: Any) -> Outcome:
@@ -226,7 +234,10 @@ def load(given: str) -> tuple[str, Function]:
 
 @cache
 def load_all(named: tuple[str, ...]) -> dict[str, Function]:
-    """Return functions by name; a file is run once. ValueError if two have the same name."""
+    """Return functions by name; a file is run once, it may load a model, until the cache is cleared.
+
+    ValueError if two have the same name.
+    """
     found = [load(given) for given in named]
     if len({name for name, _ in found}) < len(found):
         raise ValueError(f"--reward.functions {' '.join(named)}: two have the same name")

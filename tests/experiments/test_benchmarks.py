@@ -141,6 +141,30 @@ def test_decode_counts_answers_that_are_not_ours_and_goes_on_without_the_broken(
         assert rows[2]["error"] == "ValueError: no such kernel" and not rows[2]["seconds"]
 
 
+def test_decode_goes_on_without_one_that_breaks_in_a_timed_round():
+    left = [[[1, 2], [3]]] * 2
+    starts = {"ours-off": lambda: left.pop} | dict.fromkeys(("hf-a", "hf-b"), lambda: lambda: [[1, 5], [4]])
+    rows = decode.race(decode.Options(rounds=3, warmup=1), starts, Console(quiet=True))
+    assert rows[0]["error"] == "IndexError: pop from empty list" and not rows[0]["seconds"]
+    assert [row["others"] for row in rows[1:]] == [0, 0] and all(len(row["seconds"]) == 3 for row in rows[1:])
+
+
+def test_decode_refuses_questions_that_are_not_asked_equally_often():
+    with pytest.raises(ValueError, match="--prompts 8 are not some questions, each asked --samples 16 times"):
+        decode.main(decode.Options(prompts=(16, 8), samples=16))
+
+
+@pytest.mark.slow
+def test_gpu_suite_runs_no_race_in_full_beside_what_was_chosen(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_suite, "beside", lambda *given: asked.append(given) or {})
+    monkeypatch.setattr(gpu_suite, "run_speed", lambda *given: [])
+    monkeypatch.setattr(gpu_suite, "run_memory", lambda *given: [])
+    with pytest.raises(SystemExit) as ended:
+        gpu_suite.main(gpu_suite.Options(device="cpu", only=("no such case",)))
+    assert not ended.value.code and not asked
+
+
 def test_packed_batch_holds_whole_documents():
     batch = sft_cpu.packed_batch(3, 70, 50, seed=4, shortest=9)
     lengths = flops.lengths(batch["segment_ids"])

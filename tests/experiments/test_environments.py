@@ -3,13 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from experiments import episodes, rl
 from experiments.first_light import dialogues
-from functional_trainer import environments
+from functional_trainer import environments, experience
 from functional_trainer.data import Tokenizer
+from functional_trainer.engines import Episode, Sample
+from functional_trainer.experience import Prompt, Prompts
+from functional_trainer.rl_options import RewardOptions
+from functional_trainer.types import OneDevice
 from tests.experiments import sft_runs
 
 RECIPE = sft_runs.RECIPE.with_stem("qwen3_moe_grpo").stem
@@ -107,6 +114,27 @@ def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, me
     flags = flags if "--rollout.environment" in flags else (*flags, "--rollout.max-turn-length", 0)
     said = run(place, "--steps", 1, "--out", tmp_path / "run", *flags, status=status)
     assert message in said and "Traceback" not in said
+
+
+def test_lost_episodes_are_told_of(monkeypatch):
+    """Those of a rollout once, with why, and in completions.jsonl; of held-out ones how many."""
+    fine = Sample([1], [-0.1], "stop", [0], reward=1.0, episode=Episode([], 1, 0, 0))
+    lost = fine._replace(reward=None, episode=Episode([], 1, 0, 0, "KeyError: gone"))
+    said: list[str] = []
+    tokenizer = SimpleNamespace(decode=str)
+    run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=tokenizer, say=said.append, questions=[1, 2])
+    o = SimpleNamespace(reward=RewardOptions(), rollout=SimpleNamespace(environment="guess"), answers=2)
+    score = rl.rewards(o, run)
+    for _ in range(2):
+        assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.0, None, None]
+    assert len(said) == 1 and said[0].endswith("the first one by KeyError: gone")
+    table = np.array([[1.0, np.nan]])
+    shown = experience._shown(experience.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
+    assert [row.get("error") for row in shown] == [None, "KeyError: gone"]
+    held_out = episodes.HeldOut(o, run, None)
+    monkeypatch.setattr(held_out, "_played", lambda params, records: [fine, lost])
+    assert (found := held_out.measure({})) == {"eval_reward": 0.5, "eval_raised": 1}
+    assert held_out.say(found) == "the reward of 2 held-out episodes is 0.500; 1 were lost, and count as 0"
 
 
 @pytest.mark.parametrize("name", environments.SHIPPED)

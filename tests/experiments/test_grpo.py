@@ -1,6 +1,7 @@
 """The recipe of reinforcement learning as users run it: what it says, resuming, several processes."""
 
 import ast
+import importlib
 import json
 from pathlib import Path
 
@@ -92,11 +93,11 @@ def level(completions, level, **columns): return [float(x or 0) for x in level]
 CHAT = [{"role": "user", "content": "Add 3 to 4."}, {"role": "assistant", "content": "7"}]
 
 
-def read(*functions: str, environment: str = "", isolate: tuple[str, ...] = ()):
+def read(*functions: str, environment: str = "", isolate: tuple[str, ...] = (), ray: int = 0, files=("rows.jsonl",)):
     """Read what a run asks, from rows.jsonl."""
     o = qwen3_moe_grpo.Options(
-        model=qwen3_moe_grpo.ModelOptions(path="m"), data=qwen3_moe_grpo.PromptOptions(train=("rows.jsonl",)),
-        reward=qwen3_moe_grpo.RewardOptions(functions, isolate=isolate),
+        model=qwen3_moe_grpo.ModelOptions(path="m"), data=qwen3_moe_grpo.PromptOptions(train=files),
+        reward=qwen3_moe_grpo.RewardOptions(functions, isolate=isolate, ray=ray),
         rollout=qwen3_moe_grpo.RolloutOptions(environment=environment),
     )  # fmt: skip
     return rl.read(o, Tokenizer(sft_runs.TOKENIZER), 384, ONE_DEVICE, 0, lambda text: None)
@@ -112,15 +113,46 @@ def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, 
         (["mine.py:few"], {}, "few cannot be called with prompts, completions, .* unexpected .* argument 'prompts'"),
         (["exact", "exact"], {}, "--reward.functions exact exact: two have the same name"),
         (["exact"], {"isolate": ("maths",)}, r"isolate names \['maths'\]; the functions are \['exact'\]"),
+        (["exact"], {"ray": 2}, "--reward.ray 2: .* none of exact is one; name some with --reward.isolate"),
+        (["code"], {"ray": 2, "files": ("nowhere.jsonl",)}, "nowhere.jsonl: no such file"),  # and no cluster is begun
         ([], {"environment": "env.py:None"}, "env.py: No such file"),
     ]:
         with pytest.raises(ValueError, match=said):
             read(*functions, **how)
+    assert not importlib.import_module("ray").is_initialized()
     both = [{"messages": CHAT}, {"messages": CHAT, "level": 2}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
     assert len(read("mine.py:level")[0]) == 2
     with pytest.raises(ValueError, match="deaf cannot be called with .*, level, .*: missing a required .*'answers'"):
         read("mine.py:deaf")
+    (tmp_path / "mine.py").write_text(MINE.replace("answers", "completions"))
+    assert len(read("mine.py:deaf")[0]) == 2, "a file is read again by the next run in this process"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rollout": {"environment": "guess", "tool_seconds": 0.0}}, "--rollout.tool-seconds is 0.0; it must be above"),
+        ({"reward": {"seconds": 0.0}}, "--reward.seconds is 0.0; it must be above 0"),
+        ({"reward": {"ray": 2, "workers": 9}}, "--reward.workers has no effect with --reward.ray 2; leave one away"),
+        (
+            {"reward": {"ray": 2, "workers": 9}, "rollout": {"environment": "guess", "environment_ray": 1}},
+            "--reward.workers has no effect",
+        ),
+        ({"reward": {"ray": 2, "workers": 9}, "rollout": {"environment": "guess"}}, ""),  # for tools
+    ],
+)
+def test_options_of_rewards_that_make_no_sense_are_refused(options, said):
+    def make():
+        rollout = qwen3_moe_grpo.RolloutOptions(**options.get("rollout", {}))
+        reward = qwen3_moe_grpo.RewardOptions(**options.get("reward", {}))
+        return qwen3_moe_grpo.Options(model=qwen3_moe_grpo.ModelOptions(path="m"), rollout=rollout, reward=reward)
+
+    if not said:
+        assert make().reward.workers == 9
+        return
+    with pytest.raises(ValueError, match=said):
+        make()
 
 
 def test_experts_of_a_dense_model_cannot_be_replayed(place):

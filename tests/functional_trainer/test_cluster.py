@@ -11,8 +11,9 @@ from experiments.first_light.make_tokenizer import FOLDER
 from functional_trainer import cluster
 from functional_trainer.cluster import Crew, Job, Pools
 from functional_trainer.data import Tokenizer
-from functional_trainer.environments import shipped, stage
+from functional_trainer.environments import Environment, shipped, stage
 from functional_trainer.environments.episodes import Episodes, report
+from functional_trainer.environments.tools import Call
 from functional_trainer.rewards import Rewards, code, code_share
 from tests.functional_trainer.test_environments import SAMPLING, Script, calling, encoded, play, user
 from tests.functional_trainer.test_rewards import samples
@@ -135,6 +136,14 @@ def test_a_function_that_cannot_be_loaded_there_ends_the_run():
     with pytest.raises(ValueError, match="what workers are made of cannot be sent to them"):
         Crew(Pools, (threading.Lock(),), 1, "workers")
 
+    class Shy:
+        def __reduce__(self):
+            raise OSError("no")
+
+    with pytest.raises(ValueError, match="what workers are made of cannot be sent to them"):
+        Crew(Pools, (Shy(),), 1, "workers")
+    Crew(Pools, ({},), 2, "workers").close()  # there is room: the places of these were given back
+
 
 # environments ---------------------------------------------------------------------------------------------------------
 
@@ -166,6 +175,13 @@ def talker():
                 pass
             if doing == "odd":
                 return threading.Lock()
+            if doing == "own":
+
+                class Own(Exception):
+                    def __init__(self, number, text):
+                        super().__init__(f"{text} {number}")
+
+                raise Own(3, "number")
             time.sleep(self.row.get("slow", 0))
             said = {"role": "user", "content": f"{doing} {len(messages)}"}
             return Step([said], 0.5, self.turn == len(self.row["turns"]))
@@ -201,18 +217,19 @@ def two():
 
 
 def test_episodes_are_those_of_environments_here(two):
-    turns = ["a b c", "a raise", "odd", "a", "hang", "a b c d", "a b"]
+    turns = ["a b c", "a raise", "odd", "a", "hang", "a b c d", "a b", "own"]
     rows = [told(*some.split()) for some in turns]
     here = Episodes(TALKER, TOKENIZER, seconds=2)
     wanted, found = play(here, Steady([]), rows), play(two, Steady([]), rows)
     here.close()
-    assert [s.reward for s in wanted] == [1.5, None, None, 0.5, None, 2.0, 1.0]
-    errors = ["", "SystemExit: over", "TypeError: ", "", "TimeoutError: it took over 2 s", "", ""]
+    assert [s.reward for s in wanted] == [1.5, None, None, 0.5, None, 2.0, 1.0, None]
+    errors = ["", "SystemExit: over", "TypeError: ", "", "TimeoutError: its step took over 2 s", "", "", ""]
+    assert wanted[-1].episode.error == "Own: number 3" and found[-1].episode.error == "RuntimeError: Own: number 3"
     for theirs, ours, error in zip(found, wanted, errors, strict=True):
         assert theirs.episode.error.startswith(error) and ours.episode.error.startswith(error)
         whole = [one._replace(episode=one.episode._replace(error="")) for one in (theirs, ours)]
         assert whole[0] == whole[1]
-    assert report(found) == report(wanted) and report(found)["environment/raised"] == 3
+    assert report(found) == report(wanted) and report(found)["environment/raised"] == 4
 
 
 def test_tools_run_there_too():
@@ -268,12 +285,106 @@ def test_one_that_died_between_rollouts_costs_nothing(two):
 def test_what_no_thread_can_end_costs_the_episodes_of_its_worker(two, monkeypatch, end):
     """The process ends, or a loop in C keeps the interpreter to itself."""
     monkeypatch.setattr(stage, "SLACK", 1.0)
-    rows = [told("a", "b"), told("a", end), told("a", "b"), told("a", "b")]
+    rows = [told("a", "b"), told("a", end), *[told("a", "b")] * 58]
     begun = time.monotonic()
     samples = play(two, Steady([]), rows)
-    assert time.monotonic() - begun < 60
-    assert [s.reward for s in samples] == [1.0, None] * 2 and report(samples)["environment/raised"] == 2
+    assert time.monotonic() - begun < 30, "not the time of all episodes, that is a minute"
+    assert [s.reward for s in samples] == [1.0, None] * 30 and report(samples)["environment/raised"] == 30
     assert [s.reward for s in play(two, Steady([]), [told("a")] * 4)] == [0.5] * 4
+
+
+def test_a_worker_that_is_there_may_take_long(two, monkeypatch):
+    monkeypatch.setattr(stage, "SLACK", -1.5)  # of 2 seconds; it has 16 calls of 0.2
+    assert [s.reward for s in play(two, Steady([]), [told("a", slow=0.2)] * 32)] == [0.5] * 32
+
+
+def test_tools_do_not_end_the_workers_of_environments():
+    episodes = Episodes(shipped.Calculator, TOKENIZER, ray=1)
+    episodes.tools.close()
+    assert len(processes(episodes.stage.crew)) == 1
+    episodes.close()
+    with pytest.raises(RuntimeError, match="the pool is closed"):
+        episodes.tools([Call("calculator", {"expression": "2 * 3"})])
+
+
+def test_tools_of_one_name_are_refused_before_there_are_workers(monkeypatch):
+    class Two(Environment):
+        tools = (shipped.Calculator.tools[0],) * 2
+
+    monkeypatch.setattr(cluster, "ROOM", 0.0)
+    with pytest.raises(ValueError, match="two tools have the same name: there are 2, named calculat"):
+        Episodes(Two, TOKENIZER, ray=1)
+
+
+# what is under way ----------------------------------------------------------------------------------------------------
+
+
+def slow_pools():
+    """Return the arguments of `Pools` with a function that takes as long as it is told, and says it."""
+
+    def wait(seconds):
+        import time
+
+        time.sleep(seconds)
+        return seconds
+
+    return ({"wait": {"function": wait, "seconds": 60}},)
+
+
+def ask(worker, seconds):
+    return worker.call.remote("wait", {"seconds": seconds})
+
+
+@pytest.fixture
+def crew():
+    made = Crew(Pools, slow_pools(), 2, "workers")
+    assert [answer.value for _, answer in made.work([Job(0.0)] * 2, ask, 60.0)] == [0.0] * 2
+    yield made
+    made.close()
+
+
+def test_workers_whose_answers_nobody_takes_are_replaced(crew):
+    before, begun = processes(crew), time.monotonic()
+    for what, _ in crew.work([Job(0.1), Job(50.0)], ask, 60.0):
+        assert what == 0.1
+        break
+    assert [answer.value for _, answer in crew.work([Job(0.0)] * 2, ask, 60.0)] == [0.0] * 2
+    assert time.monotonic() - begun < 30 and len({*before} & {*processes(crew)}) == 1
+
+
+def test_one_that_hangs_is_seen_while_others_answer(crew):
+    begun = time.monotonic()
+    for what, answer in crew.work([Job(50.0)] + [Job(0.3)] * 15, ask, 1.0, tries=1):
+        if what == 50.0:
+            assert answer == cluster.Lost("took over 1 s") and time.monotonic() - begun < 3
+            return
+    raise AssertionError("it was not seen")
+
+
+def test_what_ray_loses_is_lost_whatever_it_is_called(crew, monkeypatch):
+    """There are more errors of Ray than that of a dead actor; what a job raises is raised."""
+    import ray
+
+    get, left = ray.get, [ray.exceptions.OutOfMemoryError("full"), ray.exceptions.ObjectLostError("00", None, "")]
+
+    def failing(ref, **how):
+        if left:
+            raise left.pop()
+        return get(ref, **how)
+
+    monkeypatch.setattr(ray, "get", failing)
+    assert [answer.value for _, answer in crew.work([Job(0.0)], ask, 60.0)] == [0.0] and not left
+    left += [ray.exceptions.OutOfMemoryError("full")]
+    crew.until = [0.0] * 2
+    assert [answer.value for _, answer in crew.work([Job(0.0)], ask, 60.0)] == [0.0] and not left
+    with pytest.raises(KeyError):
+        list(crew.work([Job(0.0)], lambda worker, what: worker.call.remote("none", {}), 60.0))
+
+
+def test_a_crew_that_is_closed_says_so(crew):
+    crew.close()
+    with pytest.raises(RuntimeError, match="the pool is closed"):
+        list(crew.work([Job(0.0)], ask, 1.0))
 
 
 # room -----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Sequence
@@ -523,12 +524,14 @@ def test_an_environment_that_hangs_costs_its_episode(tokenizers):
     samples = play(episodes, Script([[turn] * 6, [turn] * 4]), [{"how": how} for how in hows])
     assert time.monotonic() - begun < 2
     assert [s.reward for s in samples] == [1.25, None, 1.25, None, None, 1.25, 1.25]
-    assert [s.episode.error for s in samples][3] == "TimeoutError: it took over 0.2 s"
+    errors = ["step", "step", "reset"]
+    errors = [f"TimeoutError: its {name} took over 0.2 s (--rollout.tool-seconds)" for name in errors]
+    assert [s.episode.error for s in samples if s.episode.error] == errors
     assert report(samples)["environment/raised"] == 3
     episodes.close()
     time.sleep(0.1)
     assert threading.active_count() <= before + 1, "what computes is ended; one still sleeps"
-    with pytest.raises(TimeoutError, match="it took over 0.2 s"):
+    with pytest.raises(TimeoutError, match="its reset took over 0.2 s"):
         Episodes(Stuck, tokenizers["shipped"], seconds=0.2).openings([{"how": "sleeps in reset", "opened": True}])
 
 
@@ -553,7 +556,7 @@ class Stubborn(Talk):
 
 @pytest.mark.parametrize(
     ("hows", "rewards"),
-    [(["", "stubborn", "exits", ""], [1.0, None, None, 1.0]), (["", "blocks", "", ""], [None] * 4)],
+    [(["", "stubborn", "exits", ""], [1.0, None, None, 1.0]), (["", "blocks", "", ""], [1.0, None, None, None])],
 )
 def test_a_coroutine_that_does_not_end_costs_its_episode_or_those_that_wait_for_it(
     tokenizers, monkeypatch, hows, rewards
@@ -566,8 +569,105 @@ def test_a_coroutine_that_does_not_end_costs_its_episode_or_those_that_wait_for_
         rows = [{"opening": [user("q")], "answers": [], "how": one} for one in how]
         samples = play(episodes, Script([[turn] * 4]), rows)
         wanted = rewards if how is hows else [1.0] * 4
-        assert [s.reward for s in samples] in (wanted, [1.0, *wanted[1:]])
+        assert [s.reward for s in samples] == wanted
     assert time.monotonic() - begun < 2
+    episodes.close()
+
+
+class Noted(Talk):
+    """It notes when it is closed, and whether it was in a step then."""
+
+    closed: list[tuple[str, bool]] = []
+
+    def reset(self, row):
+        self.how, self.busy = row["how"], False
+        return super().reset(row | {"opening": [user("q")], "answers": []})
+
+    def step(self, messages):
+        self.busy = True
+        try:
+            if self.how == "computes":
+                while True:
+                    pass
+            if self.how == "sleeps":
+                time.sleep(1)
+            return super().step(messages)
+        finally:
+            self.busy = False
+
+    def close(self):
+        Noted.closed.append((self.how, self.busy))
+
+
+class NotedAsync(Noted):
+    async def step(self, messages):
+        self.busy = True
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0 if self.how == "fine" else 1)
+        if self.how == "sleeps":
+            await asyncio.sleep(1)
+        self.busy = False
+        return Step(done=True)
+
+
+@pytest.mark.parametrize("kind", [Noted, NotedAsync])
+def test_an_environment_is_not_closed_while_it_runs(tokenizers, kind):
+    """One that has ended, since it was told to, is closed."""
+    turn = encoded(tokenizers["shipped"], "1")
+    episodes = Episodes(kind, tokenizers["shipped"], seconds=0.2)
+    rows = [{"how": how} for how in ("computes", "sleeps", "fine")]
+    episodes.openings(rows)
+    Noted.closed.clear()
+    samples = episodes(
+        Script([[turn] * 3], stop=tokenizers["shipped"].eos_ids),
+        [episodes.turns.prompt([user("q")])] * 3,
+        rows,
+        SAMPLING,
+    )
+    assert [s.reward is None for s in samples] == [True, True, False]
+    assert Noted.closed == [("computes", False), ("fine", False)]
+    episodes.close()
+
+
+class Bound(Talk):
+    """Its connection is one of the thread that opened it, as sqlite3's are."""
+
+    def reset(self, row):
+        self.how, self.base = row["how"], sqlite3.connect(":memory:")
+        return super().reset(row | {"opening": [user("q")], "answers": []})
+
+    def step(self, messages):
+        time.sleep(0.5 if self.how == "sleeps" else 0)
+        self.base.execute("select 1")
+        return super().step(messages)
+
+
+def test_all_calls_are_of_one_thread_until_one_hangs(tokenizers):
+    turn = encoded(tokenizers["shipped"], "1")
+    episodes = Episodes(Bound, tokenizers["shipped"], seconds=0.2)
+    for hows, lost in ((["fine"] * 3, [""] * 3), (["fine", "sleeps", "fine"], ["", "its step took", "thread"])):
+        samples = play(episodes, Script([[turn] * 3]), [{"how": how} for how in hows])
+        for sample, part in zip(samples, lost, strict=True):
+            assert part in sample.episode.error and bool(part) == bool(sample.episode.error)
+    episodes.close()
+
+
+class Busy(Talk):
+    """Coroutines that each take a part of the loop's time, before they wait and after."""
+
+    async def step(self, messages):
+        time.sleep(0.03)
+        await asyncio.sleep(0)
+        time.sleep(0.03)
+        return super().step(messages)
+
+
+def test_many_coroutines_are_not_one_that_hangs(tokenizers, monkeypatch):
+    monkeypatch.setattr(stage, "SLACK", 0.1)
+    turn = encoded(tokenizers["shipped"], "1")
+    episodes = Episodes(Busy, tokenizers["shipped"], seconds=0.3)
+    samples = play(episodes, Script([[turn] * 10]), [{"opening": [user("q")], "answers": []}] * 10)
+    assert [s.reward for s in samples] == [1.0] * 10
     episodes.close()
 
 

@@ -164,7 +164,7 @@ def test_one_that_fails_costs_its_sample(isolate):
 
 
 def test_workers_of_ray_run_isolated_functions_only():
-    with pytest.raises(ValueError, match="run isolated functions only, and none of exact, length is one"):
+    with pytest.raises(ValueError, match="--reward.ray 2: .* none of exact, length is one; .*--reward.isolate"):
         Rewards({"exact": rewards.exact, "length": rewards.length(8)}, ray=2)
 
 
@@ -199,6 +199,11 @@ def test_bad_calls_are_errors_at_once():
 
 
 # by name -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_that_does_not_say_its_arguments_is_named():
+    with pytest.raises(ValueError, match="reward function most does not say its arguments .*: wrap it in a `def`"):
+        Rewards({"most": max})
 
 
 def test_functions_of_files_run_here_and_isolated(tmp_path):
