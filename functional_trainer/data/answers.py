@@ -55,7 +55,9 @@ def rows(answers: Iterable[Answer], seq_len: int, share: bool) -> list[list[Segm
         row = next((r for r in recent if key in held[r] and free[r] >= inputs - before), -1)
         row = next((r for r in recent if free[r] >= inputs), len(table)) if row < 0 else row
         if row == len(table):
-            table, free, held = [*table, []], [*free, seq_len], [*held, {}]
+            table.append([])
+            free.append(seq_len)
+            held.append({})
         if before and key not in held[row]:
             table[row].append(Segment(document, 0, before + 1, 0))
             held[row][key], free[row] = len(table[row]), free[row] - before
@@ -67,8 +69,8 @@ def rows(answers: Iterable[Answer], seq_len: int, share: bool) -> list[list[Segm
 def pieces(stored: Documents, table: Sequence[Sequence[Segment]]) -> tuple[Pieces, list[list[int]]]:
     """Return what `packing.fill` takes to write the segments of each row, given prompts with their answers."""
     flat = [segment for row in table for segment in row]
-    first, stop = (np.array([segment[k] for segment in flat], np.int64) for k in (1, 2))
-    begin, length = stored.offsets[[segment.document for segment in flat]] + first, stop - first - 1
+    document, first, stop, _ = np.array(flat, np.int64).reshape(-1, 4).T
+    begin, length = stored.offsets[document] + first, stop - first - 1
     before = np.concatenate([[0], np.cumsum(stored.mask)])  # trained tokens before each
     numbers = iter(range(len(flat)))
     trained = before[begin + 1 + length] - before[begin + 1]
