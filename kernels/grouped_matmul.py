@@ -7,6 +7,7 @@ FLOPs: 2 R I O forward, 4 R I O backward. Rows beyond sum(counts) belong to no e
 Backends: `blas` calls the vendor's matmul once per expert and reads the counts on the host, so it serves the host's own
 device; `torch` is `F.grouped_mm`, whose offsets stay on the device. On the host, `gather_matmul` takes its rows from
 tokens and `matmul_combine` sums each token's rows, an expert at a time, so that the rows stay in the cores' caches.
+Few rows, as in decoding, stay there in any case: all at once, by `F.grouped_mm`, they are up to 1.6 times as fast.
 
 R rows, E experts, I input width, O output width, T tokens with K rows each.
 """
@@ -17,6 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.ops import op
+
+FEW = 1024
+"""Rows up to which the host multiplies all experts' rows in one call."""
 
 
 def reference(x_RI: torch.Tensor, w_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
@@ -80,9 +84,14 @@ def _multiply(
     combine: bool,
 ) -> torch.Tensor:
     """Row r is slot order[r] of a token: x has tokens instead of rows if `gather`, the result if `combine`."""
-    todo, end = spans(counts, x.itemsize), 0
     take = order // slots if gather and order is not None else None
     R = x.shape[0] if order is None else order.shape[0]
+    aligned = all(n * x.itemsize % 16 == 0 for n in w.shape[1:])  # `F.grouped_mm` takes and makes no other rows
+    if R <= FEW and x.itemsize < 8 and aligned:
+        ends = counts.cumsum(0).to(torch.int32)
+        y = F.grouped_mm(x if take is None else x[take], w.mT, offs=ends)
+        return _slots(y, int(ends[-1]), inverse if combine else None, slots)
+    todo, end = spans(counts, x.itemsize), 0
     buffer = x.new_empty(max((m for *_, m in todo), default=0), x.shape[1])
     y = x.new_empty(R + (x.itemsize < 4) * buffer.shape[0], w.shape[1])
     for e, start, end, m in todo:  # what is computed beyond the expert's rows, the next one writes over

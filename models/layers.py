@@ -229,43 +229,52 @@ def _elsewhere(total_BSE: torch.Tensor, segment_ids_BS: torch.Tensor, group, way
     return over_BSE - own_BSE
 
 
-def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool, group, ways: int, recipe):
-    """Choose experts, or take the `given` ids (B, S, K); return weights and ids, (B, S, K), the id E at padding,
-    and three sums over tokens:
-
-    load (E,): slots given to each expert; prob (E,): router probability of each; balance (): the per-sequence form
-    (https://arxiv.org/abs/2412.19437, eq. 17-20) E sum_e f_e P_e of each document times its tokens, f and P being means
-    over the document. It is K per token at perfect balance, as in transformers' pooled form.
-    """
-    E = router_ED.shape[0]
-    real_BS1 = (segment_ids_BS != 0)[..., None]
+def _route(x_BSD, segment_ids_BS, router_ED, *given, top_k: int, normalize: bool, recipe):
+    """Choose experts, or take the `given` ids (B, S, K); return weights and ids, (B, S, K), the id E at padding, and
+    the router's probabilities (B, S, E)."""
     prob_BSE = kernels.promote(kernels.linear(x_BSD, router_ED, recipe=recipe)).softmax(-1)
     id_BSK = given[0].long() if given else prob_BSE.topk(top_k, -1).indices
     top_BSK = prob_BSE.gather(-1, id_BSK)
     if normalize:
         top_BSK = top_BSK / top_BSK.sum(-1, keepdim=True)
-    prob_BSE = prob_BSE * real_BS1
-    chosen_BSE = (id_BSK[..., None] == torch.arange(E, device=x_BSD.device)).sum(2).to(prob_BSE.dtype) * real_BS1
+    id_BSK = torch.where((segment_ids_BS != 0)[..., None], id_BSK, router_ED.shape[0])
+    return top_BSK.to(x_BSD.dtype), id_BSK, prob_BSE
+
+
+def _sums(prob_BSE, id_BSK, segment_ids_BS, *, group, ways: int):
+    """Return three sums over tokens:
+
+    load (E,): slots given to each expert; prob (E,): router probability of each; balance (): the per-sequence form
+    (https://arxiv.org/abs/2412.19437, eq. 17-20) E sum_e f_e P_e of each document times its tokens, f and P being means
+    over the document. It is K per token at perfect balance, as in transformers' pooled form.
+    """
+    E = prob_BSE.shape[-1]
+    prob_BSE = prob_BSE * (segment_ids_BS != 0)[..., None]
+    chosen_BSE = (id_BSK[..., None] == torch.arange(E, device=id_BSK.device)).sum(2).to(prob_BSE.dtype)
     balance = E * (document_fractions(chosen_BSE, segment_ids_BS, group, ways) * prob_BSE).sum()
-    id_BSK = torch.where(real_BS1, id_BSK, E)
-    return top_BSK.to(x_BSD.dtype), id_BSK, chosen_BSE.sum((0, 1)), prob_BSE.sum((0, 1)), balance
+    return chosen_BSE.sum((0, 1)), prob_BSE.sum((0, 1)), balance
 
 
 def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple[torch.Tensor, dict]:
-    """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` (), and with a
-    cache or `rows["record"]` the experts that were chosen, `routed_experts` (B, S, K).
+    """Apply dropless routed experts; also return the router's sums `load`, `prob` (E,) and `balance` (), but with a
+    cache, and with it or `rows["record"]` the experts that were chosen, `routed_experts` (B, S, K).
 
     `rows["routed_experts"]` (B, S, K), if there, replaces the choice of experts, not their weights.
     """
     given = (rows["routed_experts"],) if "routed_experts" in rows else ()
     tokens, moved, router = "act/tokens", "act/residual > act/tokens", f"{LAYER}/moe/router"
-    across = {"group": shard.group(tokens, 1), "ways": shard.part(tokens, 1)[1]}
     route = shard.local(
-        partial(_route, top_k=top_k, normalize=normalize, **across, recipe=one_recipe(shard, "moe/router")),
+        partial(_route, top_k=top_k, normalize=normalize, recipe=one_recipe(shard, "moe/router")),
         (moved, "act/token_rows", router, *("batch/columns > act/tokens" for _ in given)),
-        (tokens, tokens, "sum", "sum", "sum"),
+        (tokens, tokens, tokens),
     )
-    weights_BSK, id_BSK, load_E, prob_E, balance = route(x_BSD, rows["token_segment_ids"], p["router"], *given)
+    weights_BSK, id_BSK, prob_BSE = route(x_BSD, rows["token_segment_ids"], p["router"], *given)
+    aux = {}
+    if "start" not in rows:
+        across = {"group": shard.group(tokens, 1), "ways": shard.part(tokens, 1)[1]}
+        add_up = shard.local(partial(_sums, **across), (tokens, tokens, "act/token_rows"), ("sum", "sum", "sum"))
+        sums = add_up(prob_BSE, id_BSK, rows["token_segment_ids"])
+        aux = dict(zip(("load", "prob", "balance"), sums, strict=True))
     n_experts, group = p["router"].shape[0], shard.group(f"{LAYER}/moe/gate_up", 0)
     parts = {name: shard.part(f"{LAYER}/moe/{name}", 0)[1] for name in ("gate_up", "down")}
     if parts["gate_up"] != parts["down"]:
@@ -280,7 +289,6 @@ def moe(p: Tree, x_BSD, rows: dict, top_k: int, normalize: bool, shard) -> tuple
     ins = (moved, tokens, tokens, f"{LAYER}/moe/gate_up", f"{LAYER}/moe/down")
     run = shard.local(experts, ins, ("sum:act/tokens > act/residual",))
     y_BSD = run(x_BSD, weights_BSK, id_BSK, p["gate_up"], p["down"])
-    aux = {"load": load_E, "prob": prob_E, "balance": balance}
     if "start" in rows or "record" in rows:
         aux["routed_experts"] = shard.local(lambda x: x, (f"{tokens} > batch/columns",), ("batch/columns",))(id_BSK)
     return y_BSD, aux

@@ -49,6 +49,7 @@ def samples():
         ],
         "grouped_matmul": [
             (x, experts, counts, None, None, 1, False, False),
+            (x, leaf(3, 8, 4), counts, None, None, 1, False, False),
             (tokens, *routed, True, False), (rows, *routed, False, True),
             (*(leaf(*n, dtype=torch.bfloat16) for n in ((7, 4), (3, 6, 4))), counts, None, None, 1, False, False),
         ],
