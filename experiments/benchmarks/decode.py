@@ -17,6 +17,8 @@ where it soon does, only their first tokens are compared. If more differ, or a c
     hf-static-X    the same with a static cache, for which transformers compiles the model on a GPU
     hf-batch-X     `generate_batch`, continuous batching, with what it sets up kept from call to call
     vllm           vLLM in a process of its own, with log-probabilities as ours has, if --vllm-python is there
+    floor          torch's own matrix products and attention on what answers of one length need, tokens shared evenly by
+                   the experts, and nothing else: it has no answers, and does not run with --stops
 """
 
 import functools
@@ -124,6 +126,52 @@ def ours(o: Options, model: Any, params: Any, stops: list[int], form: Any, promp
     engine = LocalEngine(model, params, slots=slots, length=length, compile=form, look_every=o.look_every)
     sampling = Sampling(o.tokens, o.temperature, stop=tuple(stops))
     return lambda: [sample.tokens for sample in engine.generate(prompts, sampling)]
+
+
+def floor(o: Options, model: Any, params: Any, prompts: Ids) -> Callable[[], Ids]:
+    """Return a call of the products and the attention alone: of all prompts, and of every token but the last."""
+    import torch
+    import torch.nn.functional as F
+
+    c, embed, rows, width = model.config, params["embed"], len(prompts), max(map(len, prompts))
+
+    @functools.cache
+    def new(*shape: int) -> Any:
+        return torch.randn(shape, dtype=embed.dtype, device=embed.device)
+
+    keys, values = (new(rows, c.kv_heads, width + o.tokens, c.head_dim).clone() for _ in "kv")
+
+    def operands(n: int) -> tuple[list, list]:
+        """Return those of one pass of n tokens, and of its experts."""
+        ends = (torch.arange(1, c.experts + 1, device=embed.device) * n * c.top_k // c.experts).int()
+        weights, experts = [embed if c.tied else params["unembed"]], []
+        for p in params["layers"]:
+            qkv = torch.cat([p["attn"][name].flatten(0, 1) for name in "qkv"])
+            weights += [qkv, p["attn"]["o"].flatten(1), p["moe"]["router"]]
+            experts += [p["moe"]["gate_up"].flatten(1, 2), p["moe"]["down"]]
+        sizes = [rows] + [n] * len(weights)  # of a prompt the last token alone is turned to logits
+        dense = [(new(size, w.shape[1]), w) for size, w in zip(sizes, weights, strict=False)]
+        return dense, [(new(n * c.top_k, w.shape[2]), w.mT, ends) for w in experts]
+
+    def forward(query: Any, seen: int, dense: list, experts: list) -> None:
+        for x, w in dense:
+            F.linear(x, w)
+        for x, w, ends in experts:
+            F.grouped_mm(x, w, offs=ends)
+        for _ in params["layers"]:
+            shown = keys[:, :, :seen], values[:, :, :seen]
+            F.scaled_dot_product_attention(query, *shown, is_causal=query.shape[2] > 1, enable_gqa=True)
+
+    prompt, token = operands(sum(map(len, prompts))), operands(rows)
+    questions, query = new(rows, c.heads, width, c.head_dim), new(rows, c.heads, 1, c.head_dim)
+
+    def generate() -> Ids:
+        forward(questions, width, *prompt)
+        for seen in range(width + 1, width + o.tokens):
+            forward(query, seen, *token)
+        return [[-1] * o.tokens for _ in prompts]
+
+    return generate
 
 
 def read(o: Options, device: Any, folder: Path, experts: str) -> Any:
@@ -237,7 +285,7 @@ def contestants(o: Options, device: Any, folder: Path) -> dict[str, Prepare]:
         start = functools.cache(lambda: vllm(o, python, folder, longest, eager))
         sampling = {"max_tokens": o.tokens, "temperature": o.temperature, "stop_token_ids": stops}
         found["vllm"] = lambda prompts: partial(start(), prompts, sampling)
-    return found
+    return found if stops else found | {"floor": partial(floor, o, model, params)}
 
 
 def why(problem: Exception) -> str:
@@ -278,7 +326,7 @@ def race(o: Options, starts: dict[str, Callable], console: Console) -> list[dict
     for row in going:
         mine, wanted = answers[row["name"]], answers[going[0]["name"]]
         others = sum(a[:seen] != b[:seen] for a, b in zip(mine, wanted, strict=True))
-        row |= {"tokens": sum(map(len, mine)), "others": None if o.temperature else others}
+        row |= {"tokens": sum(map(len, mine)), "others": None if o.temperature or row["name"] == "floor" else others}
         row["median_s"] = statistics.median(row["seconds"])
         row["rate"] = row["tokens"] / row["median_s"]
     return rows
