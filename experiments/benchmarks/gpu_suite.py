@@ -259,7 +259,7 @@ def run_decode(o: Options, small: bool) -> dict[str, Any]:
 def run_grpo(o: Options, small: bool) -> dict[str, Any]:
     """Race steps of reinforcement learning beside TRL's, where it is."""
     sizes = f"--preset {o.model} --layers {o.layers or 2} --steps {2 + o.steps} --tokens 128"
-    usual = ("ours-off-bf16",) if small else ("ours-layer-bf16", "ours-layers-bf16")
+    usual = ("ours-off-bf16",) if small else ("ours-layer-bf16", "ours-steps-bf16")
     theirs = (POLICY,) if o.peer_python.exists() else ()
     chosen = o.only if o.what == "grpo" and o.only else (*usual, *theirs)
     few = "--preset tiny --layers 1 --steps 3 --tokens 3"

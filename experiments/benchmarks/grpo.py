@@ -10,7 +10,7 @@ update of DAPO's objective with AdamW. Without --model the model is random (256 
 widths), and so its answers seldom end before --tokens.
 
     ours-F[-bf16]      qwen3_moe_grpo.py --compile F, computing in bfloat16
-    ours-layers-bf16   ours-layer-bf16, decoding compiled by layer too
+    ours-steps[-bf16]  ours-layer, the decoding of a token compiled as a whole
     trl-generate-X     GRPOTrainer at its best for the device (no recomputation; on a CPU float32, on a GPU weights and
                        all in bfloat16, 64 answers a pass), `generate` for rollouts, experts implementation X
     trl-batch-X        the same with transformers' continuous batching
@@ -54,7 +54,8 @@ OURS = {
     "layer": ("--compile", "layer"),
     "off-bf16": ("--compile", "off", "--dtype", "bfloat16"),
     "layer-bf16": ("--compile", "layer", "--dtype", "bfloat16"),
-    "layers-bf16": ("--compile", "layer", "--dtype", "bfloat16", "--rollout.compile", "layer"),
+    "steps": ("--compile", "layer", "--rollout.compile", "step"),
+    "steps-bf16": ("--compile", "layer", "--dtype", "bfloat16", "--rollout.compile", "step"),
 }
 
 
