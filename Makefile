@@ -103,12 +103,14 @@ $(VENV)-vllm/.made: $(VLLM_PINS) | $(BIN)/python
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-$(VENV)-verifiers/.made: pyproject.toml | $(BIN)/python
+# OpenEnv wants other versions than constraints.txt has, but for torch.
+TORCH = $$(grep '^torch==' constraints.txt)
+$(VENV)-verifiers/.made: pyproject.toml constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)-verifiers
-	$(VENV)-verifiers/bin/python -m pip install --quiet --editable . pytest 'verifiers==0.3.1'
+	$(VENV)-verifiers/bin/python -m pip install --quiet --editable . pytest hypothesis $(TORCH) 'verifiers==0.3.1'
 	@touch $@
 
-$(VENV)-openenv/.made: pyproject.toml | $(BIN)/python
+$(VENV)-openenv/.made: pyproject.toml constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)-openenv
-	$(VENV)-openenv/bin/python -m pip install --quiet --editable . pytest 'openenv-core==0.3.0'
+	$(VENV)-openenv/bin/python -m pip install --quiet --editable . pytest hypothesis $(TORCH) 'openenv-core==0.3.0'
 	@touch $@
