@@ -242,9 +242,9 @@ def _filter() -> list[Line]:
         (OPEN, 1, HAS, WRITE, False),
         (OPENAT, 2, HAS, WRITE, False),
     ):
-        if numbers[column] is None:
+        if (number := numbers[column]) is None:
             continue
-        lines += [(EQUAL, 0, 3, numbers[column]), (LOAD, 0, 0, ARGUMENTS + 8 * argument)]
+        lines += [(EQUAL, 0, 3, number), (LOAD, 0, 0, ARGUMENTS + 8 * argument)]
         lines += [(test, int(wanted), int(not wanted), value), no, (LOAD, 0, 0, NUMBER)]
     return [*lines, (RETURN, 0, 0, ALLOW)]
 
