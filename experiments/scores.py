@@ -53,9 +53,7 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
         if total.count(None) == (n := len(answers)):
             if not told and (found.lost or all(a.episode and a.episode.error for a in answers)):
                 why = "; ".join(problems.values())
-                raise ValueError(
-                    f"nothing can be learned, none of the first {len(answers)} answers has a reward: {why}"
-                )
+                raise ValueError(f"nothing can be learned, none of the first {n} answers has a reward: {why}")
             problems["no reward"] = f"none of {n} answers has a reward: nothing is learned from them"
         for what in [what for what in problems if what not in told]:
             run.say(problems[what])

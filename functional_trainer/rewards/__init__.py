@@ -66,11 +66,11 @@ class Scores(NamedTuple):
 
     def complaints(self) -> dict[str, str]:
         """Return by function that failed a sentence: on how many completions, and the first thing that went wrong."""
-        of = f"of {len(self.total)} answers, the first time:"
-        lost = {name: sum(self.failures[name].values()) for name in self.errors}
-        return {
-            name: f"reward function {name} failed on {lost[name]} {of} {said}" for name, said in self.errors.items()
-        }
+        found = {}
+        for name, error in self.errors.items():
+            lost = f"{sum(self.failures[name].values())} of {len(self.total)} answers"
+            found[name] = f"reward function {name} failed on {lost}, the first time: {error}"
+        return found
 
     @property
     def lost(self) -> bool:
