@@ -178,8 +178,8 @@ def test_a_model_learns_from_an_environment(name, tmp_path):
     data = "--data.train", folder / "train.jsonl", "--data.tokenizer", folder / "tokenizer", "--compile", "off"
     taught = sft_runs.start(tmp_path, *data, "--steps", supervised, "--samples", 0, "--out", "start")
     assert taught.wait(900) == 0, taught.output
-    flags += ["--model.path", "start/hf", "--rollout.environment", name, "--optim.lr", 5e-4, "--answers", HELD_OUT[name]]
-    flags += ["--compile", "off", "--samples", 0, "--eval-every", 0, "--out", "run"]
+    flags += ["--model.path", "start/hf", "--rollout.environment", name, "--optim.lr", 5e-4, "--compile", "off"]
+    flags += ["--answers", HELD_OUT[name], "--samples", 0, "--eval-every", 0, "--out", "run"]
     played = sft_runs.start(tmp_path, *flags, "--steps", steps, recipe=RECIPE)
     assert played.wait(1800) == 0, played.output
     rows = sft_runs.rows(tmp_path / "run")
