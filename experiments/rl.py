@@ -12,7 +12,7 @@ from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
 from functional_trainer.data import Record, Tokenizer, sources
 from functional_trainer.engines import Sample
-from functional_trainer.environments.episodes import lost, report, rewarded
+from functional_trainer.environments.episodes import lost, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
 from functional_trainer.rewards import GIVEN, Function, Rewards, load_all, refuse, refuse_columns
 
@@ -105,7 +105,7 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
             told.append(some)
             run.say(some)
         found = asked([p.text for p in prompts], said, ids, **columns)
-        return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
+        return Scores(rewarded(answers, found.total), found.failed, found.each, texts)
 
     return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]
 
