@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -132,7 +133,7 @@ class RemoteEngine:
         first, numbers = [*begun] or [None] * len(prompts), sampling.numbered(len(prompts))
         pool = ThreadPoolExecutor(max(1, min(self.at_once, len(prompts))))
         try:
-            return list(pool.map(lambda *one: self._answer(*one, sampling), numbers, prompts, first))
+            return list(pool.map(self._answer, numbers, prompts, first, repeat(sampling)))
         finally:
             pool.shutdown(cancel_futures=True)
 
