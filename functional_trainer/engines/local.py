@@ -55,8 +55,8 @@ class Rows(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A prompt: its number, its random numbers, after how many tokens the call ends at most, and what it
-    gave until now."""
+    """A prompt: its number, its random numbers, after how many tokens the call ends at most, and what it gave until
+    now."""
 
     number: int
     prompt: Prompt
