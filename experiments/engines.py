@@ -1,4 +1,4 @@
-"""The rollout engine that a recipe's options ask for, and how ranks share its work."""
+"""The rollout engine that a recipe's options ask for, how ranks share its work, and whether the trainer agrees."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 from experiments import episodes
 from experiments.recipe import Run
 from functional_trainer import backend, tree
+from functional_trainer.agreement import differences
 from functional_trainer.engines import Engine, Sample, Sampling
 from functional_trainer.engines.local import LocalEngine
 from functional_trainer.engines.remote import RemoteEngine
-from functional_trainer.experience import Prompt
+from functional_trainer.experience import Batch, Prompt
 from functional_trainer.types import OneDevice
 
 
@@ -70,3 +71,13 @@ def drawn_by(engine: Engine, o: Any, run: Run, group: Any) -> Callable:
         return [sample for samples in found for sample in samples]
 
     return draw
+
+
+def agree(o: Any, run: Run, model: Any, params: tree.Tree, batch: Batch) -> None:
+    """Compare what engine and trainer say about a rollout of these weights; ValueError if they differ too much."""
+    placed = run.shard.put_batch({k: v.to(run.device) for k, v in batch.items()})
+    mean, most = differences(model, params, placed, o.micro_batch, run.shard, o.rollout.temperature)
+    run.say(f"log-probabilities as sampled and as trained differ by {mean:.2g} in the mean, {most:.2g} at most")
+    if not mean <= (limit := o.rollout.max_disagreement):
+        said = f"the rollout engine and the trainer disagree: their log-probabilities differ by {mean:.3g} in the mean"
+        raise ValueError(f"{said}, --rollout.max-disagreement is {limit}. Weights, precision or ids are not the same")

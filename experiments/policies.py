@@ -3,10 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+import models
 from functional_trainer import advantages
 from functional_trainer.losses import Loss
 from functional_trainer.objectives import OBJECTIVES
 from functional_trainer.policy import policy
+
+
+def objective(o: Any, hf: dict[str, Any]) -> Loss:
+    """Return the loss for a model of this config.json."""
+    if o.loss.balance and not getattr(models.from_config(hf).config, "experts", 0):
+        raise ValueError(f"--loss.balance {o.loss.balance} has no effect: the model has no experts; leave it away")
+    return loss(o)
 
 
 def loss(o: Any) -> Loss:
@@ -52,6 +60,17 @@ def loss(o: Any) -> Loss:
         "opsm": o.loss.off_policy_mask_threshold,
     }
     return policy(OBJECTIVES[o.loss.loss_type], max_length=o.rollout.max_completion_length, **changes)
+
+
+def remark(o: Any, say: Callable[[str], None]) -> None:
+    """Say where options are not all of what one might think that they are."""
+    r, given = o.rollout, o.loss
+    if r.top_k or r.top_p < 1:
+        flag = f"--rollout.top-k {r.top_k}" if r.top_k else f"--rollout.top-p {r.top_p}"
+        say(f"{flag}: answers are of a part of the distribution, ratios of all of it: a bias (docs/rl.md)")
+    if given.loss_type == "dr_grpo" and given.advantage == "grpo" and given.scale_rewards != "none":
+        right = "for Dr.GRPO say --loss.scale-rewards none"
+        say(f"--loss.loss-type dr_grpo: advantages are divided by the {given.scale_rewards}'s deviation; {right}")
 
 
 def advantage(o: Any) -> Callable:

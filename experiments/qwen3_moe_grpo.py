@@ -75,7 +75,7 @@ def main(o: Options) -> None:
     from functional_trainer.reference import Reference
 
     # Where the run lives, what it asks, what it begins with: also when it is resumed, for the reference.
-    run = recipe.start(o, o.answers, lambda hf: policies.loss(o), rl.read)
+    run = recipe.start(o, o.answers, lambda hf: policies.objective(o, hf), rl.read)
     model, params = run.begin(again=True)
 
     # How the objective is optimized, and the step: as in supervised fine-tuning.
@@ -91,8 +91,9 @@ def main(o: Options) -> None:
 
     # What it learns from: its own answers.
     rollouts = rl.experience(o, run, model, began.params)
+    policies.remark(o, run.say)
     if not run.resume:
-        rl.agree(o, run, model, began.params, rollouts)
+        rollouts.peek()  # so that the engine is checked before anything else is done with it
 
     held_out = episodes.HeldOut(o, run, model)
     if held_out.questions and not run.resume:

@@ -7,7 +7,7 @@ from experiments import engines, episodes, scores
 from experiments.policies import advantage
 from experiments.recipe import Run
 from functional_trainer import backend, cluster, tree
-from functional_trainer.agreement import differences, scorer
+from functional_trainer.agreement import scorer
 from functional_trainer.ahead import Ahead
 from functional_trainer.data import Record, Tokenizer, sources
 from functional_trainer.experience import Experience, Plan, Prompts, Scorer
@@ -47,6 +47,7 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     draw = engines.drawn_by(engine, o, run, group)
     settings: dict[str, Any] = {"seq_len": o.data.seq_len, "rows": o.micro_batch * parts, "rank": part, "world": parts}
     settings |= {"longest": r.max_completion_length, "seed": o.seed, "update": engine.update}
+    settings["check"] = partial(engines.agree, o, run, model, params)
     settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
     settings["old"] = score(params, r.routing_replay == "trainer") if o.loss.old == "trainer" else None
     settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
@@ -74,13 +75,3 @@ def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tu
     found = episodes.read(o, tokenizer, vocab, shard, *more)
     refuse_columns(own, [*GIVEN, *scores.columns(found[0])])
     return found
-
-
-def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:
-    """Compare what engine and trainer say about the first rollout; ValueError if they differ too much."""
-    batch = run.shard.put_batch({k: v.to(run.device) for k, v in rollouts.peek().items()})
-    mean, most = differences(model, params, batch, o.micro_batch, run.shard, o.rollout.temperature)
-    run.say(f"log-probabilities as sampled and as trained differ by {mean:.2g} in the mean, {most:.2g} at most")
-    if not mean <= (limit := o.rollout.max_disagreement):
-        said = f"the rollout engine and the trainer disagree: their log-probabilities differ by {mean:.3g} in the mean"
-        raise ValueError(f"{said}, --rollout.max-disagreement is {limit}. Weights, precision or ids are not the same")

@@ -14,6 +14,7 @@ from functional_trainer import backend, routing, tree
 from functional_trainer.experience import Scored, Scorer
 from functional_trainer.losses import logprobs
 from functional_trainer.remat import wrap_layer
+from functional_trainer.rollout_correction import compared
 from functional_trainer.step import settings
 from functional_trainer.tree import Tree
 from functional_trainer.types import ONE_DEVICE, Batch
@@ -38,16 +39,24 @@ def _score(
 def differences(
     model: Any, params: Tree, batch: Batch, rows: int, shard=ONE_DEVICE, temperature: float = 1.0
 ) -> tuple[float, float]:
-    """Return mean and largest |rollout - trainer| of a batch's sampled tokens, over all ranks; `rows` at a time."""
-    total, count, largest = 0.0, 0.0, 0.0
+    """Return mean and largest |rollout - trainer| of a batch's sampled tokens, over all ranks; `rows` at a time.
+
+    Tokens of which the engine said nothing do not count. ValueError if none is left, or if the trainer says what is not
+    finite.
+    """
+    total, count, largest, odd = 0.0, 0, 0.0, 0
     for some in shard.micro(batch, -(-batch["tokens"].shape[0] // rows)):
-        kept_BS = some["weights"] != 0
-        apart_BS = (score(model, params, some, shard, temperature) - some["rollout_logprobs"]).abs()
-        apart_BS = torch.where(kept_BS, apart_BS, 0).nan_to_num(0.0)  # an engine may not say
-        total, count = total + float(apart_BS.sum()), count + float(kept_BS.sum())
-        largest = max(largest, float(apart_BS.max()))
-    totals, counts, most = zip(*backend.everyone((total, count, largest)), strict=True)
-    return sum(totals) / max(sum(counts), 1.0), max(most)
+        logp_BS, told_BS = score(model, params, some, shard, temperature), compared(some)
+        apart_BS = torch.where(told_BS, (logp_BS - some["rollout_logprobs"]).abs(), 0)
+        total, count = total + float(apart_BS.sum()), count + int(told_BS.sum())
+        largest, odd = max(largest, float(apart_BS.max())), odd + int((~logp_BS.isfinite()).sum())
+    totals, counts, most, odds = zip(*backend.everyone((total, count, largest, odd)), strict=True)
+    if sum(odds):
+        said = f"{sum(odds)} log-probabilities of sampled tokens by the trainer are not finite"
+        raise ValueError(f"{said}: its weights or its precision are wrong, whatever the engine says")
+    if not sum(counts):
+        raise ValueError("there is no sampled token of which the engine gave a log-probability to compare with")
+    return sum(totals) / sum(counts), max(most)
 
 
 def scorer(

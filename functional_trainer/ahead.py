@@ -86,6 +86,7 @@ class Ahead(Experience):
 
     def _roll(self) -> None:
         """Hand out the weights, and take the next rollout."""
+        copied = time.perf_counter()
         weights = self.weights()
         with self.changed:
             self.version = self.count
@@ -99,7 +100,7 @@ class Ahead(Experience):
             self.thread.start()
         begun = time.perf_counter()
         self._wait(lambda: bool(self.ready))
-        self._hold(self.ready.popleft())
+        self._hold(self.ready.popleft(), begun - copied)
         self.said["wait_s"] = self.said["wait_s"] | {"trainer": time.perf_counter() - begun}
 
     def _wait(self, there: Callable[[], bool]) -> None:
@@ -119,6 +120,7 @@ class Ahead(Experience):
     def restore(self, state: Any) -> None:
         """Go on after the batch at which `state` was taken; ValueError if the prompts are not the same."""
         super().restore(state)
+        self.check = None  # the next answers are by older weights
         self.ready = deque(Drawn([_columns(x) for x in one["parts"]], one["said"], None) for one in state["ahead"])
         self.groups = [Group(i, [a and _restored(a) for a in answers]) for i, answers in state["begun"]]
         self.made = self.count + len(self.ready)
@@ -143,9 +145,10 @@ class Ahead(Experience):
     def _work(self) -> None:
         try:
             while True:
-                idle = self._begin()
+                idle, updated = self._begin()
                 drawn = self._drawn()
                 drawn.said["wait_s"] = {"engine": idle}
+                drawn.said["timing_s"]["update_weights"] = updated
                 with self.changed:
                     self.made += 1
                     self.ready.append(drawn)
@@ -155,8 +158,8 @@ class Ahead(Experience):
                 self.failed = error
                 self.changed.notify_all()
 
-    def _begin(self) -> float:
-        """Wait until a rollout is admitted and take the newest weights; return the seconds that this took."""
+    def _begin(self) -> tuple[float, float]:
+        """Wait until a rollout is admitted and take the newest weights; return the seconds of waiting and of taking."""
         begun = time.perf_counter()
         with self.changed:
             self.changed.wait_for(lambda: self.closed or self._admitted)
@@ -169,8 +172,9 @@ class Ahead(Experience):
             for old in [v for v in self.snapshots if v < version]:
                 del self.snapshots[old]
             newest = max(self.snapshots) if self.in_flight else version
+            there = time.perf_counter()
             self.update(self.snapshots[newest], newest)
-        return time.perf_counter() - begun
+        return there - begun, time.perf_counter() - there
 
     def _agreed(self, value: Any) -> list[Any]:
         """Return what each rank gives; if the run of one ends raise Closed there, RuntimeError elsewhere."""

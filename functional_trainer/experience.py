@@ -146,14 +146,15 @@ class Experience:
     """Iterate over batches of columns (rows / world, S) that `policy.policy` wants, drawn by the current policy.
 
     `rows` are those of a pass over all data-parallel ranks, at most; a batch has as many passes as its answers need,
-    all alike. `advantage` maps rewards (P, G) and lengths (P, G) to advantages. All ranks draw the same. Before a
-    rollout `weights` says what the weights are, and `update` gives them to what generates, with their version: how many
-    rollouts came before. ValueError if a prompt and its longest answer do not fit into a row.
+    all alike. `advantage` maps rewards and lengths, in tokens that the policy chose, (P, G) each, to advantages. All
+    ranks draw the same. Before a rollout `weights` says what the weights are, and `update` gives them to what
+    generates, with their version: how many rollouts came before. ValueError if a prompt and its longest answer do not
+    fit into a row.
 
     With `old` batches have old_logprobs, and routed_experts if it records them: what it returns of a rollout's batches
     before the first of them is taken. With `greedy`, which answers a prompt with the likeliest tokens, `advantage` is
     given the rewards of these answers, (P,), too. `reference` gives log-probabilities for the divergence that rewards
-    lose.
+    lose. `check` sees the first batch that trains something, this rank's rows, as soon as it is drawn, and none after.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Experience:
         seq_len: int, longest: int, rows: int, seed: int = 0, rank: int = 0, world: int = 1,
         weights: Callable[[], Any] = dict, update: Callable[[Any, int], Any] = lambda weights, version: None,
         old: Scorer | None = None, greedy: Generate | None = None, reference: Scorer | None = None,
+        check: Callable[[Batch], None] | None = None,
     ):  # fmt: skip
         over = [p for p in prompts if len(p.ids) + longest > seq_len + 1]
         if over or not prompts:
@@ -171,7 +173,7 @@ class Experience:
         self.prompts, self.generate, self.reward, self.advantage = prompts, generate, reward, advantage
         self.how, self.seq_len, self.rows, self.seed = how, seq_len, rows, seed
         self.weights, self.update = weights, update
-        self.old, self.greedy, self.reference = old, greedy, reference
+        self.old, self.greedy, self.reference, self.check = old, greedy, reference, check
         self.part, self.equal = (rank, world), rows if how.static else world
         self.order = mixed([Share(len(prompts))], seed, True)
         self.drawn, self.count, self.waiting = 0, 0, list[dict[str, np.ndarray]]()
@@ -192,7 +194,11 @@ class Experience:
             self._roll()
         if self.old and "old_logprobs" not in self.waiting[0]:
             self._score(self.old)
-        return {k: torch.from_numpy(self._own(v)) for k, v in self.waiting[0].items()}
+        return self._rows(self.waiting[0])
+
+    def _rows(self, columns: Mapping[str, np.ndarray]) -> Batch:
+        """Return this rank's rows of the columns of a batch."""
+        return {k: torch.from_numpy(self._own(v)) for k, v in columns.items()}
 
     def _own(self, column: np.ndarray) -> np.ndarray:
         """Return this rank's rows of a column of all, those of each pass, which are alike: empty rows fill them up."""
@@ -215,19 +221,20 @@ class Experience:
     def _ask(self, scorer: Scorer, columns: dict[str, np.ndarray]) -> Scored:
         """Return what a scorer says of all rows, each rank of its own."""
         number = np.arange(columns["tokens"].size).reshape(columns["tokens"].shape)
-        own = {k: torch.from_numpy(self._own(v)) for k, v in columns.items()}
-        logprobs, routed = scorer(own, self._own(number), number.size)
+        logprobs, routed = scorer(self._rows(columns), self._own(number), number.size)
         placed = None if routed is None else routed.reshape(number.shape + routed.shape[1:])
         return Scored(logprobs.reshape(number.shape), placed)
 
     def _divergence(self, reference: Scorer, prompts: list[Prompt], answers: list[Sample]) -> list[np.ndarray]:
-        """Return the divergence from the reference at each sampled token of each answer."""
+        """Return the divergence from the reference at each sampled token of each answer, 0 where no engine said it."""
         count = np.arange(len(answers))
         how = replace(self.how, group=1, mask_truncated=False, routing_replay=False)
         numbered = Rollout(prompts, answers, count[:, None], count[:, None], [])  # advantages say whose a token is
         columns = _pack(numbered, count, how, self.seq_len)
         sampled, told = columns["weights"] != 0, columns["rollout_logprobs"]
-        d = np.nan_to_num((told.astype(np.float64) - self._ask(reference, columns).logprobs)[sampled])
+        d = np.where(np.isnan(told), 0, told.astype(np.float64) - self._ask(reference, columns).logprobs)[sampled]
+        if not np.isfinite(d).all():
+            raise RuntimeError("log-probabilities by the reference are not finite: its weights or --dtype are wrong")
         whose = columns["advantages"][sampled].astype(np.int64)
         found = advantages.divergence(d, self.how.kl)[np.argsort(whose, kind="stable")]
         return np.split(found, np.cumsum(np.bincount(whose, minlength=len(answers)))[:-1])
@@ -260,8 +267,10 @@ class Experience:
 
     def _roll(self) -> None:
         """Draw a rollout, and let its batches wait."""
+        begun = time.perf_counter()
         self.update(self.weights(), self.count)
-        self._hold(self._drawn())
+        updated = time.perf_counter() - begun
+        self._hold(self._drawn(), updated)
 
     def _drawn(self) -> Drawn:
         """Draw a rollout and pack it."""
@@ -271,21 +280,25 @@ class Experience:
         parts = [_pack(rollout, part, self.how, self.seq_len) for part in groups]
         return Drawn(parts, said | {"rollout_s": time.perf_counter() - begun}, rollout)
 
-    def _hold(self, drawn: Drawn) -> None:
-        """Let the batches of a rollout wait."""
+    def _hold(self, drawn: Drawn, updated: float) -> None:
+        """Let the batches of a rollout wait, for which weights were handed out in `updated` seconds."""
         self.waiting, self.last, self.said = drawn.parts * self.how.iterations, drawn.rollout, drawn.said
+        self.said["timing_s"]["update_weights"] = self.said["timing_s"].get("update_weights", 0.0) + updated
         self.count += 1
+        if self.check and (trained := [part for part in drawn.parts if part["weights"].any()]):
+            self.check(self._rows(trained[0]))
+            self.check = None
         if self.how.shown and drawn.rollout and self.count % self.how.shown_every == 0:
             self.said["completions_table"] = _shown(drawn.rollout, self.how.shown)
 
     def _draw(self) -> tuple[Rollout, dict[str, Any]]:
         """Draw groups until there are enough that teach something, or the last resort: any."""
         how = self.how
-        good: list[_Group] = []
-        failed = Counter[str]()
+        good, seen, failed = list[_Group](), list[_Group](), Counter[str]()
         tried, spent = 0, dict.fromkeys(("gen", "reward", "tokens"), 0.0)
         while len(good) < how.prompts and tried < how.most:
             groups, scores = self._groups(spent, failed)
+            seen += groups
             good += [g for g in groups if g.spread or not how.filter_groups]
             tried += 1
         good = [*good, *(g for g in groups if not any(g is other for other in good))][: how.prompts]
@@ -293,10 +306,13 @@ class Experience:
         answers = [answer for g in good for answer in g.answers]
         rewards = advantages.table([g.rewards for g in good])
         sizes = np.array([len(a.tokens) for a in answers]).reshape(rewards.shape)
+        chosen = np.array([_chosen(a) for a in answers]).reshape(rewards.shape)
         used = rewards
         if how.overlong:
             used = rewards + advantages.overlong_penalty(sizes, *how.overlong)
+        begun = time.perf_counter()
         apart = self._divergence(self.reference, prompts, answers) if self.reference else []
+        spent |= {"ref": time.perf_counter() - begun} if self.reference else {}
         by_token = advantages.reinforce_pp_tokens(used.flat, [how.beta * d for d in apart]) if how.returns else None
         if apart:
             used = used - how.beta * np.array([d.sum() for d in apart]).reshape(sizes.shape)
@@ -304,12 +320,13 @@ class Experience:
         if by_token:
             worth = np.array([x.mean() if len(x) else 0.0 for x in by_token]).reshape(sizes.shape)
         else:
-            worth = self.advantage(used, sizes, *baseline)
+            worth = self.advantage(used, chosen, *baseline)
         said = [one for g in good for one in g.said]
         rollout = Rollout(prompts, answers, rewards, worth, said, by_token)
         row = _report(rollout, sizes) | moments({name: [one[name] for one in said] for name in scores.each})
-        row |= episodes.report(answers) | failed | ({"rollouts": tried} if how.filter_groups else {})
-        row |= {"kl": float(sum(d.sum() for d in apart) / max(sizes.sum(), 1))} if apart else {}
+        row |= episodes.report(answers) | failed | _outcomes(seen)
+        row |= {"rollouts": tried, "filtered": _filtered(seen, good)} if how.filter_groups else {}
+        row |= {"kl": float(sum(d.sum() for d in apart) / max(chosen.sum(), 1))} if apart else {}
         row["generated_tokens_per_s"] = spent.pop("tokens") / spent["gen"]
         return rollout, row | {"timing_s": spent}
 
@@ -322,10 +339,10 @@ class Experience:
         likeliest = self.greedy(asked, 0) if self.greedy else []
         drawn = time.perf_counter()
         scores = self.reward(prompts, answers)
-        baseline = self.reward(asked, likeliest).rewards if self.greedy else [None] * how.prompts
+        baseline = self._punished(likeliest, self.reward(asked, likeliest)) if self.greedy else [None] * how.prompts
         spent["gen"] += drawn - begun
         spent["reward"] += time.perf_counter() - drawn
-        spent["tokens"] += sum(len(a.tokens) for a in answers + likeliest)
+        spent["tokens"] += sum(map(_chosen, answers + likeliest))
         failed.update(scores.failed)
         failed.update(episodes.raised(answers))
         said = [_said(scores, i) for i in range(len(prompts))]
@@ -335,6 +352,13 @@ class Experience:
             spread = bool(advantages.has_spread([scores.rewards[own]])[0])
             groups.append(_Group(prompt, answers[own], scores.rewards[own], spread, greedy, said[own]))
         return groups, scores
+
+    def _punished(self, answers: list[Sample], scores: Scores) -> list[float | None]:
+        """Return the rewards of answers less the penalty of long ones."""
+        if not self.how.overlong:
+            return scores.rewards
+        lost = advantages.overlong_penalty([len(a.tokens) for a in answers], *self.how.overlong).tolist()
+        return [None if r is None else r + x for r, x in zip(scores.rewards, lost, strict=True)]
 
     def _answers(self) -> tuple[list[Prompt], list[Sample]]:
         """Return the groups of the next prompts, one after the other: each answer's prompt, and the answer."""
@@ -356,6 +380,31 @@ class _Group(NamedTuple):
     spread: bool
     greedy: float | None
     said: list[dict[str, Any]]
+
+
+def _chosen(answer: Sample) -> int:
+    """Count the tokens of an answer that the policy chose."""
+    return len(answer.tokens) if answer.sampled is None else sum(answer.sampled)
+
+
+def _solved(group: _Group) -> str:
+    """Say which answers of a group are right, if 1 is right and 0 wrong."""
+    given = [r for r in group.rewards if r is not None]
+    return "no_reward" if not given else "none" if max(given) <= 0 else "all" if min(given) >= 1 else "mixed"
+
+
+def _outcomes(groups: list[_Group]) -> dict[str, float]:
+    """Return shares of groups, of those with a reward."""
+    found = [kind for kind in map(_solved, groups) if kind != "no_reward"]
+    return {f"solve_{kind}": found.count(kind) / max(len(found), 1) for kind in ("none", "all", "mixed")}
+
+
+def _filtered(groups: list[_Group], kept: list[_Group]) -> dict[str, int]:
+    """Count groups that were drawn and are not trained on, by the reason."""
+    same = {"none": "solve_none", "all": "solve_all", "mixed": "same", "no_reward": "no_reward"}
+    left = [group for group in groups if not any(group is other for other in kept)]
+    found = ["surplus" if group.spread else same[_solved(group)] for group in left]
+    return {reason: found.count(reason) for reason in (*same.values(), "surplus")}
 
 
 def _said(scores: Scores, i: int) -> dict[str, Any]:
@@ -380,9 +429,12 @@ def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
     """Return metrics under the names that TRL and verl use."""
     rewards, ended = rollout.rewards, np.array([a.finish_reason != "length" for a in rollout.answers])
     scored, n = rewards[~np.isnan(rewards).all(1)], sizes.reshape(-1)
+    versions = [version for answer in rollout.answers for version in answer.versions]
     return {
         "reward": float(np.nanmean(rewards)) if len(scored) else None,
         "reward_best": float(np.nanmax(scored, 1).mean()) if len(scored) else None,
+        "reward/min": float(np.nanmin(scored)) if len(scored) else None,
+        "reward/max": float(np.nanmax(scored)) if len(scored) else None,
         "reward_std": float(advantages.deviation(rewards).mean()),
         "frac_reward_zero_std": float(1 - advantages.has_spread(rewards).mean()),
         "completions": {
@@ -395,7 +447,7 @@ def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
             "mean": float(rollout.advantages.mean()), "min": float(rollout.advantages.min()),
             "max": float(rollout.advantages.max()),
         },
-    }  # fmt: skip
+    } | ({"weight_version": max(versions)} if versions else {})  # fmt: skip
 
 
 def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int) -> dict[str, np.ndarray]:

@@ -82,6 +82,11 @@ class Policy:
         return pooled or self.correction.startswith(("seq", "geo")) or self.aggregate.startswith("seq")
 
     @property
+    def clips(self) -> bool:
+        """Whether the surrogate is PPO's, which may have a dual clip."""
+        return self.form in ("clip", "sequence", "sequence_token")
+
+    @property
     def bounds(self) -> tuple[float, float]:
         """The range of ratios outside of which a token is clipped."""
         if self.form in ("reinforce", "sapo"):

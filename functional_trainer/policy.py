@@ -21,7 +21,7 @@ import torch
 
 from functional_trainer.losses import Loss, Sums, logprobs
 from functional_trainer.objectives import OBJECTIVES, Policy, clipping, divergence, log_ratio, token_losses
-from functional_trainer.rollout_correction import LARGEST, METRICS, correct, per_sequence, sequence_mean
+from functional_trainer.rollout_correction import LARGEST, correct, counts, per_sequence, sequence_mean
 from functional_trainer.types import Batch, Output, Unembed
 
 LARGEST_OF = {"sampling_logp_difference/max": "sampling_logp_difference/mean", "ratio/max": "ratio/mean"}
@@ -47,6 +47,11 @@ def policy(objective: str | Policy = "grpo", **changes) -> Loss:
 
 
 def _refuse(p: Policy) -> None:
+    if p.delta is not None and not p.clips:
+        raise ValueError(f"delta {p.delta} has no effect with form {p.form!r}, which has no dual clip; leave it away")
+    if p.delta is not None and not p.delta > 1 + p.epsilon_high:
+        right = f"above the upper end of clipping, 1 + epsilon_high, here {1 + p.epsilon_high:g}"
+        raise ValueError(f"delta (--loss.delta) is {p.delta}; it must be {right}")
     if p.aggregate == "seq_mean_token_sum_norm" and not p.max_length:
         raise ValueError("aggregate 'seq_mean_token_sum_norm' divides by a constant length: give max_length")
     if p.correction != "none" and p.old == "rollout_logprobs":
@@ -76,7 +81,7 @@ def _check(p: Policy, batch: Batch) -> None:
 
 def _compares(p: Policy, batch: Batch) -> bool:
     """Say whether the engine's log-probabilities are compared with the trainer's: where both are known."""
-    return p.corrects or p.old != "rollout_logprobs" and "rollout_logprobs" in batch
+    return p.corrects or "rollout_logprobs" in batch
 
 
 def _weights(p: Policy, batch: Batch) -> Sums:
@@ -84,7 +89,7 @@ def _weights(p: Policy, batch: Batch) -> Sums:
     found = {term: batch[column].sum(dtype=torch.float64) for term, column in _streams(p).items()}
     tokens = found["pg_loss"]
     found |= dict.fromkeys((*p.reports, *(["entropy"] if p.entropy else [])), tokens)
-    found |= dict.fromkeys(METRICS, tokens) if _compares(p, batch) else {}
+    found |= counts(batch) if _compares(p, batch) else {}
     found |= {"balance": (batch["segment_ids"] != 0).sum()} if p.balance else {}
     if p.aggregate == "token_sum":
         del found["pg_loss"]
@@ -125,7 +130,8 @@ def _derive(reported: Sums) -> Sums:
     made = dict(reported)
     for name in (*LARGEST_OF, LEAST_RATIO):
         if name in made:
-            made[name] = made[name].nan_to_num(neginf=0.0) * (-1 if name == LEAST_RATIO else 1)
+            found = torch.where(made[name] == -torch.inf, 0, made[name])
+            made[name] = -found if name == LEAST_RATIO else found
     if (mean := made.pop("rollout_corr/ratio_mean", None)) is not None:
         made["rollout_corr/eff_sample_size"] = mean.square() / (1 + made["rollout_corr/chi2_token"])
     return made
@@ -136,7 +142,10 @@ def _policy(p: Policy, logp_BS: torch.Tensor, batch: Batch, shard) -> tuple[Sums
     sampled_BS = batch["weights"] != 0
     if p.distill:
         sampled_BS = sampled_BS | (batch["distill_weights"] != 0)
-    old_BS = logp_BS.detach() if p.old == "current" else batch[p.old]
+    now_BS = logp_BS.detach()
+    old_BS = now_BS if p.old == "current" else batch[p.old]
+    if p.old == "rollout_logprobs":  # where the engine said nothing the ratio is to the policy itself
+        old_BS = torch.where(old_BS.isnan(), now_BS, old_BS)
     l_BS = torch.where(sampled_BS, logp_BS - old_BS, 0).clamp(-LARGEST, LARGEST)
     adv_BS = torch.where(batch["weights"] != 0, batch["advantages"], 0)
     mean = partial(sequence_mean, batch=batch, shard=shard)
@@ -144,7 +153,8 @@ def _policy(p: Policy, logp_BS: torch.Tensor, batch: Batch, shard) -> tuple[Sums
     loss_BS, r_BS = token_losses(p, used_BS, logp_BS, adv_BS, mean), used_BS.detach().exp()
     values = {"ratio/mean": r_BS, "ppo_kl": -l_BS} | clipping(p, r_BS, adv_BS)
     if _compares(p, batch):
-        weight_BS, more = correct(logp_BS, old_BS, p.correction, p.correction_range, p.opsm, batch, shard)
+        trainers_BS = now_BS if p.old == "rollout_logprobs" else old_BS
+        weight_BS, more = correct(logp_BS, trainers_BS, p.correction, p.correction_range, p.opsm, batch, shard)
         loss_BS, values = loss_BS * weight_BS, values | more
     by_token = p.aggregate != "seq_mean_token_mean"
     share_BS = batch["weights"] if by_token else per_sequence(batch["weights"], batch)

@@ -221,12 +221,17 @@ class RewardOptions:
 LossType = Literal[
     "reinforce", "ppo", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "cispo", "cispo_max", "sapo", "gmpo"
 ]
+CLIPPED = ("ppo", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token")
+USED_BY = {
+    "epsilon": (*CLIPPED, "cispo", "gmpo"), "epsilon_high": (*CLIPPED, "cispo", "cispo_max", "gmpo"), "delta": CLIPPED,
+}  # fmt: skip
+"""Options that only some objectives read."""
 
 
 @dataclass(frozen=True)
 class PolicyOptions:
     loss_type: LossType = "dapo"
-    """Objective (docs/rl.md), with its paper's clipping and mean unless these are given:"""
+    """Objective, with its paper's clipping and mean (docs/rl.md); dr_grpo wants --loss.scale-rewards none."""
     advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "remax", "pass_at_k"] = "grpo"
     """What an answer is worth beside the others of its group."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -264,7 +269,14 @@ class PolicyOptions:
     """Coefficient of the router's balance loss within each sequence."""
 
     def __post_init__(self):
-        within("loss.", self, epsilon=(0, ""), epsilon_high=(0, ""), delta=(1, ""), beta=(0, ""), balance=(0, ""))
+        least = ("epsilon", "epsilon_high", "beta", "balance", "correction_range", "off_policy_mask_threshold")
+        within("loss.", self, **dict.fromkeys(least, (0, "")), delta=(1, ""))
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"--loss.entropy-coef is {self.entropy_coef}; it must be a number")
+        for option, users in USED_BY.items():
+            if getattr(self, option) is not None and self.loss_type not in users:
+                flag, said = f"--loss.{option.replace('_', '-')}", f"--loss.loss-type {self.loss_type}"
+                raise ValueError(f"{flag} has no effect with {said}, only with {', '.join(users)}; leave it away")
         for flag, given in (("kl-in-reward", self.kl_in_reward), (f"kl {self.kl}", self.kl != "k3")):
             if given and not self.beta:
                 raise ValueError(f"--loss.{flag} has no effect without --loss.beta")
@@ -314,10 +326,11 @@ class PreferenceOptions(RunOptions):
         if self.loss_weights and (given == ("mpo",) or len(self.loss_weights) != len(given)):
             right = "has its own" if given == ("mpo",) else f"needs {len(given)}"
             raise ValueError(f"--loss-weights {' '.join(map(str, self.loss_weights))}: {said} {right}")
-        used = {"label_smoothing": ("dpo", "sigmoid or mpo")}
-        used |= dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto", "kto"))
-        for option, (term, users) in used.items():
-            if getattr(self, option) != getattr(PreferenceOptions, option) and term not in self.terms:
+        used = {"label_smoothing": ({"dpo"}, "sigmoid or mpo")}
+        used |= {"beta": ({"dpo", "ipo", "bco", "kto"}, "sigmoid, ipo, bco_pair, mpo or kto")}
+        used |= dict.fromkeys(("desirable_weight", "undesirable_weight"), ({"kto"}, "kto"))
+        for option, (readers, users) in used.items():
+            if getattr(self, option) != getattr(PreferenceOptions, option) and not readers & self.terms.keys():
                 flag = f"--{option.replace('_', '-')}"
                 raise ValueError(f"{flag} has no effect with {said}, only with {users}; leave it away")
 

@@ -1,7 +1,8 @@
 """Weights for samples of a policy that is not quite the one whose gradient is taken; all (B, S), without gradient.
 
 rho = exp(old - rollout) per token: what the trainer says of a sample over what the engine said that drew it. A weight
-of zero rejects a token; denominators count it all the same, so rejecting some tokens does not raise the others.
+of zero rejects a token; denominators count it all the same, so rejecting some tokens does not raise the others. Where
+the engine said nothing (nan) rho is 1, and the token is in no mean of what compares the two.
 
     token_truncate      min(rho, high)                                      TIS, https://fengyao.notion.site/off-policy-rl
     token_mask          rho where low <= rho <= high, else 0                IcePop, MIS
@@ -26,15 +27,16 @@ RANGES: dict[str, tuple[float, float]] = {
     "sequence_mask": (0.0, 3.0),
     "geometric_mask": (0.999, 1.002),
 }
-METRICS = (
+COMPARED = (
     "sampling_logp_difference/mean",
     "rollout_corr/kl",
     "rollout_corr/k3_kl",
     "rollout_corr/chi2_token",
     "rollout_corr/ratio_mean",
-    "rollout_corr/rollout_is_mean",
-    "rollout_corr/masked_fraction",
 )
+"""Means over the tokens of which both said something."""
+WEIGHED = ("rollout_corr/rollout_is_mean", "rollout_corr/masked_fraction")
+"""Means over all policy tokens."""
 LARGEST = 20.0
 """Largest log of a ratio: exp of more says nothing."""
 
@@ -42,6 +44,17 @@ LARGEST = 20.0
 def per_sequence(weights_BS: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return weights that add up to 1 over each sequence, in float64."""
     return weights_BS / torch.where(batch["lengths"] > 0, batch["lengths"], 1).to(torch.float64)
+
+
+def compared(batch: Batch) -> torch.Tensor:
+    """Return the policy tokens of which the engine said something."""
+    return (batch["weights"] != 0) & ~batch["rollout_logprobs"].isnan()
+
+
+def counts(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return what the sums of each value that `correct` reports are divided by."""
+    told = (batch["weights"] * compared(batch)).sum(dtype=torch.float64)
+    return dict.fromkeys(COMPARED, told) | dict.fromkeys(WEIGHED, batch["weights"].sum(dtype=torch.float64))
 
 
 def sequence_mean(x_BS: torch.Tensor, batch: Batch, shard) -> torch.Tensor:
@@ -78,15 +91,15 @@ def kept_on_policy(logp_BS: torch.Tensor, limit: float, batch: Batch, shard) -> 
 
 
 def _difference(a_BS: torch.Tensor, b_BS: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return a - b of policy tokens without gradient, 0 where an engine gave no number."""
-    return torch.where(batch["weights"] != 0, (a_BS - b_BS).detach(), 0).nan_to_num(nan=0.0)
+    """Return a - b of policy tokens without gradient, 0 where the engine gave no number."""
+    return torch.where(compared(batch), (a_BS - b_BS).detach(), 0)
 
 
 def correct(
     logp_BS: torch.Tensor, old_BS: torch.Tensor, how: Correction, span: tuple[float, float] | None,
     opsm: float | None, batch: Batch, shard,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """Return each token's weight and per-token values to report, by the names in `METRICS`."""
+    """Return each token's weight and per-token values to report, by the names in `COMPARED` and `WEIGHED`."""
     difference_BS = _difference(old_BS, batch["rollout_logprobs"], batch)
     log_rho_BS = difference_BS.clamp(-LARGEST, LARGEST)
     rho_BS = log_rho_BS.exp()
@@ -96,7 +109,7 @@ def correct(
     if opsm is not None:
         weight_BS = weight_BS * kept_on_policy(logp_BS, opsm, batch, shard)
     values = (
-        *(difference_BS.abs(), -difference_BS, rho_BS - log_rho_BS - 1, rho_BS.square() - 1, rho_BS),
+        *(difference_BS.abs(), -difference_BS, rho_BS - log_rho_BS - 1, rho_BS.square() - 1, rho_BS * compared(batch)),
         *(weight_BS, (weight_BS == 0).to(rho_BS.dtype)),
     )
-    return weight_BS, dict(zip(METRICS, values, strict=True))
+    return weight_BS, dict(zip((*COMPARED, *WEIGHED), values, strict=True))

@@ -1,7 +1,9 @@
 """What docs/ says about options, metrics, schedules and the container is what the code does."""
 
+import ast
 import copy
 import fnmatch
+import importlib.util
 import math
 import re
 import shlex
@@ -30,8 +32,9 @@ def flags(of: type) -> set[str]:
 
 FLAGS = flags(Options)
 PREFERENCE = {f"--{field.name}".replace("_", "-") for field in fields(preference.Options)}
+REINFORCED = flags(qwen3_moe_grpo.Options)
 OTHERS = (
-    flags(qwen3_moe_grpo.Options)
+    REINFORCED
     | {"--config", "--help", "--build-arg", "--max-restarts"}
     | {
         f"--{field.name}".replace("_", "-")
@@ -108,11 +111,26 @@ def test_options_named_beside_those_of_others_exist():
         for span in [*spans, *re.findall(r"`(--[^`]*)`", remark)]:
             if " " in span:
                 data = [] if span.startswith("--data.train") else ["--data.train", "chats.jsonl"]
-                recipe = Options if span.split()[0] in FLAGS else preference.Options
-                config.cli(recipe, doc="", argv=[*shlex.split(span), *data])
-            assert span.split()[0] in FLAGS | PREFERENCE, (theirs, span)
+                known = ((FLAGS, Options), (PREFERENCE, preference.Options), (REINFORCED, qwen3_moe_grpo.Options))
+                recipe = next(of for names, of in known if span.split()[0] in names)
+                config.cli(recipe, doc="", argv=[*shlex.split(span), *data, "--model.path", "m"])
+            assert span.split()[0] in FLAGS | PREFERENCE | REINFORCED, (theirs, span)
             seen.add(span.split()[0])
     assert len(seen) > 25
+
+
+def test_the_table_of_trls_grpo_has_every_field_of_its_config():
+    """And none that is not there; read from its source, as importing it takes seconds."""
+    (folder,) = importlib.util.find_spec("trl").submodule_search_locations
+    module = ast.parse((Path(folder) / "trainer" / "grpo_config.py").read_text("utf-8"))
+    (cls,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "GRPOConfig")
+    theirs = {node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)}
+    page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
+    table = page.split("| `GRPOConfig`", 1)[1].split("\n\n", 1)[0]
+    named = [re.findall(r"`([^`]*)`", row.split("|")[1]) for row in table.splitlines()[2:]]
+    ours = [name for names in named for name in names]
+    assert len(ours) == len({*ours}) + 1, "GRPOTrainer alone is named twice"
+    assert {*ours} - theirs == {"reward_funcs", "tools", "environment_factory", "GRPOTrainer"} and theirs <= {*ours}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -166,7 +184,8 @@ def test_the_glossary_has_every_key_of_a_run_and_no_other(tmp_path):
     flags = ("--data.train", "train.jsonl", "--data.split", 0.5, "--data.seq-len", 64, "--batch", 4, "--answers", 1)
     flags += ("--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--reward.functions", "mine.py:odd")
     flags += ("--rollout.filter-groups", "--rollout.steps-per-generation", 2, "--loss.old", "trainer")
-    flags += ("--loss.loss-type", "ppo", "--loss.beta", 0.1, "--micro-batch", 2, "--steps", 2, "--compile", "off")
+    flags += ("--loss.loss-type", "ppo", "--loss.beta", 0.1, "--loss.kl-in-reward")  # for timing_s/ref
+    flags += ("--micro-batch", 2, "--steps", 2, "--compile", "off")
     sft_runs.run(tmp_path, "--model.path", "moe", *flags, "--out", "rl", recipe="qwen3_moe_grpo")
     written = set().union(*(keys(row) for out in ("run", "rl") for row in sft_runs.rows(tmp_path / out)))
     entries = {key for row in cells("metrics.md") for key in re.findall(r"^`([^`]+)`$", row[0])}

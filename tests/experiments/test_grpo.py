@@ -41,7 +41,7 @@ def run(place: Path, *flags, status: int = 0) -> str:
 def test_a_short_run_says_what_happened(place):
     said = run(place, "--steps", 3, "--out", "short")
     assert "20,000 questions" in said and "before training 0.0% of 6 answers are right" in said
-    assert "log-probabilities as sampled and as trained differ by" in said
+    assert said.count("log-probabilities as sampled and as trained differ by") == 1
     rows = sft_runs.rows(place / "short")
     for row in rows:
         assert row["reward"] == 0 and row["frac_reward_zero_std"] == 1 and row["pg_loss"] == row["loss"] == 0
@@ -68,7 +68,8 @@ def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
     several += ("--rollout.routing-replay", "trainer", "--rollout.log-every", 2)
     several += ("--loss.off-policy-mask-threshold", 0.1)
     run(place, *several, "--save-every", 1, "--keep", 5, "--out", "straight")
-    run(place, *several, "--resume", "straight/checkpoints/step-3", "--out", "resumed")
+    said = run(place, *several, "--resume", "straight/checkpoints/step-3", "--out", "resumed")
+    assert said.count("log-probabilities as sampled and as trained differ by") == 1, "of the next rollout"
     sft_runs.same_state(place / "straight", place / "resumed")
     assert sft_runs.learned(place / "straight")[3:] == sft_runs.learned(place / "resumed")
     assert [sft_runs.rows(place / "straight")[i]["ratio/max"] == 1 for i in (0, 4)] == [True, True]

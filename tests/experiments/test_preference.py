@@ -130,6 +130,7 @@ WRONG = {
     ("--loss-weights", "1", "2"): "--loss-weights 1.0 2.0: --loss-type sigmoid needs 1",
     ("--loss-type", "ipo", "--label-smoothing", "0.1"): "--label-smoothing has no effect with --loss-type ipo, only",
     ("--desirable-weight", "2"): "--desirable-weight has no effect with --loss-type sigmoid, only with kto",
+    ("--loss-type", "sft", "--beta", "0.2"): "--beta has no effect with --loss-type sft, only with sigmoid, ipo, bco",
     ("--label-smoothing", "1"): "--label-smoothing is 1.0; it must be at least 0 and below 1",
     ("--loss-type", "dpo"): "sigmoid",
 }

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import transformers
 
 from experiments import policies, qwen3_moe_grpo, rl
 from functional_trainer import config
@@ -92,6 +93,35 @@ def test_the_trainers_routing_is_replayed_where_it_computes_log_probabilities_be
             made("qwen3_moe_grpo", rollout=rollout)
         with pytest.raises(ValueError, match="routing-replay engine") if more else nullcontext():
             RolloutOptions(routing_replay="engine", **more)
+
+
+def test_what_is_not_all_that_one_might_think_is_said():
+    for name, changes, said in [
+        ("qwen3_moe_grpo", {}, ""),
+        ("qwen3_moe_dr_grpo", {}, ""),
+        ("qwen3_moe_grpo", {"loss": PolicyOptions("dr_grpo", "rloo")}, ""),
+        (
+            "qwen3_moe_grpo",
+            {"loss": PolicyOptions("dr_grpo")},
+            "by the group's deviation; for Dr.GRPO say --loss.s",
+        ),
+        ("qwen3_moe_grpo", {"rollout": RolloutOptions(top_k=5)}, "--rollout.top-k 5: answers are of a part of"),
+        ("qwen3_moe_grpo", {"rollout": RolloutOptions(top_p=0.9)}, "--rollout.top-p 0.9: answers are of a part of"),
+    ]:
+        told: list[str] = []
+        policies.remark(options(name)(model=qwen3_moe_grpo.ModelOptions(path="m"), **changes), told.append)
+        assert len(told) == bool(said) and said in "".join(told)
+
+
+def test_a_router_that_is_not_there_has_no_balance():
+    o = qwen3_moe_grpo.Options(model=qwen3_moe_grpo.ModelOptions(path="m"), loss=PolicyOptions(balance=0.1))
+    dense, moe = (
+        transformers.AutoConfig.for_model(family, **sft_runs.SIZES, **more).to_dict()
+        for family, more in (("qwen3", {}), ("qwen3_moe", sft_runs.EXPERTS))
+    )
+    assert policies.objective(o, moe).coefficients["balance"] == 0.1
+    with pytest.raises(ValueError, match="--loss.balance 0.1 has no effect: the model has no experts"):
+        policies.objective(o, dense)
 
 
 @pytest.mark.slow

@@ -53,6 +53,26 @@ def test_scores_are_of_all_sampled_tokens_and_the_passes_do_not_matter():
     assert agreement.differences(model, params, batch, 2) == pytest.approx(whole, rel=1e-6)
 
 
+def test_only_what_both_have_said_is_compared():
+    model = small.model(num_hidden_layers=1)
+    params = model.init(0)
+    batch = next(rollouts(model, params))
+    told = batch["rollout_logprobs"] - 0.015
+    half = torch.where(torch.arange(told.shape[1]) % 2 == 0, torch.nan, told)
+    for said in (told, half):
+        found = agreement.differences(model, params, batch | {"rollout_logprobs": said}, 2)
+        assert found == pytest.approx((0.015, 0.015), rel=1e-3)
+    unlikely = torch.where(torch.arange(told.shape[1]) % 2 == 0, -torch.inf, told)
+    assert agreement.differences(model, params, batch | {"rollout_logprobs": unlikely}, 2)[0] == np.inf
+    for changes in ({"rollout_logprobs": torch.full_like(told, torch.nan)}, {"weights": torch.zeros_like(told)}):
+        with pytest.raises(ValueError, match="no sampled token of which the engine gave a log-probability"):
+            agreement.differences(model, params, batch | changes, 2)
+    broken = tree.map(lambda p: torch.full_like(p, torch.nan), params)
+    sampled = int(batch["weights"].sum())
+    with pytest.raises(ValueError, match=f"^{sampled} log-probabilities of .* by the trainer are not finite"):
+        agreement.differences(model, broken, batch, 2)
+
+
 # log-probabilities by the trainer before the first of several steps --------------------------------------------------
 
 SEVERAL = Plan(3, 4, steps=2, iterations=2)
@@ -137,7 +157,8 @@ def test_a_step_without_a_reward_changes_nothing():
     old = agreement.scorer(model, state.params, 2, ONE_DEVICE, CPU)
     source = rollouts(model, state.params, old=old, reward=lambda p, a: Scores([None] * len(a)))
     batch = source.peek()
-    assert agreement.differences(model, state.params, batch, 2) == (0, 0)
+    with pytest.raises(ValueError, match="there is no sampled token"):
+        agreement.differences(model, state.params, batch, 2)
     loss = policy("gspo", entropy=0.1, balance=0.1, beta=0.1)
     state, metrics = make_train_step(model, loss, optimizer, rows=2)(
         state, next(source) | {"ref_logprobs": batch["old_logprobs"]}

@@ -107,15 +107,20 @@ def test_with_nothing_ahead_it_is_the_same_as_without_a_thread(run):
 
 
 def test_one_step_off_each_rollout_is_of_the_version_before(run):
-    one = run(1)
+    seen: list[Any] = []
+    one = run(1, check=seen.append)
     for n in range(5):
         (batch,) = one.take(1)
+        if n == 0:
+            same(seen, [batch])
         version = max(n - 1, 0)
         assert {v for a in one.rollouts.last.answers for v in a.versions} == {version}
         assert agrees(one, batch, version) < 1e-4 and (n < 1 or agrees(one, batch, n) > 1e-2)
         said = one.rollouts.report()
         assert said["off_policy"] == {"mean": n - version, "max": n - version, "dropped": 0}
         assert said["wait_s"].keys() == {"trainer", "engine"} and min(said["wait_s"].values()) >= 0
+        assert said["weight_version"] == version and said["timing_s"]["update_weights"] > 0
+    assert len(seen) == 1, "the first rollout, which is of the weights at that time"
     same(run(1).take(2)[:1], run(0).take(1))
 
 
@@ -257,8 +262,10 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(run, options, taken):
     straight, cut = run(**options), run(**options)
     wanted = straight.take(9)
     same(cut.take(taken), wanted[:taken])
-    resumed = cut.resumed(**options)
+    seen: list[Any] = []
+    resumed = cut.resumed(**options, check=seen.append)
     same(resumed.take(9 - taken), wanted[taken:])
+    assert not seen, "these may be of older weights than there are"
     resumed.rollouts.close()
 
 

@@ -149,6 +149,28 @@ def test_looking_at_the_next_batch_takes_nothing():
     assert rollouts.report()["reward"] > 0 and rollouts.report() == {}
 
 
+def test_the_engine_is_checked_once_before_anything_is_trained():
+    """By the first batch that has a token to train, of the first rollout that is drawn; also in a run that goes on."""
+    seen: list[Any] = []
+    how = Plan(3, 4, steps=3, mask_truncated=True)
+
+    def cut(prompts, seed):
+        """Cut off all answers of the first rollout, and of the next one's first step."""
+        calls.append(seed)
+        lost, answers = {1: 12, 2: 4}[len(calls)], draw(prompts, seed)
+        return [a._replace(finish_reason="length" if i < lost else "stop") for i, a in enumerate(answers)]
+
+    calls: list[int] = []
+    rollouts = made(how, generate=cut, check=seen.append)
+    batches = list(islice(rollouts, 6))
+    assert [bool(batch["weights"].any()) for batch in batches] == [False, False, False, False, True, True]
+    assert len(seen) == 1 and all(torch.equal(seen[0][k], batches[4][k]) for k in batches[4])
+    resumed = made(how, check=seen.append)
+    resumed.restore(rollouts.state())
+    later, *_ = islice(resumed, 6)  # two rollouts
+    assert len(seen) == 2 and torch.equal(seen[1]["tokens"], later["tokens"])
+
+
 def uniform(prompts, answers):
     """Only groups of even questions have rewards that differ."""
     return Scores([float(len(a.tokens)) * (p.ids[0] % 2 == 0) for p, a in zip(prompts, answers, strict=True)], {})
@@ -190,10 +212,40 @@ def test_what_failed_is_counted_in_all_draws_and_means_are_of_what_is_trained_on
     assert said["tools/call_frequency"] == 2 and said["tools/failure_frequency"] == 0.5
 
 
+def test_groups_that_are_left_out_are_counted_by_reason():
+    """Question 0 is never right, 1 always, 2 half right, 3 without a score; the others teach something."""
+    seen = []
+
+    def four(prompts, answers):
+        seen.extend(p.ids[0] - 10 for p in prompts[::4])
+        level = {0: [-1.0, 0, 0, 0], 1: [1.0] * 4, 2: [0.5] * 4, 3: [None] * 4}
+        each = {number: level.get(number, [0, 1.0, 0, 1.0]) for number in range(7)}
+        return Scores([x for p in prompts[::4] for x in each[p.ids[0] - 10]], {})
+
+    rollouts = made(Plan(3, 4, filter_groups=True), reward=four)
+    for _ in range(4):
+        seen.clear()
+        next(rollouts)
+        said, teaching = rollouts.report(), [number for number in seen if number == 0 or number > 3]
+        kept = [p.ids[0] - 10 for p in rollouts.last.prompts[::4]]
+        assert kept == teaching[:3]
+        assert said["filtered"] == {
+            "solve_none": 0, "solve_all": seen.count(1), "same": seen.count(2), "no_reward": seen.count(3),
+            "surplus": len(teaching) - 3,
+        }  # fmt: skip
+        scored = [number for number in seen if number != 3]
+        none, all_ = scored.count(0) / len(scored), scored.count(1) / len(scored)
+        assert [said[f"solve_{kind}"] for kind in ("none", "all", "mixed")] == pytest.approx(
+            [none, all_, 1 - none - all_]
+        )
+        assert (said["reward/min"], said["reward/max"]) == (-1.0 if 0 in kept else 0.0, 1.0 if {*kept} - {0} else 0.0)
+
+
 def test_a_rollout_is_filled_where_none_teaches_anything():
     none = made(Plan(3, 4, filter_groups=True, most=4), reward=lambda p, a: Scores([1.0] * len(a), {}))
     batch = next(none)
-    assert none.report()["rollouts"] == 4 and len(none.last.rewards) == 3
+    said = none.report()
+    assert said["rollouts"] == 4 and len(none.last.rewards) == 3 and said["filtered"]["solve_all"] == 9
     assert not batch["advantages"].any() and batch["weights"].any()
 
 
@@ -301,6 +353,39 @@ def test_remax_compares_with_the_greedy_answer_of_the_same_prompt():
         assert all(len(texts) == len(set(texts)) == 3 for texts in asked) and len(documents(batch)) == 12
 
 
+def test_the_greedy_answer_is_punished_for_its_length_as_samples_are():
+    """The penalty is part of the reward; only a divergence is the sample's alone, as in the authors' code."""
+
+    def greedy(prompts, seed):
+        return [Sample([p.ids[0]] * n, [0.0] * n, "stop", []) for p in prompts for n in [p.ids[0] % 3 + 4]]
+
+    def some(prompts, answers):
+        return Scores([None if p.ids[0] == 12 else 2.0 for p in prompts], {})
+
+    rollouts = made(Plan(3, 4, overlong=(LONGEST, 3), beta=0.5), greedy=greedy, reward=some, reference=to_the_token)
+    rollouts.advantage = lambda rewards, sizes, likeliest: advantages.remax(rewards, likeliest)
+    next(rollouts)
+    last = rollouts.last
+    for prompt, answer, found in zip(last.prompts, last.answers, last.advantages.flat, strict=True):
+        d = sum(p + t / 9000 for p, t in zip(answer.logprobs, answer.tokens, strict=True))
+        lost = [max(0, n - 3) / 3 for n in (len(answer.tokens), prompt.ids[0] % 3 + 4)]
+        assert found == pytest.approx(0 if prompt.ids[0] == 12 else lost[1] - lost[0] - 0.5 * d, abs=1e-5)
+
+
+def test_lengths_of_answers_are_of_what_the_policy_chose():
+    """For OPO's baseline, and where tokens are counted; penalties are of all, as the longest answer is."""
+    given, how = [], Plan(3, 4, overlong=(LONGEST, 3))
+    rollouts = made(how, generate=with_tools)
+    rollouts.advantage = lambda rewards, sizes: given.append((rewards, sizes)) or advantages.opo(rewards, sizes)
+    next(rollouts)
+    (rewards, sizes), said, last = *given, rollouts.report(), rollouts.last
+    assert sizes.reshape(-1).tolist() == [sum(a.sampled) for a in last.answers]
+    whole = np.array([len(a.tokens) for a in last.answers]).reshape(3, 4)
+    np.testing.assert_array_equal(rewards, last.rewards + advantages.overlong_penalty(whole, LONGEST, 3))
+    assert said["generated_tokens_per_s"] == pytest.approx(sizes.sum() / said["timing_s"]["gen"])
+    assert sizes.sum() < whole.sum() == said["completions"]["mean_length"] * 12
+
+
 def to_the_token(batch, number, size):
     """Give each token -token / 9000, as a reference."""
     found, real = np.zeros(size), batch["segment_ids"] != 0
@@ -325,8 +410,29 @@ def test_the_divergence_from_a_reference_is_taken_from_rewards(kl):
         total.append(sum(each(d) for d in x))
     apart = np.array(total).reshape(3, 4)
     np.testing.assert_allclose(last.advantages, advantages.grpo(last.rewards - 0.7 * apart), rtol=1e-5, atol=1e-5)
-    tokens = sum(len(a.tokens) for a in last.answers)
-    assert rollouts.report()["kl"] == pytest.approx(apart.sum() / tokens, rel=1e-5)
+    tokens = sum(sum(a.sampled) for a in last.answers)
+    said = rollouts.report()
+    assert said["kl"] == pytest.approx(apart.sum() / tokens, rel=1e-5) and said["timing_s"]["ref"] > 0
+
+
+def test_a_divergence_that_is_not_known_is_not_taken_for_none():
+    """What no engine said is left out; a reference that breaks is an error."""
+
+    def silent(prompts, seed):
+        return [a._replace(logprobs=[np.nan, *a.logprobs[1:]]) for a in draw(prompts, seed)]
+
+    def broken(batch, number, size):
+        return Scored(np.full(size, np.nan))
+
+    rollouts = made(Plan(3, 4, beta=0.7), reference=to_the_token, generate=silent)
+    next(rollouts)
+    apart = [
+        sum(p + t / 9000 for p, t in zip(a.logprobs[1:], a.tokens[1:], strict=True)) for a in rollouts.last.answers
+    ]
+    wanted = advantages.grpo(rollouts.last.rewards - 0.7 * np.reshape(apart, (3, 4)))
+    np.testing.assert_allclose(rollouts.last.advantages, wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="by the reference are not finite"):
+        next(made(Plan(3, 4, beta=0.7), reference=broken))
 
 
 @pytest.mark.parametrize("mask_truncated", [False, True])
@@ -378,6 +484,10 @@ def test_what_is_reported_by_hand():
         right = (sizes > 3).reshape(3, 4)
         assert said["rewards/long/mean"] == right.mean() and "rewards/none/mean" not in said
         assert said["reward"] == right.mean() and said["reward_best"] == right.any(1).mean()
+        shares = [(~right).all(1), right.all(1), right.any(1) & ~right.all(1)]
+        assert [said[f"solve_{kind}"] for kind in ("none", "all", "mixed")] == [x.mean() for x in shares]
+        assert (said["reward/min"], said["reward/max"]) == (right.min(), right.max())
+        assert 0 <= said["timing_s"]["update_weights"] < 1 and "filtered" not in said
         assert said["completions"]["mean_terminated_length"] == sizes[ended].mean()
         assert said["completions"]["clipped_ratio"] == pytest.approx(1 - ended.mean())
         assert said["prompts"]["mean_length"] == 2 and abs(said["advantages"]["mean"]) < 1e-9

@@ -1,6 +1,7 @@
 """functional_trainer.policy: each objective against its paper's formula, sequence by sequence in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from functional_trainer.data.columns import check_whole, refuse_cut
 from functional_trainer.losses import sft
-from functional_trainer.objectives import OBJECTIVES
+from functional_trainer.objectives import OBJECTIVES, log_ratio, token_losses
 from functional_trainer.policy import policy
+from functional_trainer.rl_options import USED_BY, PolicyOptions
 from tests.functional_trainer.packed import F64, assert_same, draw, gradients, logp, of, pack, parts, value
 
 SIZES = st.lists(st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), min_size=1, max_size=6)
@@ -126,7 +128,11 @@ def test_bypassing_the_trainers_forward():
     sequences = draw([(5, 3), (4, 4)])
     bypass = value(policy("grpo", old="rollout_logprobs"), pack(sequences, [[0, 1]]))
     for s in sequences:
-        s["old_logprobs"] = s["rollout_logprobs"]
+        s["old_logprobs"] = s["rollout_logprobs"].clone()
+    assert_same(bypass, value(policy("grpo"), pack(sequences, [[0, 1]])), sequences)
+    sequences[0]["old_logprobs"][3] = logp(sequences[0])[1].detach()
+    sequences[0]["rollout_logprobs"][3] = torch.nan  # not said: the ratio is 1
+    bypass = value(policy("grpo", old="rollout_logprobs"), pack(sequences, [[0, 1]]))
     assert_same(bypass, value(policy("grpo"), pack(sequences, [[0, 1]])), sequences)
 
 
@@ -242,6 +248,18 @@ def correction(how: str, s) -> torch.Tensor:
     }[how]()
 
 
+def apart(d: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what is reported of the logs of rho of all tokens."""
+    return {
+        "sampling_logp_difference/mean": d.abs().mean(),
+        "sampling_logp_difference/max": d.abs().max(),
+        "rollout_corr/kl": -d.mean(),
+        "rollout_corr/k3_kl": (d.exp() - 1 - d).mean(),
+        "rollout_corr/chi2_token": (d.exp() ** 2).mean() - 1,
+        "rollout_corr/eff_sample_size": d.exp().sum() ** 2 / (d.exp() ** 2).sum() / len(d),
+    }
+
+
 @pytest.mark.parametrize(
     "how", ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
 )
@@ -264,13 +282,7 @@ def test_rollout_correction(how, data, sizes, seed, opsm):
     assert_same(terms["pg_loss"], wanted, sequences)
     d = torch.cat([of(s, "old_logprobs") - of(s, "rollout_logprobs") for s in sequences])
     w = torch.cat(weights)
-    figures = {
-        "sampling_logp_difference/mean": d.abs().mean(),
-        "rollout_corr/kl": -d.mean(),
-        "rollout_corr/k3_kl": (d.exp() - 1 - d).mean(),
-        "rollout_corr/chi2_token": (d.exp() ** 2).mean() - 1,
-        "rollout_corr/eff_sample_size": d.exp().sum() ** 2 / (d.exp() ** 2).sum() / len(d),
-        "sampling_logp_difference/max": d.abs().max(),
+    figures = apart(d) | {
         "rollout_corr/rollout_is_mean": w.mean(),
         "rollout_corr/masked_fraction": (w == 0).to(F64).mean(),
     }
@@ -285,6 +297,26 @@ def test_a_token_of_which_the_engine_said_nothing_is_not_corrected():
     weights[1] = 1.0
     assert_same(terms["pg_loss"], (-surrogate("dapo", sequences[0]) * weights).mean(), sequences)
     assert all(torch.isfinite(v) for v in reported.values())
+    d = of(sequences[0], "old_logprobs") - of(sequences[0], "rollout_logprobs")
+    figures = apart(d[[0, 2, 3]]) | {"rollout_corr/rollout_is_mean": weights.mean()}
+    torch.testing.assert_close({k: reported[k] for k in figures}, figures, rtol=1e-9, atol=1e-9)
+
+
+def test_what_the_trainer_does_not_know_is_no_agreement():
+    sequences = draw([(4, 4)])
+    sequences[0]["old_logprobs"][1] = torch.nan
+    _, reported = parts(policy("dapo"), pack(sequences, [[0]]))
+    assert all(reported[name].isnan() for name in apart(torch.zeros(1)))
+
+
+@pytest.mark.parametrize("old", ["current", "rollout_logprobs"])
+def test_the_current_policy_is_compared_with_the_engine(old):
+    """Where ratios are to the policy itself, and where they are to what the engine said."""
+    sequences = draw([(5, 3), (4, 4), (3, 0), (6, 1)])
+    _, reported = parts(policy("dapo", old=old), pack(sequences, [[0, 1], [2, 3]]))
+    d = torch.cat([logp(s).detach() - of(s, "rollout_logprobs") for s in sequences])
+    figures = apart(d) | {"rollout_corr/rollout_is_mean": torch.ones((), dtype=F64)}
+    torch.testing.assert_close({k: reported[k] for k in figures}, figures, rtol=1e-9, atol=1e-9)
 
 
 # metrics -------------------------------------------------------------------------------------------------------------
@@ -330,11 +362,46 @@ def test_without_a_policy_token_loss_and_gradient_are_zero(name, sizes):
         ("grpo", {"old": "rollout_logprobs", "correction": "token_mask"}, "corrects for the engine already"),
         ("grpo", {"correction_range": (2.0, 1.0)}, "low must be below high"),
         ("grpo", {"correction": "geometric_mask", "correction_range": (0.0, 1.0)}, "above 0 for geometric_mask"),
+        ("dapo", {"delta": 1.28}, r"delta \(--loss.delta\) is 1.28; it must be above .* 1 \+ epsilon_high, here 1.28"),
+        ("sapo", {"delta": 3.0}, "delta 3.0 has no effect with form 'sapo', which has no dual clip; leave it away"),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         policy(name, **changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_that_an_objective_does_not_read_are_refused(name):
+    """What it reads is what changes the loss of some token."""
+    gen = torch.Generator().manual_seed(0)
+    l_BS, logp_BS, adv_BS = torch.randn(3, 40, 4, generator=gen, dtype=F64) * 0.3
+    mean = lambda x_BS: x_BS.mean(1, keepdim=True).expand_as(x_BS)  # noqa: E731
+
+    def losses(**changes):
+        p = replace(OBJECTIVES[name], **changes)
+        return token_losses(p, log_ratio(p, l_BS, logp_BS, mean), logp_BS, adv_BS, mean)
+
+    values = {"epsilon": 0.01, "epsilon_high": 0.02, "delta": 1.1}
+    assert values.keys() == USED_BY.keys()
+    for option, x in values.items():
+        field = "epsilon_low" if option == "epsilon" else option
+        if torch.equal(losses(**{field: x}), losses()):
+            said = f"--loss.{option.replace('_', '-')} has no effect with --loss.loss-type {name}, only with ppo, grpo"
+            with pytest.raises(ValueError, match=said):
+                PolicyOptions(loss_type=name, **{option: x})
+        else:
+            assert getattr(PolicyOptions(loss_type=name, **{option: x}), option) == x
+
+
+@pytest.mark.parametrize("x", [math.nan, math.inf, -math.inf])
+def test_numbers_of_the_loss_are_finite(x):
+    one = ("epsilon", "epsilon_high", "delta", "beta", "entropy_coef", "off_policy_mask_threshold", "balance")
+    given = {name: {name: x} for name in one}
+    given["correction_range"] = {"correction_range": (0.5, x), "correction": "token_mask"}
+    for name, options in given.items():
+        with pytest.raises(ValueError, match=f"--loss.{name.replace('_', '-')} is {x}; it must be"):
+            PolicyOptions(loss_type="grpo", **options)
 
 
 @pytest.mark.parametrize(
