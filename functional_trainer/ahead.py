@@ -60,7 +60,8 @@ class Ahead(Experience):
     `generate` takes, besides prompts and a seed, what each answer goes on from, and the `budget` (0: no limit).
     `weights` makes a copy. Tokens are at most `staleness` versions older than the weights that train on them: groups
     with older ones are dropped, and their prompts asked again. `last` is how many rollouts there are in all. With
-    `in_flight` answers under way go on with every new version of the weights at once. `stop` makes `generate` return.
+    `in_flight` answers under way go on with every new version of the weights at once: `update` is then called by the
+    thread that trains, else by the one that draws, never by both, so that each may exchange with its like. `stop` makes `generate` return.
     `everyone` exchanges what the ranks' threads give. RuntimeError if what generates lags behind for good.
     """
 
@@ -87,11 +88,11 @@ class Ahead(Experience):
     def _roll(self) -> None:
         """Hand out the weights, and take the next rollout."""
         weights = self.weights()
+        if self.in_flight:
+            self.update(weights, self.count)
         with self.changed:
             self.version = self.count
             self.snapshots[self.version] = weights
-            if self.in_flight:
-                self.update(weights, self.version)
             self.changed.notify_all()
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, name="rollouts", daemon=True)
@@ -168,8 +169,9 @@ class Ahead(Experience):
                 raise Closed
             for old in [v for v in self.snapshots if v < version]:
                 del self.snapshots[old]
-            newest = max(self.snapshots) if self.in_flight else version
-            self.update(self.snapshots[newest], newest)
+            weights = self.snapshots[version]
+        if not self.in_flight:
+            self.update(weights, version)
         return time.perf_counter() - begun
 
     def _agreed(self, value: Any) -> list[Any]:
