@@ -61,8 +61,9 @@ class Ahead(Experience):
     `weights` makes a copy. Tokens are at most `staleness` versions older than the weights that train on them: groups
     with older ones are dropped, and their prompts asked again. `last` is how many rollouts there are in all. With
     `in_flight` answers under way go on with every new version of the weights at once: `update` is then called by the
-    thread that trains, else by the one that draws, never by both, so that each may exchange with its like. `stop` makes `generate` return.
-    `everyone` exchanges what the ranks' threads give. RuntimeError if what generates lags behind for good.
+    thread that trains, else by the one that draws, never by both, so that each may exchange with its like on other
+    ranks. `stop` makes `generate` return. `everyone` exchanges what the ranks' threads that draw give. RuntimeError if
+    what generates lags behind for good.
     """
 
     generate: Callable[[list[Prompt], int, list[Sample | None], int], list[Sample]]  # type: ignore[assignment]

@@ -150,7 +150,7 @@ class RolloutOptions:
         if self.engine != "local":
             alone = ("compile", "ray")
         if odd := [name for name in alone if getattr(self, name) != getattr(RolloutOptions, name)]:
-            raise ValueError(f"--rollout.{odd[0]} has no effect with {said}")
+            raise ValueError(f"--rollout.{odd[0].replace('_', '-')} has no effect with {said}")
         if self.engine == "lmdeploy" and self.routing_replay == "engine":
             raise ValueError(f"--rollout.routing-replay engine: {said} records none that is read; say trainer")
         if self.engine == "lmdeploy" and self.in_flight_weight_updates:

@@ -182,13 +182,16 @@ class RemoteEngine:
             for server in self.servers.all if self.shard.rank else []:
                 server.line = dial(server.url)
             backend.everyone(None, self.group)
-        if self.shard.rank == 0:
-            self.servers.give(version, lambda: self._requests(named, str(version)))
-        outs = backend.everyone([server.out for server in self.servers.all], self.group)[0]
+
+        def give() -> list[str]:
+            if self.shard.rank == 0:
+                self.servers.give(version, lambda: self._requests(named, str(version)))
+            return [server.out for server in self.servers.all]
+
+        outs = backend.together(give, self.group)[0]
         for server, out in zip(self.servers.all, outs, strict=True):
             if self.shard.rank:
                 server.out, server.failures, server.until = out, 0, 0.0
-        self.servers.any_left()
         self.version = version
 
     def pause(self) -> None:

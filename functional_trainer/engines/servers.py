@@ -143,12 +143,13 @@ class Servers:
                     server.open += 1
                     return server
                 self.any_left()
-                rest = min(server.until for server in alive) - now
-            time.sleep(rest)
+                until = min((server.until for server in alive), default=now + self.backoff)
+            time.sleep(until - now)
 
     def any_left(self) -> None:
-        """Raise RuntimeError if no server may be asked any more."""
-        if all(server.out for server in self.all):
+        """Raise RuntimeError if all servers are left out, and have been away for too long to be waited for."""
+        now = time.monotonic()
+        if all(server.out and now - server.since >= self.patience for server in self.all):
             why = "; ".join(f"{server.url}: {server.out}" for server in self.all)
             raise RuntimeError(f"no {self.name} server is left: {why}")
 
@@ -173,9 +174,11 @@ class Servers:
         data = json.dumps(body).encode()
         with ThreadPoolExecutor(len(servers)) as pool:
             said = list(pool.map(lambda server: self._refusal(server, path, data), servers))
-        for server, why in zip(servers, said, strict=True):
-            if why:
-                server.out, server.has = why, None
+        with self.lock:
+            for server, why in zip(servers, said, strict=True):
+                if why:
+                    server.since = server.since if server.failures else time.monotonic()
+                    server.out, server.has, server.failures = why, None, server.failures + 1
         return [server for server, why in zip(servers, said, strict=True) if not why]
 
     def _refusal(self, server: Server, path: str, data: bytes) -> str:
@@ -190,7 +193,8 @@ class Servers:
     def give(self, version: int, requests: Callable[[], Iterable[Request]]) -> None:
         """Send weights of a version, by the requests that give them, to all servers that are there.
 
-        Those that come back later get them too, until there are others. If none takes them it is waited for one.
+        Those that come back later get them too, until there are others. If none takes them it is waited for one, and
+        RuntimeError is raised in the end.
         """
         with self.sending:
             first, self.given = self.given is None, (version, requests)
@@ -198,8 +202,8 @@ class Servers:
         if first:
             watch = threading.Thread(target=_watch, args=(weakref.ref(self), self.every), name="servers", daemon=True)
             watch.start()
-        end = time.monotonic() + self.patience
-        while all(server.out for server in self.all) and time.monotonic() < end:
+        while all(server.out for server in self.all):
+            self.any_left()
             time.sleep(self.backoff)
             self.look()
 

@@ -210,7 +210,7 @@ def die_and_come_back(after, params, started):
             server.close()
             time.sleep(after)
             port = server.http.server_port
-            started.append(type(server)(server.model, params, port=port, routes=server.routes_experts))
+            started.append(type(server)(server.model, params, server.engine.length, port, server.routes_experts))
 
         threading.Thread(target=again, daemon=True).start()
         time.sleep(0.05)
