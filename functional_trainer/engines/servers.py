@@ -142,14 +142,14 @@ class Servers:
                     server = min(ready, key=lambda server: server.open)
                     server.open += 1
                     return server
-                self.any_left()
+                self._any_left(self.patience)
                 until = min((server.until for server in alive), default=now + self.backoff)
             time.sleep(until - now)
 
-    def any_left(self) -> None:
-        """Raise RuntimeError if all servers are left out, and have been away for too long to be waited for."""
+    def _any_left(self, patience: float) -> None:
+        """Raise RuntimeError if all servers are left out, and have been away for so many seconds."""
         now = time.monotonic()
-        if all(server.out and now - server.since >= self.patience for server in self.all):
+        if all(server.out and now - server.since >= patience for server in self.all):
             why = "; ".join(f"{server.url}: {server.out}" for server in self.all)
             raise RuntimeError(f"no {self.name} server is left: {why}")
 
@@ -193,18 +193,18 @@ class Servers:
     def give(self, version: int, requests: Callable[[], Iterable[Request]]) -> None:
         """Send weights of a version, by the requests that give them, to all servers that are there.
 
-        Those that come back later get them too, until there are others. If none takes them it is waited for one, and
-        RuntimeError is raised in the end.
+        Those that come back later get them too, until there are others. If none takes them it is waited for one, but
+        for the first weights, which servers were well to take. RuntimeError if there is none in the end.
         """
         with self.sending:
             first, self.given = self.given is None, (version, requests)
-            self._send([server for server in self.all if not server.out or self._says(server) is not None])
+            self._send([server for server, said in self._say() if not server.out or said is not None])
         if first:
             watch = threading.Thread(target=_watch, args=(weakref.ref(self), self.every), name="servers", daemon=True)
             watch.start()
         while all(server.out for server in self.all):
-            self.any_left()
-            time.sleep(self.backoff)
+            self._any_left(0.0 if first else self.patience)
+            time.sleep(self.every)
             self.look()
 
     def look(self) -> None:
@@ -212,14 +212,18 @@ class Servers:
         assert self.given is not None
         with self.sending:
             wanted = [self.given[0], str(self.given[0])]
-            said = [(server, self._says(server)) for server in self.all]
-            self._send([server for server, one in said if one is not None and [server.has, one] != wanted])
+            self._send([server for server, said in self._say() if said is not None and [server.has, said] != wanted])
+
+    def _say(self) -> list[tuple[Server, str | None]]:
+        """Return of each server the version of the weights that it says it has, None if it says nothing."""
+        with ThreadPoolExecutor(len(self.all)) as pool:
+            return list(zip(self.all, pool.map(self._says, self.all), strict=True))
 
     def _says(self, server: Server) -> str | None:
-        """Return the version of the weights that a server says it has, None if it says nothing."""
         path = self.dialect.version
         try:
-            said = call(server.url, path or "/health", None, CONNECT)
+            call(server.url, "/health", None, CONNECT)
+            said = call(server.url, path, None, CONNECT) if path else None
             return str(said["weight_version"] if path else "" if ended(server.line) else server.has)
         except (Failed, Refused, KeyError, TypeError):
             return None

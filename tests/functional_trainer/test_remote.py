@@ -23,6 +23,7 @@ MODEL = small.model(small.MOE, initializer_range=0.5)
 OLD, NEW = MODEL.init(0), MODEL.init(1)
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2], [7, 7, 1], [11, 0, 6, 8, 1, 2, 2, 20, 5], [4, 4], [9, 9, 9]]
 SAMPLING = Sampling(max_tokens=9, stop=(3, 5, 12), seed=3)
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -258,7 +259,7 @@ def right(found, sampler, params, version):
     assert not any(server.out for server in sampler.servers.all)
 
 
-@pytest.mark.parametrize("kind", servers.KINDS)
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=SLOW), "lmdeploy"])
 def test_a_server_that_restarts_in_a_rollout_is_waited_for_and_gets_its_weights_again(kind, make):
     """One alone: each prompt has one answer, all of the weights that were sent."""
     (server,) = make(kind)
@@ -272,7 +273,7 @@ def test_a_server_that_restarts_in_a_rollout_is_waited_for_and_gets_its_weights_
     assert server.answered and make.started[1].answered
 
 
-@pytest.mark.parametrize("kind", servers.KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=SLOW), pytest.param("sglang", marks=SLOW), "lmdeploy"])
 def test_a_server_that_restarted_when_nothing_was_asked_is_noticed(kind, make):
     (server,) = make(kind)
     sampler = engine(server, patience=20.0, every=0.05)
@@ -317,14 +318,14 @@ def test_a_server_that_stays_with_other_weights_is_left_out(make):
         sampler.generate(PROMPTS, SAMPLING)
 
 
-@pytest.mark.parametrize("kind", servers.KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=SLOW), "sglang", pytest.param("lmdeploy", marks=SLOW)])
 def test_an_update_that_fails_in_the_middle_is_sent_again(kind, make, monkeypatch):
     """To the one server, and to one of two, while the other has it already."""
     monkeypatch.setattr(remote, "BUCKET", 2000)  # bytes: several requests
     made = make(kind, count=2)
     path = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_tensor", "lmdeploy": "/update_weights"}[kind]
     for asked in (made[:1], made):
-        load, left = made[0].routes[f"POST {path}"], [3]
+        load, left = made[0].routes[f"POST {path}"], [0]
 
         def failing(self, body, load=load, left=left):
             left[0] -= 1
@@ -334,6 +335,8 @@ def test_an_update_that_fails_in_the_middle_is_sent_again(kind, make, monkeypatc
 
         made[0].routes = made[0].routes | {f"POST {path}": failing}
         sampler = engine(*asked, patience=20.0, every=0.05)
+        sampler.update(OLD, 0)
+        left[0] = 3
         sampler.update(NEW, 1)
         end = time.monotonic() + 10
         while any(server.out for server in sampler.servers.all):
@@ -342,7 +345,7 @@ def test_an_update_that_fails_in_the_middle_is_sent_again(kind, make, monkeypatc
         right(sampler.generate(PROMPTS, SAMPLING), sampler, NEW, 1)
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=SLOW), "sglang"])
 def test_an_update_of_a_run_that_was_killed_is_no_obstacle(kind, make, monkeypatch):
     monkeypatch.setattr(remote, "BUCKET", 2000)
     (server,) = make(kind)
@@ -374,8 +377,10 @@ def test_a_server_that_does_not_take_weights_is_left_out(make):
 # which experts were chosen -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-@pytest.mark.parametrize("budget", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    [("vllm", 2), ("sglang", 0), pytest.param("vllm", 0, marks=SLOW), pytest.param("sglang", 2, marks=SLOW)],
+)
 def test_servers_say_which_experts_were_chosen(kind, budget, make):
     """Those of the built-in engine for the same tokens, of layers that have experts, when answers grow in parts too."""
     (server,) = make(kind, routes=True)
@@ -396,7 +401,7 @@ def test_servers_say_which_experts_were_chosen(kind, budget, make):
         assert routing.column([(prompt, sample)]).shape == (len(prompt) + len(sample.tokens), 2, 2)
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=SLOW)])
 def test_a_server_that_does_not_say_which_experts_were_chosen_is_refused(kind, make):
     with pytest.raises(RuntimeError, match="no routed_experts; it must run with --enable-return-routed-experts"):
         engine(*make(kind), record_routing=True).generate(PROMPTS, SAMPLING)
