@@ -71,7 +71,7 @@ def main(o: Options) -> None:
 
     # Where the run lives, what it asks, what it begins with: also when it is resumed, if there is a reference.
     run = recipe.start(o, o.answers, lambda hf: policies.loss(o), rl.read)
-    model, params = run.begin(again=bool(o.loss.beta))
+    model, params = run.begin(again=o.loss.beta > 0)
 
     # How the objective is optimized, and the step: as in supervised fine-tuning.
     steps = o.steps or rl.plan(o).total_steps(len(run.loader), o.epochs)
