@@ -198,6 +198,8 @@ class Servers:
         """
         with self.sending:
             first, self.given = self.given is None, (version, requests)
+            for server in self.all:
+                server.failures = 0
             self._send([server for server, said in self._say() if not server.out or said is not None])
         if first:
             watch = threading.Thread(target=_watch, args=(weakref.ref(self), self.every), name="servers", daemon=True)
@@ -246,7 +248,9 @@ class Servers:
                 return
         with self.lock:
             for server in servers:
-                server.has, server.out, server.failures, server.until = version, "", 0, 0.0
+                if server.out:  # else it counts on, or one that never has the right ones would never be left out
+                    server.failures = 0
+                server.has, server.out, server.until = version, "", 0.0
                 server.line = lines[server.url]  # what was asked before is not of these weights
 
 
