@@ -225,8 +225,9 @@ class Servers:
         path = self.dialect.version
         try:
             call(server.url, "/health", None, CONNECT)
-            said = call(server.url, path, None, CONNECT) if path else None
-            return str(said["weight_version"] if path else "" if ended(server.line) else server.has)
+            if path:
+                return str(call(server.url, path, None, CONNECT)["weight_version"])
+            return "" if ended(server.line) else str(server.has)
         except (Failed, Refused, KeyError, TypeError):
             return None
 
