@@ -44,7 +44,9 @@ def choose(o: Any, run: Run, model: Any, params: tree.Tree, ahead: bool, group: 
     if r.engine == "lmdeploy" and not backend.has_own_memory(run.device):
         raise ValueError("--rollout.engine lmdeploy opens the memory of a GPU of this machine: train on one")
     folder = f"{o.out}/rollout-weights" if r.sync == "disk" else None
-    how = {"folder": folder, "at_once": r.slots, "timeout": r.timeout, "wait": r.wait, "group": group}
+    own = None if r.in_flight_weight_updates else group  # weights are then sent by the thread that trains
+    how = {"folder": folder, "at_once": r.slots, "timeout": r.timeout, "wait": r.wait, "group": own}
+    how |= {"patience": r.server_seconds, "record_routing": r.routing_replay == "engine"}
     engine = RemoteEngine(r.engine, r.url, model, shard=Whole(shard.rank) if ahead else shard, **how)
     return engine, shard.full if ahead else lambda held: held
 

@@ -74,9 +74,9 @@ def main(o: Options) -> None:
     from functional_trainer import backend, init_state, make_train_step, optimizers, train
     from functional_trainer.reference import Reference
 
-    # Where the run lives, what it asks, what it begins with: also when it is resumed, for the reference.
+    # Where the run lives, what it asks, what it begins with: also when it is resumed, if there is a reference.
     run = recipe.start(o, o.answers, lambda hf: policies.objective(o, hf), rl.read)
-    model, params = run.begin(again=True)
+    model, params = run.begin(again=o.loss.beta > 0)
 
     # How the objective is optimized, and the step: as in supervised fine-tuning.
     steps = o.steps or rl.plan(o).total_steps(len(run.loader), o.epochs)

@@ -33,7 +33,7 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     copy of the weights, in a thread whose exchanges have a process group of their own.
     """
     r, ahead = o.rollout, bool(o.rollout.max_async_level or o.rollout.partial)
-    group = backend.host_group() if ahead else None
+    group = backend.host_group(o.timeout) if ahead else None
     engine, whole = engines.choose(o, run, model, params, ahead, group)
 
     def copied() -> tree.Tree:

@@ -60,8 +60,10 @@ class Ahead(Experience):
     `generate` takes, besides prompts and a seed, what each answer goes on from, and the `budget` (0: no limit).
     `weights` makes a copy. Tokens are at most `staleness` versions older than the weights that train on them: groups
     with older ones are dropped, and their prompts asked again. `last` is how many rollouts there are in all. With
-    `in_flight` answers under way go on with every new version of the weights at once. `stop` makes `generate` return.
-    `everyone` exchanges what the ranks' threads give. RuntimeError if what generates lags behind for good.
+    `in_flight` answers under way go on with every new version of the weights at once: `update` is then called by the
+    thread that trains, else by the one that draws, never by both, so that each may exchange with its like on other
+    ranks. `stop` makes `generate` return. `everyone` exchanges what the ranks' threads that draw give. RuntimeError if
+    what generates lags behind for good.
     """
 
     generate: Callable[[list[Prompt], int, list[Sample | None], int], list[Sample]]  # type: ignore[assignment]
@@ -88,11 +90,11 @@ class Ahead(Experience):
         """Hand out the weights, and take the next rollout."""
         copied = time.perf_counter()
         weights = self.weights()
+        if self.in_flight:
+            self.update(weights, self.count)
         with self.changed:
             self.version = self.count
             self.snapshots[self.version] = weights
-            if self.in_flight:
-                self.update(weights, self.version)
             self.changed.notify_all()
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, name="rollouts", daemon=True)
@@ -171,9 +173,10 @@ class Ahead(Experience):
                 raise Closed
             for old in [v for v in self.snapshots if v < version]:
                 del self.snapshots[old]
-            newest = max(self.snapshots) if self.in_flight else version
+            weights = self.snapshots[version]
             there = time.perf_counter()
-            self.update(self.snapshots[newest], newest)
+        if not self.in_flight:
+            self.update(weights, version)
         return there - begun, time.perf_counter() - there
 
     def _agreed(self, value: Any) -> list[Any]:

@@ -191,9 +191,14 @@ def together(make: Callable[[], Any], group: dist.ProcessGroup | None = None) ->
     return [value for value, _ in given]
 
 
-def host_group() -> dist.ProcessGroup | None:
-    """Make a process group of all ranks that exchanges host memory, None without several; every rank calls this."""
-    return dist.new_group(backend=COMMUNICATION["cpu"]) if dist.is_initialized() else None
+def host_group(timeout: float = 1800) -> dist.ProcessGroup | None:
+    """Make a process group of all ranks that exchanges host memory, None without several; every rank calls this.
+
+    A rank that waits longer than `timeout` seconds for the others gives up.
+    """
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend=COMMUNICATION["cpu"], timeout=timedelta(seconds=timeout))
 
 
 def barrier() -> None:

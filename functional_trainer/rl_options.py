@@ -99,6 +99,8 @@ class RolloutOptions:
     """Longest time of a request to a server, seconds."""
     wait: float = 0.0
     """Seconds to wait at the start for servers that are not there yet."""
+    server_seconds: float = 120.0
+    """Seconds that a server may fail or be away, as one that restarts is, before it is left out."""
     max_async_level: int = 0
     """Rollouts that are drawn ahead, while the step trains (0: none, synchronous; 1: one-step-off)."""
     max_staleness: int = 4
@@ -137,7 +139,7 @@ class RolloutOptions:
             raise ValueError("--rollout.max-num-gen-batches has no effect without --rollout.filter-groups")
         if self.overlong_buffer > self.max_completion_length:
             raise ValueError(f"--rollout.overlong-buffer {self.overlong_buffer} is more than the longest answer")
-        within("rollout.", self, timeout=(0, ""), wait=(0, ""))
+        within("rollout.", self, timeout=(0, ""), wait=(0, ""), server_seconds=(0, ""))
         self._servers()
         self._ahead()
 
@@ -148,13 +150,16 @@ class RolloutOptions:
             raise ValueError(f"{said} and {len(self.url)} of --rollout.url: servers and their addresses go together")
         if wrong := [url for url in self.url if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url)]:
             raise ValueError(f"--rollout.url {wrong[0]}: it must be http://HOST:PORT")
-        alone: tuple[str, ...] = ("sync", "timeout", "wait")
+        alone: tuple[str, ...] = ("sync", "timeout", "wait", "server_seconds")
         if self.engine != "local":
             alone = ("compile", "ray")
-            if self.routing_replay == "engine":
-                raise ValueError(f"--rollout.routing-replay engine: {said} records none; say trainer")
         if odd := [name for name in alone if getattr(self, name) != getattr(RolloutOptions, name)]:
-            raise ValueError(f"--rollout.{odd[0]} has no effect with {said}")
+            raise ValueError(f"--rollout.{odd[0].replace('_', '-')} has no effect with {said}")
+        if self.engine == "lmdeploy" and self.routing_replay == "engine":
+            raise ValueError(f"--rollout.routing-replay engine: {said} records none that is read; say trainer")
+        if self.engine == "lmdeploy" and self.in_flight_weight_updates:
+            why = "does not say which weights a token is of, and takes others only when no answer is under way"
+            raise ValueError(f"--rollout.in-flight-weight-updates: {said} {why}; leave it away")
         if self.engine == "lmdeploy" and (self.temperature != 1 or self.sync == "disk"):
             raise ValueError(f"{said} goes with --rollout.temperature 1 and --rollout.sync memory only (docs/rl.md)")
         if self.engine == "vllm" and self.temperature != 1 and (self.top_k or self.top_p < 1 or self.min_p):

@@ -22,18 +22,22 @@ class Weights:
     model_runner: Any
     vllm_config: Any
     device: Any
+    weights_begun = False
 
     def begin_weights(self) -> None:
         """Let the model take weights as they are in checkpoints."""
         import torch
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
         from vllm.platforms import current_platform
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config), torch.device(self.device), torch.no_grad():
             if not current_platform.is_cpu():
+                if self.weights_begun:  # by an update that was cut off, of which layers may have a part
+                    finalize_layerwise_reload(model, self.vllm_config.model_config)
                 initialize_layerwise_reload(model)
+                self.weights_begun = True
                 return
             for module in model.modules():
                 _unpack(module)
@@ -64,6 +68,7 @@ class Weights:
         with set_current_vllm_config(self.vllm_config), torch.device(self.device), torch.no_grad():
             if not current_platform.is_cpu():
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
+                self.weights_begun = False
                 return
             for module in model.modules():
                 if hasattr(module, "cpu_linear") or hasattr(module, "w13_weight"):

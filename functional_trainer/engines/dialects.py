@@ -2,15 +2,18 @@
 
 Token ids go out and come back; no server tokenizes anything. Read in the sources of vLLM 0.32
 (`/inference/v1/generate`, `/pause`, `/collective_rpc`), SGLang 0.5.23 (`http_server.py`, `io_struct.py`,
-`SafeUnpickler`) and LMDeploy 0.18 (`serve/openai/endpoints`, `model_agent/agent.py`).
+`SafeUnpickler`) and LMDeploy 0.18 (`serve/openai/endpoints`, `model_agent/agent.py`); which experts were chosen, in
+vLLM's `scale_out/token_in_token_out/protocol.py` and SGLang's `extract_routed_experts_from_meta_info`.
 """
 
 import base64
+import io
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
@@ -24,12 +27,14 @@ Named = Sequence[tuple[str, torch.Tensor]]
 
 
 class Answer(NamedTuple):
-    """What a server says: ids, log-probabilities, why it ended, and each token's version of the weights if it tells."""
+    """What a server says: ids, log-probabilities, why it ended, and, if it tells, each token's version of the weights
+    and the experts that each layer chose for each token but the last, the prompt's too, (n - 1, layers, K) in order."""
 
     tokens: list[int]
     logprobs: list[float | None]
     reason: str
     versions: list[str] | None
+    routed: np.ndarray | None = None
 
 
 class Dialect(NamedTuple):
@@ -39,8 +44,8 @@ class Dialect(NamedTuple):
     """What only such a server, started so, answers to GET."""
     started: str
     """How it must have been started."""
-    ask: Callable[[Sequence[int], Sampling, int], Request]
-    """From a prompt, how to sample, and a seed of its own."""
+    ask: Callable[[Sequence[int], Sampling, int, bool], Request]
+    """From a prompt, how to sample, a seed of its own, and whether the answer is to say which experts were chosen."""
     read: Callable[[Any], Answer]
     pause: Request
     """No token is computed from then on; what is under way stays."""
@@ -59,6 +64,12 @@ class Dialect(NamedTuple):
     """Whether tensors stay where they are, and the server on the same machine opens their memory."""
     ranks: Callable[[Any], int] = lambda probed: 1
     """From the answer to the probe, the copies of a request's tensors that it wants."""
+    version: str = ""
+    """What it answers the version of its weights to, by GET; empty: it knows none."""
+    clear: Request | None = None
+    """Ends an update that was cut off, without which there is no other; refused where there is none."""
+    routes: str = ""
+    """How it must have been started to say which experts were chosen; empty: it does not."""
 
 
 def _spans(spans: Iterable[Any] | None) -> list[str] | None:
@@ -74,7 +85,8 @@ def _rpc(method: str, **arguments: str) -> Request:
     return "/collective_rpc", {"method": method, "kwargs": arguments}
 
 
-def _vllm_ask(prompt: Sequence[int], s: Sampling, seed: int) -> Request:
+def _vllm_ask(prompt: Sequence[int], s: Sampling, seed: int, record: bool) -> Request:
+    """Which experts were chosen it says unasked, if it does."""
     chosen = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p, "seed": seed}
     ends = {"max_tokens": s.max_tokens, "stop_token_ids": list(s.stop), "ignore_eos": True}
     sampling = chosen | ends | {"logprobs": 0, "detokenize": False}
@@ -84,7 +96,9 @@ def _vllm_ask(prompt: Sequence[int], s: Sampling, seed: int) -> Request:
 def _vllm_read(said: Any) -> Answer:
     (choice,) = said["choices"]
     logprobs = [one["logprob"] for one in (choice["logprobs"] or {}).get("content") or []]
-    return Answer(choice["token_ids"], logprobs, choice["finish_reason"], _spans(choice["weight_versions"]))
+    given = choice.get("routed_experts")
+    routed = None if given is None else np.load(io.BytesIO(base64.b64decode(given)), allow_pickle=False)
+    return Answer(choice["token_ids"], logprobs, choice["finish_reason"], _spans(choice["weight_versions"]), routed)
 
 
 def _vllm_finish(version: str) -> list[Request]:
@@ -92,18 +106,22 @@ def _vllm_finish(version: str) -> list[Request]:
     return [_rpc("finish_weights"), ("/reset_prefix_cache", {}), now]
 
 
-def _sglang_ask(prompt: Sequence[int], s: Sampling, seed: int) -> Request:
+def _sglang_ask(prompt: Sequence[int], s: Sampling, seed: int, record: bool) -> Request:
     chosen = {"temperature": s.temperature, "top_k": s.top_k or -1, "top_p": s.top_p, "min_p": s.min_p}
     ends = {"max_new_tokens": s.max_tokens, "stop_token_ids": list(s.stop), "ignore_eos": not s.stop}
     sampling = chosen | ends | {"sampling_seed": seed}
-    return "/generate", {"input_ids": list(prompt), "sampling_params": sampling, "return_logprob": True}
+    body = {"input_ids": list(prompt), "sampling_params": sampling, "return_logprob": True}
+    return "/generate", body | ({"return_routed_experts": True} if record else {})
 
 
 def _sglang_read(said: Any) -> Answer:
     meta = said["meta_info"]
     versions = _spans(meta.get("weight_versions")) or [meta["weight_version"]] * len(said["output_ids"])
     logprobs = [one[0] for one in meta.get("output_token_logprobs") or []]
-    return Answer(said["output_ids"], logprobs, meta["finish_reason"]["type"], versions)
+    given = meta.get("routed_experts")
+    dtype = np.dtype(meta.get("routed_experts_dtype") or "int32")
+    routed = None if given is None else np.frombuffer(base64.b64decode(given), dtype)
+    return Answer(said["output_ids"], logprobs, meta["finish_reason"]["type"], versions, routed)
 
 
 def _sglang_load(named: Named, ranks: int, version: str) -> Request:
@@ -113,7 +131,7 @@ def _sglang_load(named: Named, ranks: int, version: str) -> Request:
     return "/update_weights_from_tensor", {"serialized_named_tensors": [data] * ranks, "weight_version": version}
 
 
-def _lmdeploy_ask(prompt: Sequence[int], s: Sampling, seed: int) -> Request:
+def _lmdeploy_ask(prompt: Sequence[int], s: Sampling, seed: int, record: bool) -> Request:
     """There is no seed."""
     chosen = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
     ends = {"max_tokens": s.max_tokens, "stop_token_ids": list(s.stop), "include_stop_str_in_output": True}
@@ -137,6 +155,7 @@ DIALECTS = {
     "vllm": Dialect(
         probe="/weight_info",
         started="VLLM_SERVER_DEV_MODE=1, --enable-scale-out, --worker-extension-cls vllm_worker.Weights",
+        routes="--enable-return-routed-experts", version="/weight_info",
         ask=_vllm_ask, read=_vllm_read, pause=("/pause?mode=keep", {}), resume=("/resume", {}),
         begin=(_rpc("begin_weights"),), finish=_vllm_finish,
         load=lambda named, ranks, version: _rpc(
@@ -148,6 +167,7 @@ DIALECTS = {
     ),
     "sglang": Dialect(
         probe="/server_info", started="sglang 0.5.23 or newer, without data-parallel replicas",
+        routes="--enable-return-routed-experts", version="/model_info", clear=("/end_weight_update", {}),
         ask=_sglang_ask, read=_sglang_read,
         pause=("/pause_generation", {"mode": "retract"}), resume=("/continue_generation", {}),
         begin=(("/begin_weight_update", {}),), finish=lambda version: [("/end_weight_update", {})],

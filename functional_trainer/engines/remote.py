@@ -1,84 +1,38 @@
 """Rollout engines on the other side of HTTP: one or several servers of vLLM, SGLang or LMDeploy.
 
 Every prompt is a request of its own, and goes to the server that has the fewest. One that fails is sent again, there
-or elsewhere; the server rests meanwhile, twice as long each time, and if it goes on failing it is left out until the
-weights change next. A prompt has one answer, that of its one request that succeeded. Answers must be of the weights
-that were sent last: a server that has restarted meanwhile, with its old ones, is left out too.
+or elsewhere (`servers`). A prompt has one answer, that of its one request that succeeded. Answers must be of the
+weights that were sent last: those of a server that has restarted meanwhile, with its old ones, are asked for again.
 
 An answer that has begun, in a call before or because a server aborted it, goes on by a request for what follows the
 prompt and the tokens that it has, whose keys and values are computed again (as AReaL does, arxiv 2505.24298).
 """
 
-import http.client
 import json
-import threading
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
-from functional_trainer import backend, hf, tree
+from functional_trainer import backend, hf, routing, tree
 from functional_trainer.engines import Sample, Sampling, refuse_begun
 from functional_trainer.engines.dialects import DIALECTS, Named, Request
+from functional_trainer.engines.servers import Failed, Refused, Server, Servers, call, dial, ended
 from functional_trainer.errors import brief
 from functional_trainer.types import ONE_DEVICE
 
-CONNECT = 10.0
-"""Seconds that a server may take to accept a connection, and to say that it is well."""
 BUCKET = 1 << 27
 """Bytes of weights in one request, if no tensor alone has more."""
+TRIES = 5
+"""Times that a prompt may fail, for each server, where others are answered."""
 Reason = Literal["stop", "length", "abort"]
-
-
-class Failed(Exception):
-    """A request that may succeed when it is sent again."""
-
-
-class Refused(Exception):
-    """A request that the server will not answer."""
-
-
-@dataclass
-class Server:
-    """Where requests go: how many are under way, how often in a row they failed, when to go on, why it is left out."""
-
-    url: str
-    open: int = 0
-    failures: int = 0
-    until: float = 0.0
-    out: str = ""
-
-
-def call(url: str, path: str, body: bytes | None, timeout: float) -> Any:
-    """Post JSON (None: get) and return what comes back, None if it is empty or no JSON; `Failed` or `Refused`."""
-    at = urlsplit(url)
-    kind = http.client.HTTPSConnection if at.scheme == "https" else http.client.HTTPConnection
-    connection = kind(at.hostname or "", at.port, timeout=CONNECT)
-    try:
-        connection.connect()
-        connection.sock.settimeout(timeout)
-        method = "GET" if body is None else "POST"
-        connection.request(method, at.path + path, body, {"Content-Type": "application/json", "Connection": "close"})
-        reply = connection.getresponse()
-        data = reply.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise Failed(f"{url}{path}: {type(error).__name__}: {brief(error)}") from error
-    finally:
-        connection.close()
-    if reply.status != 200:
-        kind_of = Failed if reply.status >= 500 or reply.status in (408, 429) else Refused
-        raise kind_of(f"{url}{path}: status {reply.status}: {brief(data.decode(errors='replace'))}")
-    try:
-        return json.loads(data)
-    except ValueError:
-        return None
 
 
 class RemoteEngine:
@@ -86,39 +40,29 @@ class RemoteEngine:
 
     `urls` are those of the servers, all of the kind `dialect`. `model` and `shard` say how `params` of an update become
     the tensors of a checkpoint; they go in the model's dtype, through `folder`, which servers must see, or without one
-    through memory. All ranks make an engine and call `update` together; rank 0 sends. `at_once` requests are under way
-    at most, each for at most `timeout` seconds; `tries` is how often in a row a server may fail, `backoff` the seconds
-    after the first time. ValueError if one does not answer within `wait` seconds.
+    through memory, where rank 0 keeps them, for a server that restarts. All ranks make an engine and call `update`
+    together, from threads that may use `group`; rank 0 sends. `at_once` requests are under way at most, each for at
+    most `timeout` seconds. A server may be away for `patience` seconds; it rests for `backoff` seconds after it fails,
+    and is looked at every `every` seconds. With `record_routing` samples say which experts were chosen. ValueError if a
+    server does not answer within `wait` seconds, or for what servers or the model do not have.
     """
 
     def __init__(
         self, dialect: str, urls: Sequence[str], model: Any, *, shard=ONE_DEVICE, folder: str | Path | None = None,
-        at_once: int = 256, timeout: float = 600.0, wait: float = 0.0, tries: int = 5, backoff: float = 0.5,
-        group: Any = None,
+        at_once: int = 256, timeout: float = 600.0, wait: float = 0.0, patience: float = 120.0, backoff: float = 0.5,
+        every: float = 5.0, group: Any = None, record_routing: bool = False,
     ):  # fmt: skip
         self.name, self.dialect, self.model, self.shard = dialect, DIALECTS[dialect], model, shard
         if folder and self.dialect.disk is None:
             raise ValueError(f"{dialect} servers load no weights from a folder; let them get them from memory")
         self.folder = str(Path(folder).resolve()) if folder else None
-        self.group, self.at_once, self.timeout, self.tries, self.backoff = group, at_once, timeout, tries, backoff
-        self.servers = [Server(url.rstrip("/")) for url in urls]
-        self.version, self.versions, self.lock = 0, dict[str, int](), threading.Lock()
+        self.record = routing.id_type(model) if record_routing else None
+        self.group, self.at_once, self.timeout = group, at_once, timeout
+        self.version = -1  # nothing was sent
+        how = {"timeout": timeout, "patience": patience, "backoff": backoff, "every": every}
+        self.servers = Servers(dialect, self.dialect, urls, **how)
         end = time.monotonic() + wait
-        self.ranks = max(self._probe(server, end) for server in self.servers)
-
-    def _probe(self, server: Server, end: float = 0.0) -> int:
-        """Ask a server whether it is well and of the right kind; return the ranks that want weights."""
-        while True:
-            try:
-                call(server.url, "/health", None, CONNECT)
-                return self.dialect.ranks(call(server.url, self.dialect.probe, None, CONNECT))
-            except (Failed, Refused, KeyError, TypeError) as error:
-                if time.monotonic() >= end:
-                    raise ValueError(
-                        f"no {self.name} server at {server.url} that can be trained with: {error}. It must run, with "
-                        f"{self.dialect.started} (docs/rl.md)"
-                    ) from error
-            time.sleep(0.5)
+        self.ranks = max(self.servers.probe(server, end) for server in self.servers.all)
 
     # answers ---------------------------------------------------------------------------------------------------------
 
@@ -148,68 +92,49 @@ class RemoteEngine:
             tokens, reason = sample.tokens + more.tokens, more.finish_reason
             if reason != "stop" and len(tokens) == end:
                 reason = "length" if end == sampling.max_tokens else "abort"
-            sample = Sample(tokens, sample.logprobs + more.logprobs, reason, sample.versions + more.versions)
+            routed, before = more.routed_experts, sample.routed_experts
+            if routed is not None and before is not None:  # what was recorded before is as it was
+                routed = np.concatenate([before, routed[len(before) :]])
+            versions = sample.versions + more.versions
+            sample = Sample(tokens, sample.logprobs + more.logprobs, reason, versions, routed_experts=routed)
         return sample
 
     def _ask(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Sample:
         """Return what a server says of a prompt, one token at least."""
-        path, body = self.dialect.ask(prompt, sampling, seed)
-        data, oldest, said = json.dumps(body).encode(), self.version, ""
-        for _ in range(self.tries * len(self.servers) + 1):
-            server = self._take()
+        path, body = self.dialect.ask(prompt, sampling, seed, self.record is not None)
+        data, oldest, said, failures = json.dumps(body).encode(), self.version, "", 0
+        while failures < TRIES * len(self.servers.all):
+            server = self.servers.take()
+            line = server.line
             try:
-                sample = self._read(server, path, call(server.url, path, data, self.timeout), sampling)
+                answer = call(server.url, path, data, self.timeout)
+                sample = self._read(server, path, answer, sampling, len(prompt))
                 if not sample.tokens:
                     raise Failed(f"{server.url}{path}: aborted before the first token")
+                if min(sample.versions) < oldest or self._unsure(line):
+                    raise Failed(f"it answers with other weights than version {oldest}, which it was sent")
             except Failed as error:
                 said = str(error)
-                self._failed(server, said)
+                failures += self.servers.failed(server, said)
                 continue
             except Refused as error:
                 raise RuntimeError(f"a {self.name} server refused a prompt: {error}") from error
             finally:
-                with self.lock:
+                with self.servers.lock:
                     server.open -= 1
-            if sample.versions and min(sample.versions) < oldest:
-                server.out = f"it answers with other weights than version {oldest}, which it was sent"
-                continue
             server.failures = 0
             return sample
         raise RuntimeError(f"a prompt failed again and again, while others were answered; the last time: {said}")
 
-    def _take(self) -> Server:
-        """Choose a server, waiting until one may be asked again."""
-        while True:
-            with self.lock:
-                alive, now = [server for server in self.servers if not server.out], time.monotonic()
-                if ready := [server for server in alive if server.until <= now]:
-                    server = min(ready, key=lambda server: server.open)
-                    server.open += 1
-                    return server
-                self._any_left()
-                rest = min(server.until for server in alive) - now
-            time.sleep(rest)
+    def _unsure(self, line: socket.socket | None) -> bool:
+        """Whether a server that does not say which weights it has may have others than it was sent."""
+        return not self.dialect.version and self.version >= 0 and ended(line)
 
-    def _any_left(self) -> None:
-        if all(server.out for server in self.servers):
-            why = "; ".join(f"{server.url}: {server.out}" for server in self.servers)
-            raise RuntimeError(f"no {self.name} server is left: {why}")
-
-    def _failed(self, server: Server, said: str) -> None:
-        """Let a server rest; requests that fail together count once."""
-        with self.lock:
-            now = time.monotonic()
-            if now < server.until:
-                return
-            server.failures += 1
-            server.until = now + self.backoff * 2 ** (server.failures - 1)
-            if server.failures >= self.tries:
-                server.out = said
-
-    def _read(self, server: Server, path: str, said: Any, sampling: Sampling) -> Sample:
-        """Check an answer; versions below all that were asked for are -1."""
+    def _read(self, server: Server, path: str, said: Any, sampling: Sampling, before: int) -> Sample:
+        """Check an answer to a prompt of `before` tokens; a version that is no number is -1."""
         try:
-            tokens, logprobs, reason, versions = self.dialect.read(said)
+            tokens, logprobs, reason, versions, routed = self.dialect.read(said)
+            routed = self._routed(routed, before + len(tokens) - 1) if self.record and tokens else None
         except (KeyError, TypeError, ValueError, IndexError) as error:
             what = f"{type(error).__name__} {error} in {brief(said)}"
             raise RuntimeError(f"{server.url}{path}: no answer of a {self.name} server: {what}") from error
@@ -227,58 +152,71 @@ class RemoteEngine:
             wrong = f"{len(versions)} weight versions of {len(tokens)} tokens"
         if wrong:
             raise RuntimeError(f"{server.url}{path}: {wrong}")
-        known = [self.version] * len(tokens) if versions is None or not self.versions else None
-        numbers = known or [self.versions.get(version, -1) for version in versions or []]
-        return Sample(tokens, logprobs, reason, numbers)  # type: ignore[arg-type]
+        numbers = [self.version] * len(tokens)
+        if versions is not None:
+            numbers = [int(version) if str(version).isdecimal() else -1 for version in versions]
+        return Sample(tokens, logprobs, reason, numbers, routed_experts=routed)  # type: ignore[arg-type]
+
+    def _routed(self, ids: np.ndarray | None, tokens: int) -> np.ndarray:
+        """Return the experts of so many tokens, (tokens, L, K), from those of all layers, of which some have none."""
+        layers = ["moe" in layer for layer in self.model.specs["layers"]]
+        if ids is None:
+            raise ValueError(f"no routed_experts; it must run with {self.dialect.routes}")
+        whole = ids.reshape(tokens, len(layers), self.model.config.top_k)[:, layers]
+        if whole.size and not 0 <= whole.min() <= whole.max() < self.model.config.experts:
+            raise ValueError(f"experts {whole.min()} to {whole.max()} of {self.model.config.experts}")
+        return whole.astype(str(self.record).removeprefix("torch."))
 
     # weights ---------------------------------------------------------------------------------------------------------
 
     def update(self, params: tree.Tree, version: int) -> None:
-        """Have all servers sample with these parameters from now on; RuntimeError if none takes them.
+        """Have all servers sample with these parameters from now on; RuntimeError if none takes them in time.
 
-        `params` are as the train state has them. One that does not take them is left out until the next time.
+        `params` are as the train state has them. A server that does not take them is left out until it does.
         """
-        dtype = self.model.dtype
-        self.versions[str(version)] = version  # a sample under way may end with them before all servers have them
-        for server in self.servers if self.shard.rank == 0 else []:
-            if server.out:
-                self._readmit(server)
-        for path, body in self._requests(tree.map(lambda p: p.detach().to(dtype or p.dtype), params), str(version)):
-            self._tell(path, body)
-        outs = backend.everyone([server.out for server in self.servers], self.group)[0]
-        for server, out in zip(self.servers, outs, strict=True):
-            server.out = out
-            server.failures, server.until = 0, 0.0
-        self._any_left()
+        dtype, model = self.model.dtype, self.model
+        cast = tree.map(lambda p: p.detach().to(dtype or p.dtype), params)
+        if self.folder:
+            hf.save(cast, model.specs, model.names[0], self.folder, model.config.hf, shard=self.shard)
+        named = [] if self.folder else list(self._named(cast))
+        if not self.dialect.version:  # every rank must notice a server that restarts after rank 0 has sent
+            for server in self.servers.all if self.shard.rank else []:
+                server.line = dial(server.url)
+            backend.everyone(None, self.group)
+
+        def give() -> list[str]:
+            if self.shard.rank == 0:
+                self.servers.give(version, lambda: self._requests(named, str(version)))
+            return [server.out for server in self.servers.all]
+
+        outs = backend.together(give, self.group)[0]
+        for server, out in zip(self.servers.all, outs, strict=True):
+            if self.shard.rank:
+                server.out, server.failures, server.until = out, 0, 0.0
         self.version = version
 
     def pause(self) -> None:
         """Compute no token until `resume`; what is under way goes on then (LMDeploy: nothing may be)."""
-        self._tell(*self.dialect.pause)
+        self._tell(self.dialect.pause)
 
     def resume(self) -> None:
         """Go on."""
-        self._tell(*self.dialect.resume)
+        self._tell(self.dialect.resume)
 
-    def _readmit(self, server: Server) -> None:
-        try:
-            self._probe(server)
-            server.out = ""
-        except ValueError:
-            return
+    def _tell(self, request: Request) -> None:
+        alive = [server for server in self.servers.all if not server.out]
+        self.servers.post(alive if self.shard.rank == 0 else [], *request)
 
-    def _requests(self, params: tree.Tree, version: str) -> Iterator[Request]:
-        """Yield what a server is told, in order; ranks other than 0 only send their parts."""
-        dialect, model = self.dialect, self.model
-        if self.folder:
-            hf.save(params, model.specs, model.names[0], self.folder, model.config.hf, shard=self.shard)
+    def _requests(self, named: Named, version: str) -> Iterator[Request]:
+        """Yield what a server is told, in order."""
+        dialect = self.dialect
         if dialect.held:
             yield dialect.pause
         if self.folder and dialect.disk:
             yield from dialect.disk(self.folder, version)
         else:
             yield from dialect.begin
-            for bucket in _buckets(self._named(params), BUCKET // self.ranks):
+            for bucket in _buckets(named, BUCKET // self.ranks):
                 yield dialect.load(bucket, self.ranks, version)
             yield from dialect.finish(version)
         if dialect.held:
@@ -294,31 +232,8 @@ class RemoteEngine:
             if self.shard.rank == 0 and whole is not None:
                 yield name, whole[slot.index].view(slot.shape)
 
-    def _tell(self, path: str, body: dict[str, Any]) -> None:
-        """Post to all servers at once; those that fail are left out."""
-        alive = [server for server in self.servers if not server.out] if self.shard.rank == 0 else []
-        if alive:
-            data = json.dumps(body).encode()
-            with ThreadPoolExecutor(len(alive)) as pool:
-                for server, out in zip(alive, pool.map(lambda one: self._told(one, path, data), alive), strict=True):
-                    server.out = out
 
-    def _told(self, server: Server, path: str, data: bytes) -> str:
-        """Post, again where that may help; return why it failed."""
-        said = ""
-        for attempt in range(self.tries):
-            time.sleep(self.backoff * 2 ** (attempt - 1) if attempt else 0)
-            try:
-                call(server.url, path, data, self.timeout)
-                return ""
-            except Failed as error:
-                said = str(error)
-            except Refused as error:
-                return str(error)
-        return said
-
-
-def _buckets(named: Iterator[tuple[str, torch.Tensor]], size: int) -> Iterator[Named]:
+def _buckets(named: Named, size: int) -> Iterator[Named]:
     """Group tensors, in order, to at most `size` bytes, one tensor at least."""
     held: list[tuple[str, torch.Tensor]] = []
     total = 0

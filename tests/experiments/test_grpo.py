@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
+import models
 from experiments import engines, qwen3_moe_grpo, rl, scores
+from functional_trainer import checkpoint, tree
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Sample
 from functional_trainer.engines.local import LocalEngine
@@ -73,6 +76,20 @@ def test_a_run_that_goes_on_within_a_rollout_ends_the_same(place):
     sft_runs.same_state(place / "straight", place / "resumed")
     assert sft_runs.learned(place / "straight")[3:] == sft_runs.learned(place / "resumed")
     assert [sft_runs.rows(place / "straight")[i]["ratio/max"] == 1 for i in (0, 4)] == [True, True]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_needs_what_it_began_with_for_a_reference_only(place):
+    params = models.from_pretrained(place / "model")[1]
+    checkpoint.save(place / "begun", 1, tree.flatten({"params": params}), {})
+    flags = "--init-from", "begun", "--save-every", 1, "--keep", 3
+    for out, more in (("alone", ()), ("beside", ("--loss.beta", 0.1))):
+        run(place, "--steps", 2, *flags, *more, "--out", out)
+        shutil.rmtree(place / out / "checkpoints" / "step-2")
+    shutil.rmtree(place / "begun")
+    assert "resumed from" in run(place, "--steps", 2, *flags, "--out", "alone")
+    said = run(place, "--steps", 2, *flags, "--loss.beta", 0.1, "--out", "beside", status=1)
+    assert "--init-from begun: no checkpoint there" in said
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def make(place):
     """Start servers of the model, with room for its prompts."""
     with ExitStack() as stack:
 
-        def start(kind):
-            server = servers.KINDS[kind](*models.from_pretrained(place / "model"), length=90)
+        def start(kind, **how):
+            server = servers.KINDS[kind](*models.from_pretrained(place / "model"), length=90, **how)
             return stack.enter_context(closing(server))
 
         yield start
@@ -49,6 +49,33 @@ def test_two_servers_answer_with_the_weights_of_each_step(place, make):
     assert [row["sampling_logp_difference/mean"] < 1e-5 for row in rows] == [True] * 2
     assert min(server.answered for server in made) > 1 and sum(server.answered for server in made) == 2 * 8
     assert [server.version for server in made] == ["1", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--rollout.max-async-level", 2, "--rollout.in-flight-weight-updates")], ids=str)
+def test_a_server_that_restarts_ends_no_run(place, make, flags):
+    """It is away for a second in the middle of the third rollout, and comes back with the weights of the start."""
+    server, started = make("vllm"), []
+    model, params = models.from_pretrained(place / "model")
+    server.faults.extend([lambda server: None] * 18 + [servers.die_and_come_back(1.0, params, started)])
+    out = f"restarts-{len(flags)}"
+    run(place, [server], "--steps", 4, "--optim.lr", 1e-2, "--reward.functions", "length:3", "--out", out, *flags)
+    rows = sft_runs.rows(place / out)
+    assert len(rows) == 4 and server.answered >= 16 and started[0].answered >= 8
+    if not flags:
+        assert [row["sampling_logp_difference/mean"] < 1e-5 for row in rows] == [True] * 4
+    started[0].close()
+
+
+@pytest.mark.slow
+def test_servers_record_the_experts_that_are_replayed(place, make):
+    replayed = "--rollout.routing-replay", "engine", "--steps", 3, "--optim.lr", 1e-2, "--reward.functions", "length:3"
+    for kind in ("vllm", "sglang"):
+        run(place, [make(kind, routes=True)], *replayed, "--out", f"replayed-{kind}")
+        rows = sft_runs.rows(place / f"replayed-{kind}")
+        assert [row["sampling_logp_difference/mean"] < 1e-5 for row in rows] == [True] * 3
+    said = run(place, [make("vllm")], *replayed, "--out", "unrecorded", status=1)
+    assert "no routed_experts; it must run with --enable-return-routed-experts" in said
 
 
 @pytest.mark.slow
@@ -103,6 +130,9 @@ def test_no_server_is_one_message(place, make):
         (("engine", "lmdeploy", "url", "http://a:1", "temperature", "0.5"), "goes with --rollout.temperature 1"),
         (("engine", "lmdeploy", "url", "http://a:1", "sync", "disk"), "--rollout.sync memory only"),
         (("engine", "vllm", "url", "http://a:1", "temperature", "0.5", "top-k", "3"), "there is no --rollout.top-k"),
+        (("engine", "lmdeploy", "url", "http://a:1", "in-flight-weight-updates"), "does not say which weights a token"),
+        (("engine", "lmdeploy", "url", "http://a:1", "routing-replay", "engine"), "lmdeploy records none that is read"),
+        (("server-seconds", "3"), "--rollout.server-seconds has no effect with --rollout.engine local"),
         (("timeout", "-1"), "--rollout.timeout is -1.0; it must be at least 0"),
     ],
 )

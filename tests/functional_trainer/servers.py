@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import pickle
+import socket
 import tempfile
 import threading
 import time
@@ -18,10 +19,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
 import models
+from functional_trainer import hf
 from functional_trainer.engines import Sampling
 from functional_trainer.engines.local import LocalEngine
 
@@ -47,41 +50,71 @@ def known(body: dict[str, Any], *names: str) -> None:
 
 
 class Server:
-    """A server with a model: `faults` are taken one a question, before it is answered; `edit` changes what it says."""
+    """A server with a model: `faults` are taken one a question, before it is answered; `edit` changes what it says.
+
+    With `routes` it was started to record which experts are chosen.
+    """
 
     ranks = 1
 
-    def __init__(self, model, params, length=40):
-        self.model, self.named, self.version = model, {}, "default"
-        self.engine, self.busy = LocalEngine(model, params, slots=1, length=length), threading.Lock()
+    def __init__(self, model, params, length=40, port=0, routes=False):
+        self.model, self.named, self.version, self.routes_experts = model, {}, "default", routes
+        self.engine = LocalEngine(model, params, slots=1, length=length, record_routing=routes)
+        self.busy, self.connections = threading.Lock(), set[socket.socket]()
         self.faults: deque[Callable] = deque()
         self.edit: Callable = lambda said: said
         self.paths: list[str] = []
         self.answered, self.going, self.cut = 0, threading.Event(), None
         self.going.set()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"server_of": self}))
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"server_of": self}))
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
+        """End as a process does: with all of its connections."""
         self.http.shutdown()
         self.http.server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def hold(self):
+        """Compute nothing from now on: what is being computed ends before."""
+        with self.busy:
+            self.going.clear()
 
     def sample(self, ids, max_tokens, temperature, top_k, top_p, min_p, stop):
-        """Return what the engine says, once it is no longer paused."""
+        """Return what the engine says once it is no longer paused, and the version of its weights."""
+        sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, tuple(stop))
         self.going.wait()
         with self.busy:
             fault = self.faults.popleft() if self.faults else None
         if fault:
             fault(self)
-        with self.busy:
-            (found,) = self.engine.generate([ids], Sampling(max_tokens, temperature, top_k, top_p, min_p, tuple(stop)))
-            self.answered += 1
-            if (cut := self.cut) is None:
-                return found
-            self.cut = None
-            return found._replace(tokens=found.tokens[:cut], logprobs=found.logprobs[:cut], finish_reason="abort")
+        while True:
+            self.going.wait()
+            with self.busy:
+                if self.going.is_set():
+                    (found,) = self.engine.generate([ids], sampling)
+                    self.answered += 1
+                    return self.cut_off(found, len(ids)), self.version
+
+    def cut_off(self, found, before):
+        """Leave a part of an answer, if a fault wants that."""
+        if (cut := self.cut) is None:
+            return found
+        self.cut, routed = None, found.routed_experts
+        routed = None if routed is None else routed[: before + cut - 1]
+        tokens, logprobs = found.tokens[:cut], found.logprobs[:cut]
+        return found._replace(tokens=tokens, logprobs=logprobs, finish_reason="abort", routed_experts=routed)
+
+    def all_layers(self, found, ids):
+        """Return the experts as servers have them: of every layer, those without experts too."""
+        wanted = len(ids) + len(found.tokens) - 1, len(self.model.specs["layers"]), self.model.config.top_k
+        whole = np.zeros(wanted, np.uint8)
+        whole[:, ["moe" in layer for layer in self.model.specs["layers"]]] = found.routed_experts
+        return whole
 
     def load(self):
         """Sample with the tensors that have come."""
@@ -101,8 +134,10 @@ class Handler(BaseHTTPRequestHandler):
     server_of: Server
 
     def handle(self):
+        self.server_of.connections.add(self.connection)
         with suppress(BrokenPipeError, ConnectionResetError):  # who asked has gone
             super().handle()
+        self.server_of.connections.discard(self.connection)
 
     def log_message(self, *_):
         pass
@@ -167,6 +202,23 @@ def restart(server):
     server.version = "default"
 
 
+def die_and_come_back(after, params, started):
+    """Let the process end in the middle of an answer, and another one start in its place, with its own weights."""
+
+    def fault(server):
+        def again():
+            server.close()
+            time.sleep(after)
+            port = server.http.server_port
+            started.append(type(server)(server.model, params, server.engine.length, port, server.routes_experts))
+
+        threading.Thread(target=again, daemon=True).start()
+        time.sleep(0.05)
+        raise ConnectionAbortedError
+
+    return fault
+
+
 # vLLM ----------------------------------------------------------------------------------------------------------------
 
 
@@ -180,11 +232,15 @@ class Vllm(Server):
               "logprobs", "detokenize")  # fmt: skip
         assert s["ignore_eos"] and 0 <= s["seed"] < 2**63
         args = s["max_tokens"], s["temperature"], s["top_k"], s["top_p"], s["min_p"], s["stop_token_ids"]
-        found = self.sample(body["token_ids"], *args)
+        found, version = self.sample(body["token_ids"], *args)
         content = [{"token_id": t, "logprob": x, "top_logprobs": []}
                    for t, x in zip(found.tokens, found.logprobs, strict=True)]  # fmt: skip
-        spans = [{"version": self.version, "start": 0, "end": len(found.tokens)}]
+        spans = [{"version": version, "start": 0, "end": len(found.tokens)}]
         choice = {"index": 0, "token_ids": found.tokens, "finish_reason": found.finish_reason, "weight_versions": spans}
+        choice["routed_experts"] = None
+        if self.routes_experts and found.tokens:
+            np.save(file := io.BytesIO(), self.all_layers(found, body["token_ids"]), allow_pickle=False)
+            choice["routed_experts"] = base64.b64encode(file.getvalue()).decode()
         return self.edit({"choices": [choice | {"logprobs": {"content": content} if s["logprobs"] == 0 else None}]})
 
     def rpc(self, body):
@@ -192,7 +248,8 @@ class Vllm(Server):
         return {"results": [getattr(self, body["method"])(**body["kwargs"])]}
 
     def begin_weights(self):
-        assert not self.going.is_set() and not self.named
+        assert not self.going.is_set()
+        self.named = {}
 
     def load_weights_bytes(self, data):
         self.named |= safetensors.torch.load(base64.b64decode(data))
@@ -209,7 +266,7 @@ class Vllm(Server):
 
     def pause(self, body):
         assert body == {"mode": "keep"}
-        self.going.clear()
+        self.hold()
 
     routes = {
         "GET /health": lambda self, body: None, "GET /weight_info": lambda self, body: {"weight_version": self.version},
@@ -234,7 +291,7 @@ class Sglang(Server):
     session = False
 
     def generate(self, body):
-        known(body, "input_ids", "sampling_params", "return_logprob")
+        known(body, "input_ids", "sampling_params", "return_logprob", "return_routed_experts")
         s = body["sampling_params"]
         known(s, "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop_token_ids", "ignore_eos",
               "sampling_seed")  # fmt: skip
@@ -243,18 +300,22 @@ class Sglang(Server):
             raise Refuse(400, "Requested token count exceeds the model's maximum context length")
         stop = [] if s["ignore_eos"] else s["stop_token_ids"]  # it ignores both or none
         args = s["max_new_tokens"], s["temperature"], max(0, s["top_k"]), s["top_p"], s["min_p"], stop
-        found = self.sample(body["input_ids"], *args)
+        found, version = self.sample(body["input_ids"], *args)
         ended = {"type": found.finish_reason} | ({"message": "Aborted"} if found.finish_reason == "abort" else {})
         ended |= {"matched": found.tokens[-1]} if found.finish_reason == "stop" else {}
-        meta = {"finish_reason": ended, "weight_version": self.version, "completion_tokens": len(found.tokens)}
+        spans = [{"version": version, "start": 0, "end": len(found.tokens)}]
+        meta = {"finish_reason": ended, "weight_version": version, "weight_versions": spans}
         if body["return_logprob"]:
             pairs = zip(found.logprobs, found.tokens, strict=True)
             meta["output_token_logprobs"] = [(logprob, token, None) for logprob, token in pairs]
+        if self.routes_experts and body.get("return_routed_experts") and found.tokens:
+            ids = self.all_layers(found, body["input_ids"]).astype(np.int32)
+            meta["routed_experts"] = base64.b64encode(ids.tobytes()).decode()
         return self.edit({"text": "", "output_ids": found.tokens, "meta_info": meta})
 
     def pause(self, body):
         assert body == {"mode": "retract"}
-        self.going.clear()
+        self.hold()
 
     def begin(self, body):
         known(body, "selector")
@@ -272,8 +333,11 @@ class Sglang(Server):
         return {"success": True, "message": "Success"}
 
     def end(self, body):
+        if not self.session:
+            raise Refuse(400, {"success": False, "message": "no weight-update session is open"})
         self.session = False
-        self.load()
+        if self.named.keys() == hf.expand(self.model.specs, self.model.names[0]).keys():  # else it was cut off
+            self.load()
         return {"success": True, "message": "Success"}
 
     def update_disk(self, body):
@@ -284,6 +348,7 @@ class Sglang(Server):
 
     routes = {
         "GET /health": lambda self, body: None, "GET /server_info": lambda self, body: {"tp_size": self.ranks},
+        "GET /model_info": lambda self, body: {"weight_version": self.version},
         "POST /generate": generate, "POST /pause_generation": pause,
         "POST /continue_generation": lambda self, body: self.going.set(), "POST /begin_weight_update": begin,
         "POST /update_weights_from_tensor": update_tensor, "POST /end_weight_update": end,
@@ -312,7 +377,7 @@ class Lmdeploy(Server):
             raise Refuse(503, "Engine is sleeping; call POST /wakeup before inference")
         stop = [] if body["ignore_eos"] else body["stop_token_ids"]
         args = body["max_tokens"], body["temperature"], body["top_k"], body["top_p"], body["min_p"], stop
-        found = self.sample(body["input_ids"], *args)
+        found, _ = self.sample(body["input_ids"], *args)
         cut = -1 if found.finish_reason == "stop" and not body["include_stop_str_in_output"] else None
         tokens, logprobs = found.tokens[:cut], found.logprobs[:cut]
         pairs = list(zip(logprobs, tokens, strict=True)) if body["return_logprob"] else None

@@ -1,6 +1,7 @@
 """Rollouts that are drawn ahead of a step that writes in place: by which weights each token is, what comes back when a
 run goes on, and how it ends. The engine and the model are the real ones; a "step" adds noise to every parameter."""
 
+import threading
 import time
 from itertools import islice
 from typing import Any
@@ -167,6 +168,17 @@ def test_new_weights_reach_answers_under_way(run):
     answers = one.rollouts.last.answers
     assert {v for a in answers for v in a.versions} == {0, 1} and one.rollouts.report()["off_policy"]["max"] == 1
     by_trainer(one)
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_weights_are_given_by_one_thread(run, in_flight):
+    """Where several ranks exchange as they give them, each thread has a group of its own."""
+    threads: list[tuple[str, int]] = []
+    one = run(2, in_flight=in_flight, update=lambda w, v: threads.append((threading.current_thread().name, v)))
+    one.take(4)
+    assert {name for name, _ in threads} == {threading.main_thread().name if in_flight else "rollouts"}
+    versions = [version for _, version in threads]
+    assert versions == sorted(versions) and (not in_flight or versions == [0, 1, 2, 3])
 
 
 def by_trainer(run: Run) -> None:

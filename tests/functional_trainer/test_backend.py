@@ -103,9 +103,9 @@ from pathlib import Path
 from functional_trainer import backend
 device = backend.setup("cpu")
 backend.join(device, 60)
-groups = dist.group.WORLD, backend.host_group()
-threads = [group._get_backend(device).options._threads for group in groups]
-Path(__file__).with_name(f"threads-{dist.get_rank()}").write_text(str(threads))
+options = [group._get_backend(device).options for group in (dist.group.WORLD, backend.host_group(7))]
+found = [o._threads for o in options], [o._timeout.total_seconds() for o in options]
+Path(__file__).with_name(f"options-{dist.get_rank()}").write_text(str(found))
 dist.destroy_process_group()
 """
 
@@ -116,4 +116,5 @@ def test_a_group_of_gloo_completes_its_exchanges_on_one_thread(tmp_path):
     command = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "rank.py"
     said = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said
-    assert [tmp_path.joinpath(f"threads-{rank}").read_text() for rank in (0, 1)] == ["[1, 1]"] * 2
+    found = [tmp_path.joinpath(f"options-{rank}").read_text() for rank in (0, 1)]
+    assert found == ["([1, 1], [60.0, 7.0])"] * 2  # and each gives up when it was told to

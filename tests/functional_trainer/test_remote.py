@@ -4,14 +4,17 @@ The servers are those of servers.py; a real vLLM is in tests/vllm.
 """
 
 import threading
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import models
-from functional_trainer import tree
+from functional_trainer import routing, tree
 from functional_trainer.engines import Sampling, remote
+from functional_trainer.engines.local import LocalEngine
 from functional_trainer.engines.remote import RemoteEngine
 from tests.functional_trainer import servers
 from tests.models import small
@@ -20,6 +23,7 @@ MODEL = small.model(small.MOE, initializer_range=0.5)
 OLD, NEW = MODEL.init(0), MODEL.init(1)
 PROMPTS = [[3, 1, 4, 1, 5, 9], [2], [7, 7, 1], [11, 0, 6, 8, 1, 2, 2, 20, 5], [4, 4], [9, 9, 9]]
 SAMPLING = Sampling(max_tokens=9, stop=(3, 5, 12), seed=3)
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -27,11 +31,12 @@ def make():
     """Start servers, with the old weights."""
     started = []
 
-    def start(kind="vllm", count=1):
-        new = [servers.KINDS[kind](MODEL, OLD) for _ in range(count)]
+    def start(kind="vllm", count=1, **how):
+        new = [servers.KINDS[kind](MODEL, OLD, **how) for _ in range(count)]
         started.extend(new)
         return new
 
+    start.started = started
     yield start
     for server in started:
         server.going.set()
@@ -40,7 +45,7 @@ def make():
 
 def engine(*made, **options):
     (kind,) = {type(server).__name__.lower() for server in made}
-    options = {"tries": 3, "backoff": 0.01, "at_once": 4} | options
+    options = {"patience": 0.1, "backoff": 0.01, "every": 0.1, "at_once": 4} | options
     return RemoteEngine(kind, [server.url for server in made], MODEL, **options)
 
 
@@ -172,12 +177,12 @@ def test_an_answer_that_a_server_aborts_goes_on(kind, budget, make):
     whole = [sample.tokens for sample in models.generate(MODEL, OLD, PROMPTS, 9)]
     server.faults.extend([servers.abort(2), servers.abort(1), servers.abort(0), servers.abort(9)])
     found = sampler.generate(PROMPTS, replace(greedy, budget=budget))
-    assert server.answered == len(PROMPTS) + 3 and not server.faults and not sampler.servers[0].out
+    assert server.answered == len(PROMPTS) + 3 and not server.faults and not sampler.servers.all[0].out
     if budget:
         assert {(len(sample.tokens), sample.finish_reason) for sample in found} == {(4, "abort")}
         found = sampler.generate(PROMPTS, greedy, found)
     assert [sample.tokens for sample in found] == whole and {sample.finish_reason for sample in found} == {"length"}
-    server.faults.extend([servers.abort(0)] * 9)
+    server.faults.extend([servers.abort(0)] * 99)
     with pytest.raises(RuntimeError, match=f"no {kind} server is left: .*aborted before the first token"):
         sampler.generate(PROMPTS, greedy)
 
@@ -218,11 +223,12 @@ def test_a_server_that_dies_is_left_out_and_comes_back_with_new_weights(make):
     sampler = engine(*made)
     found = sampler.generate(PROMPTS * 3, SAMPLING)
     assert apart(found[:6], OLD) < 1e-5 and len(found) == 18
-    assert sampler.servers[0].out and not sampler.servers[1].out
+    first, second = sampler.servers.all
+    assert first.out and not second.out
     (again,) = make()
-    sampler.servers[0].url = again.url
+    first.url = again.url
     sampler.update(NEW, 1)
-    assert not sampler.servers[0].out
+    assert not first.out
     assert apart(sampler.generate(PROMPTS, SAMPLING), NEW) < 1e-5 and again.answered
 
 
@@ -247,29 +253,165 @@ def test_a_prompt_that_always_fails_ends_the_call(make):
         engine(server, at_once=2).generate([PROMPTS[0], *PROMPTS[1:] * 20], SAMPLING)
 
 
-def test_a_server_with_other_weights_than_it_was_given_is_left_out(make):
+def right(found, sampler, params, version):
+    """Check samples of parameters, and that all servers answer with them."""
+    assert apart(found, params) < 1e-5 and all({*sample.versions} == {version} for sample in found)
+    assert not any(server.out for server in sampler.servers.all)
+
+
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=SLOW), "lmdeploy"])
+def test_a_server_that_restarts_in_a_rollout_is_waited_for_and_gets_its_weights_again(kind, make):
+    """One alone: each prompt has one answer, all of the weights that were sent."""
+    (server,) = make(kind)
+    sampler = engine(server, patience=20.0, every=0.05)
+    sampler.update(NEW, 1)
+    greedy = replace(SAMPLING, temperature=0.0)
+    server.faults.extend([lambda server: None, servers.die_and_come_back(0.2, OLD, make.started)])
+    found = sampler.generate(PROMPTS, greedy)
+    right(found, sampler, NEW, 1)
+    assert [s.tokens for s in found] == [s.tokens for s in models.generate(MODEL, NEW, PROMPTS, 9, eos_ids=(3, 5, 12))]
+    assert server.answered and make.started[1].answered
+
+
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=SLOW), pytest.param("sglang", marks=SLOW), "lmdeploy"])
+def test_a_server_that_restarted_when_nothing_was_asked_is_noticed(kind, make):
+    (server,) = make(kind)
+    sampler = engine(server, patience=20.0, every=0.05)
+    sampler.update(NEW, 1)
+    server.close()
+    make.started.append(type(server)(MODEL, OLD, port=server.http.server_port))
+    right(sampler.generate(PROMPTS, SAMPLING), sampler, NEW, 1)
+
+
+@SLOW
+def test_others_go_on_while_a_server_restarts(make):
     made = make(count=2)
-    sampler = engine(*made)
+    sampler = engine(*made, patience=20.0, every=0.05)
+    sampler.update(NEW, 1)
+    made[0].faults.append(servers.die)
+    right(sampler.generate(PROMPTS, SAMPLING), sampler, NEW, 1)
+    assert made[1].answered >= 3
+    (again,) = make(port=made[0].http.server_port)
+    end = time.monotonic() + 10
+    while "/resume" not in again.paths:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    right(sampler.generate(PROMPTS * 2, SAMPLING)[:6], sampler, NEW, 1)
+    assert again.answered
+
+
+def test_a_server_with_other_weights_than_it_was_given_gets_them_again(make):
+    made = make(count=2)
+    sampler = engine(*made, patience=20.0, every=0.05)
     sampler.update(NEW, 1)
     made[0].faults.append(servers.restart)
-    found = sampler.generate(PROMPTS, SAMPLING)
-    assert apart(found, NEW) < 1e-5 and all({*sample.versions} == {1} for sample in found)
-    assert "other weights than version 1, which it was sent" in sampler.servers[0].out
-    made[1].faults.append(servers.restart)
-    with pytest.raises(RuntimeError, match="no vllm server is left: .*other weights than version 1"):
+    right(sampler.generate(PROMPTS, SAMPLING), sampler, NEW, 1)
+    assert made[0].paths.count("/resume") <= 2
+
+
+def test_a_server_that_stays_with_other_weights_is_left_out(make):
+    (server,) = make()
+    sampler = engine(server)
+    sampler.update(NEW, 1)
+    server.routes = server.routes | {"POST /update_weight_version": lambda self, body: None}
+    server.faults.append(servers.restart)
+    with pytest.raises(RuntimeError, match="no vllm server is left: .*other weights than version 1, which it was sent"):
         sampler.generate(PROMPTS, SAMPLING)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=SLOW), "sglang", pytest.param("lmdeploy", marks=SLOW)])
+def test_an_update_that_fails_in_the_middle_is_sent_again(kind, count, make, monkeypatch):
+    """To the one server, and to one of two, while the other has it already."""
+    monkeypatch.setattr(remote, "BUCKET", 2000)  # bytes: several requests
+    made = make(kind, count=count)
+    sampler = engine(*made, patience=20.0, every=0.05)
+    sampler.update(OLD, 0)
+    path = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_tensor", "lmdeploy": "/update_weights"}[kind]
+    load, left = made[0].routes[f"POST {path}"], [3]
+
+    def failing(self, body):
+        left[0] -= 1
+        if left[0] == 0:
+            raise servers.Refuse(500, "out of memory")
+        return load(self, body)
+
+    made[0].routes = made[0].routes | {f"POST {path}": failing}
+    sampler.update(NEW, 1)
+    end = time.monotonic() + 10
+    while any(server.out for server in sampler.servers.all):
+        assert time.monotonic() < end and count == 2
+        time.sleep(0.02)
+    right(sampler.generate(PROMPTS, SAMPLING), sampler, NEW, 1)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=SLOW), "sglang"])
+def test_an_update_of_a_run_that_was_killed_is_no_obstacle(kind, make, monkeypatch):
+    monkeypatch.setattr(remote, "BUCKET", 2000)
+    (server,) = make(kind)
+    killed = engine(server)
+    for i, request in enumerate(killed._requests(list(killed._named(OLD)), "7")):
+        if i < 4:
+            assert killed.servers.post(killed.servers.all, *request)
+    sampler = engine(server)
+    sampler.update(NEW, 1)
+    right(sampler.generate(PROMPTS, SAMPLING), sampler, NEW, 1)
 
 
 def test_a_server_that_does_not_take_weights_is_left_out(make):
     made = make("sglang", count=2)
-    made[0].session = True  # somebody else's
+
+    def never(self, body):
+        raise servers.Refuse(400, {"success": False, "message": "weights are on a CUDA IPC cache"})
+
+    made[0].routes = made[0].routes | {"POST /begin_weight_update": never}
     sampler = engine(*made)
     sampler.update(NEW, 1)
-    assert "already open" in sampler.servers[0].out
+    assert "CUDA IPC cache" in sampler.servers.all[0].out
     assert apart(sampler.generate(PROMPTS, SAMPLING), NEW) < 1e-5 and not made[0].answered
-    made[1].session = True
+    made[1].routes = made[0].routes
     with pytest.raises(RuntimeError, match="no sglang server is left"):
         sampler.update(OLD, 2)
+
+
+# which experts were chosen -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    [("vllm", 2), ("sglang", 0), pytest.param("vllm", 0, marks=SLOW), pytest.param("sglang", 2, marks=SLOW)],
+)
+def test_servers_say_which_experts_were_chosen(kind, budget, make):
+    """Those of the built-in engine for the same tokens, of layers that have experts, when answers grow in parts too."""
+    (server,) = make(kind, routes=True)
+    sampler, how = engine(server, record_routing=True), replace(SAMPLING, budget=budget, max_tokens=6)
+    sampler.update(NEW, 1)
+    server.faults.append(servers.abort(2))
+    found = sampler.generate(PROMPTS, how)
+    while any(sample.finish_reason == "abort" for sample in found):
+        open_ = [i for i, sample in enumerate(found) if sample.finish_reason == "abort"]
+        for i, one in zip(open_, sampler.generate([PROMPTS[i] for i in open_], how, [found[i] for i in open_]),
+                          strict=True):  # fmt: skip
+            found[i] = one
+    local = LocalEngine(MODEL, NEW, length=40, record_routing=True)
+    for prompt, sample in zip(PROMPTS, found, strict=True):
+        (own,) = local.generate([[*prompt, *sample.tokens]], Sampling(1))
+        wanted = own.routed_experts[: len(prompt) + len(sample.tokens) - 1]
+        assert sample.routed_experts.dtype == wanted.dtype and np.array_equal(sample.routed_experts, wanted)
+        assert routing.column([(prompt, sample)]).shape == (len(prompt) + len(sample.tokens), 2, 2)
+
+
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=SLOW)])
+def test_a_server_that_does_not_say_which_experts_were_chosen_is_refused(kind, make):
+    with pytest.raises(RuntimeError, match="no routed_experts; it must run with --enable-return-routed-experts"):
+        engine(*make(kind), record_routing=True).generate(PROMPTS, SAMPLING)
+    (server,) = make(kind, routes=True)
+    server.all_layers = lambda found, ids: np.full((len(ids) + len(found.tokens) - 1, 3, 2), 7)
+    with pytest.raises(RuntimeError, match="experts 7 to 7 of"):
+        engine(server, record_routing=True).generate(PROMPTS, SAMPLING)
+    server.all_layers = lambda found, ids: np.zeros((len(ids) + len(found.tokens), 3, 2))
+    with pytest.raises(RuntimeError, match="cannot reshape array"):
+        engine(server, record_routing=True).generate(PROMPTS, SAMPLING)
 
 
 def longer(said):

@@ -13,6 +13,7 @@ from functional_trainer.engines import Sample
 from functional_trainer.engines.local import LocalEngine
 from functional_trainer.experience import Plan, Prompt, Prompts, Scores
 from functional_trainer.rl_options import RewardOptions, RolloutOptions
+from functional_trainer.types import OneDevice
 from tests.models import small
 
 MODEL = small.model(small.DENSE, initializer_range=0.5)
@@ -80,3 +81,39 @@ def drawn(level: int, budget: int, batches: int, fails: int) -> tuple[list[Any],
     rollouts.close()
     assert rollouts.thread is not None and not rollouts.thread.is_alive()
     return answers, backend.everyone([versions for _, versions in answers]), " | ".join(backend.everyone(said))
+
+
+def in_flight(urls: list[str], batches: int) -> list[Any]:
+    """Train on rollouts of vLLM servers that get new weights while they answer; return, by rank, how many versions
+    back the weights of each token were."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    r = RolloutOptions(max_completion_length=6, engine="vllm", url=tuple(urls), max_async_level=2, slots=2,
+                       in_flight_weight_updates=True)  # fmt: skip
+    o, shard, group = SimpleNamespace(rollout=r, out="none"), OneDevice(), backend.host_group(60)
+    shard.rank, shard.world = rank, world
+    ours, params = run(rank, world), MODEL.init(0)
+    ours.shard = shard
+    engine, _ = engines.choose(o, ours, MODEL, params, True, group)
+    draw = engines.drawn_by(engine, o, ours, group)
+
+    def reward(prompts: Any, answers: Any) -> Scores:
+        found = Scores([float(len(a.tokens)) for a in answers], {})
+        return backend.together(lambda: found if rank == 0 else None, group)[0]
+
+    def generate(*args: Any) -> Any:
+        time.sleep(0.01 * rank)
+        return draw(*args)
+
+    rollouts = Ahead(
+        QUESTIONS, generate, reward, lambda r, sizes: advantages.grpo(r), Plan(3, 2), seq_len=12, longest=6, rows=2,
+        weights=lambda: tree.map(torch.clone, params), update=engine.update, level=2, staleness=3, in_flight=True,
+        everyone=lambda value: backend.everyone(value, group),
+    )  # fmt: skip
+    versions = []
+    for n in range(batches):
+        next(rollouts)
+        versions += [n - v for a in rollouts.last.answers for v in a.versions]  # type: ignore[union-attr]
+        time.sleep(0.01 * (world - rank))
+        backend.barrier()
+    rollouts.close()
+    return backend.everyone(versions)

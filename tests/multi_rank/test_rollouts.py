@@ -1,7 +1,10 @@
 """Rollouts on several ranks: the answers of one, drawn ahead by all of them; an error of one ends all at once."""
 
+from contextlib import closing
+
 import pytest
 
+from tests.functional_trainer import servers
 from tests.multi_rank import launch, rollouts
 
 FUNCTIONS = """
@@ -35,3 +38,13 @@ def test_an_engine_that_fails_on_one_rank_ends_all():
     ours, theirs = said.split(" | ")
     assert len(answers) == 2 * 6  # rollouts 0 and 1 are trained on
     assert ours == f"RuntimeError: rank 1: {theirs}" and theirs.startswith("TypeError: 'NoneType'")
+
+
+@pytest.mark.slow
+def test_ranks_send_weights_while_servers_answer_all_of_them():
+    """The thread that trains sends, and the one that draws exchanges answers, on every rank at its own pace."""
+    model = rollouts.MODEL
+    with closing(servers.Vllm(model, model.init(0))) as one, closing(servers.Vllm(model, model.init(0))) as other:
+        ours, theirs = launch.run(2, rollouts.in_flight, [one.url, other.url], 12)
+        assert ours == theirs and set(ours) <= {0, 1, 2, 3}
+        assert min(server.paths.count("/update_weight_version") for server in (one, other)) == 12

@@ -57,14 +57,17 @@ class Served:
             port = free.getsockname()[1]
         self.kind, self.folder, self.url = kind, folder / "model", f"http://127.0.0.1:{port}"
         sft_runs.folder(self.folder, **SIZES | KINDS[kind])
-        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT / "experiments" / "serving"), "OMP_NUM_THREADS": "1"}
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder, "--port", str(port)]
-        self.log = folder / "log"
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", *FLAGS], env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
+        self.command, self.log = [*command, "--host", "127.0.0.1", *FLAGS], folder / "log"
+        self.start()
         self.model, self.params = models.from_pretrained(self.folder)
+
+    def start(self) -> None:
+        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT / "experiments" / "serving"), "OMP_NUM_THREADS": "1"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def wait(self) -> "Served":
         end = time.monotonic() + 600
@@ -78,6 +81,11 @@ class Served:
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+    def kill(self) -> None:
+        """End it and its engine at once."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(60)
 
     def engine(self, **options) -> RemoteEngine:
@@ -152,6 +160,23 @@ def test_samples_are_repeatable_and_differ_within_a_group(served):
     found = engine.generate([PROMPTS[3]] * 4, sampling)
     assert found == engine.generate([PROMPTS[3]] * 4, sampling)
     assert len({tuple(sample.tokens) for sample in found}) == 4
+
+
+def test_a_server_that_is_killed_in_a_rollout_and_started_again_gets_its_weights_again(served):
+    engine, found = served.engine(patience=300.0), []
+    engine.update(served.changed(2), 2)
+    prompts, long = PROMPTS * 8, Sampling(max_tokens=150, seed=5)
+    asked = threading.Thread(target=lambda: found.extend(engine.generate(prompts, long)))
+    asked.start()
+    time.sleep(0.5)
+    served.kill()
+    served.start()
+    begin = time.perf_counter()
+    asked.join(300)
+    print(f"\n{served.kind}: all samples are there {time.perf_counter() - begin:.0f} s after it was killed")
+    assert len(found) == len(prompts) and {v for sample in found for v in sample.versions} == {2}
+    for part in range(0, len(found), len(PROMPTS)):
+        assert apart(served, found[part : part + len(PROMPTS)], served.changed(2))[0] < 1e-5
 
 
 def test_a_paused_server_goes_on_with_new_weights_in_the_middle_of_a_sample(served):
