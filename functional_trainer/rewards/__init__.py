@@ -11,7 +11,6 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -121,11 +120,13 @@ class Rewards:
         single = [{key: [values[i]] for key, values in given.items()} for i in range(n)]
         if name in self.pools:
             return [outcome if outcome.failed else outcome.value for outcome in self.pools[name].map(single)]
-        with suppress(Exception, SystemExit):  # what went wrong is found below
+        try:
             values = list(function(**{key: list(values) for key, values in given.items()}))
-            if len(values) == n:
-                return [_number(value) for value in values]
-        return [_single(function, **sample) for sample in single]
+        except (Exception, SystemExit):  # what went wrong is found for each
+            return [_single(function, **sample) for sample in single]
+        if len(values) != n:
+            return [Outcome(None, "wrong length", f"returned {len(values)} values for {n} completions")] * n
+        return [_number(value) for value in values]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -215,7 +216,7 @@ def load(given: str) -> tuple[str, Function]:
     """
     head, _, name = given.rpartition(":")
     if head.endswith(".py"):
-        found = run_python(Path(head)).get(name)
+        found = run_python(Path(head), "--reward.functions").get(name)
         if not callable(found):
             raise ValueError(f"reward function {given}: {head} defines no function {name}")
         return name, found

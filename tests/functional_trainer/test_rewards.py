@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import sys
 import textwrap
 from collections import Counter
 from types import SimpleNamespace
@@ -152,15 +153,24 @@ def test_one_that_fails_costs_its_sample(isolate):
         @given(st.lists(st.sampled_from(["well"] * 9 + [*FAILURES]), min_size=1, max_size=9))
         def check(how):
             scores = both(**samples(len(how), how=how))
-            assert scores.each["f"] == [2.0 * i if h == "well" else None for i, h in enumerate(how)]
-            assert scores.failures["f"] == Counter(FAILURES[h] for h in how if h != "well")
-            assert scores.total == [1.0 + 2 * i if h == "well" else 1.0 for i, h in enumerate(how)]
-            first = [FAILURES[h] for h in how if h != "well"][:1]
+            unsure = not isolate and {*how} & {"long", "short"} and not {*how} & {"raise", "exit", "none"}
+            reasons = ["wrong length" if unsure else FAILURES.get(h) for h in how]
+            assert scores.each["f"] == [None if r else 2.0 * i for i, r in enumerate(reasons)]
+            assert scores.failures["f"] == Counter(filter(None, reasons))
+            assert scores.total == [1.0 if r else 1.0 + 2 * i for i, r in enumerate(reasons)]
+            first = [*filter(None, reasons)][:1]
             assert [error.split(":")[0] for error in scores.errors.values()] == first
             for reason, count in scores.failures["f"].items():
                 assert scores.report()[f"rewards/f/{reason}"] == count
 
         check()
+
+
+def test_values_of_another_number_than_completions_belong_to_none():
+    """Asked for each alone, what gives one value for all would seem to be right."""
+    scores = Rewards({"f": lambda completions, **columns: [float(len(completions[0]))]})(**samples(3))
+    assert scores.total == [None] * 3 and scores.failures["f"] == {"wrong length": 3}
+    assert scores.errors["f"] == "wrong length: returned 1 values for 3 completions"
 
 
 def test_workers_of_ray_run_isolated_functions_only():
@@ -227,11 +237,29 @@ def test_names_that_ship(tmp_path):
     for given_, said in {
         "lenght:4": "'lenght:4': it can be FILE.py:NAME, exact, maths, .*length:int", "length": "it can be",
         "length:x": "length:x: invalid literal", "length:0": "length:0: overlong buffer is 0", "exact:1": "it can be",
-        "format:(": r"format: '\(' is not a regular expression", f"{tmp_path}/bad.py:f": "bad.py, line 2: division by",
-        f"{tmp_path}/good.py:x": "good.py defines no function x", f"{tmp_path}/none.py:x": "No such file",
+        "format:(": r"format: '\(' is not a regular expression", f"{tmp_path}/bad.py:f": "bad.py, line 2: ZeroDivis",
+        f"{tmp_path}/good.py:x": "good.py defines no function x",
+        f"{tmp_path}/none.py:x": f"^--reward.functions {tmp_path}/none.py: No such file",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=said):
             rewards.load(given_)
+
+
+def test_a_file_imports_what_is_beside_it(tmp_path, monkeypatch):
+    """At once and when it is called, also in a process of its own; what is installed is not hidden from others."""
+    (tmp_path / "beside_one.py").write_text("def score(text): return float(text)\n")
+    (tmp_path / "beside_two.py").write_text("WORTH = 2.0\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_one import score\n\ndef f(completions, **columns):\n    from beside_two import WORTH\n"
+        "    return [WORTH * score(c) for c in completions]\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = list(sys.path)
+    name, function = rewards.load(f"{tmp_path}/mine.py:f")
+    assert sys.path == [*before, str(tmp_path)]
+    assert Rewards({name: function})(**samples(3)).total == [0.0, 2.0, 4.0]
+    with Rewards({name: function}, isolate=[name], workers=1) as isolated:
+        assert isolated(**samples(2)).total == [0.0, 2.0]
 
 
 # those that ship -----------------------------------------------------------------------------------------------------
