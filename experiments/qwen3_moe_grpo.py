@@ -38,8 +38,8 @@ class Options(RunOptions):
     """Steps between evaluations (0: only at the end)."""
     out: str = "runs/qwen3_moe_grpo"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""
-    answers: int = 512
-    """Held-out questions to answer greedily before, at evaluations and after."""
+    answers: int | None = None
+    """Held-out questions to answer greedily before, at evaluations and after (default: 512, or all there are)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,12 +65,14 @@ class Options(RunOptions):
 
 
 def main(o: Options) -> None:
-    from experiments import episodes, policies, recipe, rl
+    from experiments import policies, questions, recipe, rl
+    from experiments.held_out import HeldOut
     from functional_trainer import backend, init_state, make_train_step, optimizers, train
     from functional_trainer.reference import Reference
 
     # Where the run lives, what it asks, what it begins with: also when it is resumed, for the reference.
-    run = recipe.start(o, o.answers, lambda hf: policies.loss(o), rl.read)
+    answers = 512 if o.answers is None else o.answers
+    run = recipe.start(o, answers, lambda hf: policies.loss(o), questions.read)
     model, params = run.begin(again=True)
 
     # How the objective is optimized, and the step: as in supervised fine-tuning.
@@ -85,11 +87,12 @@ def main(o: Options) -> None:
     began = init_state(params, optimizer, offload="optimizer" in o.offload)
 
     # What it learns from: its own answers.
-    rollouts = rl.experience(o, run, model, began.params)
+    reward = rl.rewards(o, run)
+    rollouts = rl.experience(o, run, model, began.params, reward)
     if not run.resume:
         rl.agree(o, run, model, began.params, rollouts)
 
-    held_out = episodes.HeldOut(o, run, model)
+    held_out = HeldOut(o, run, model, reward, answers)
     if held_out.questions and not run.resume:
         run.say(f"before training {held_out.say(held_out.measure(began.params))}")
     state, finished = train(

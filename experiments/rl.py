@@ -1,20 +1,20 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from experiments import engines, episodes
+from experiments import engines, questions
 from experiments.policies import advantage
 from experiments.recipe import Run
-from functional_trainer import backend, cluster, tree
+from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
-from functional_trainer.data import Record, Tokenizer, sources
 from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import lost, report, rewarded
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
-from functional_trainer.rewards import GIVEN, Function, Rewards, load_all, refuse, refuse_columns
+from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
+from functional_trainer.rewards import Rewards
 
 
 def plan(o: Any) -> Plan:
@@ -29,13 +29,16 @@ def plan(o: Any) -> Plan:
     return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn, **how)
 
 
-def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
-    """Return the rollouts of `params`, which the step changes in place.
+def experience(o: Any, run: Run, model: Any, params: tree.Tree, reward: Callable) -> Experience:
+    """Return the rollouts of `params`, which the step changes in place, scored by `reward`, of `rewards`.
 
     On a mesh every rank gathers the weights and answers its share of the prompts. What is drawn ahead is drawn from a
     copy of the weights, in a thread whose exchanges have a process group of their own.
     """
     r, ahead = o.rollout, bool(o.rollout.max_async_level or o.rollout.partial)
+    known, most = run.hf.get("max_position_embeddings"), max(len(p.ids) for p in run.loader) + r.max_completion_length
+    if known and most > known:
+        run.say(f"questions with answers have up to {most} tokens: config.json says max_position_embeddings {known}")
     group = backend.host_group() if ahead else None
     engine, whole = engines.choose(o, run, model, params, ahead, group)
 
@@ -53,7 +56,11 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
     settings["old"] = score(params, r.routing_replay == "trainer") if o.loss.old == "trainer" else None
     settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
-    given = run.loader, draw, rewards(o, run, group), advantage(o), plan(o)
+
+    def everywhere(prompts: list[Prompt], answers: list[Sample]) -> Scores:
+        return backend.together(lambda: reward(prompts, answers), group)[0]
+
+    given = run.loader, draw, everywhere, advantage(o), plan(o)
     if not ahead:
         return Experience(*given, weights=lambda: tree.map(whole, params), **settings)
     steps = o.steps or plan(o).total_steps(len(run.loader), o.epochs)
@@ -65,35 +72,17 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     )  # fmt: skip
 
 
-def functions(o: Any) -> dict[str, Function]:
-    """Return the reward functions by name; ValueError if one is not there."""
-    return load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
+def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores | None]:
+    """Return what scores answers on rank 0, for all, since functions need not be repeatable; None on others.
 
-
-def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tuple[Prompts, dict, list[Record]]:
-    """Return what is asked, as `episodes.read`, and refuse functions that can give no rewards, whatever the columns are
-    before that. Join Ray's cluster if the run wants workers there, for all of them."""
-    load_all.cache_clear()  # files may have changed since the last run of this process
-    own, first = functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
-    refuse(own, o.reward.isolate, o.reward.ray)
-    if workers := first + o.rollout.environment_ray:
-        sources.files((*o.data.train, *o.data.eval))  # one that is missing is told of before a cluster is begun
-        cluster.connect(workers)
-    found = episodes.read(o, tokenizer, vocab, shard, *more)
-    refuse_columns(own, [*GIVEN, *_columns(found[0])])
-    return found
-
-
-def _columns(prompts: Prompts) -> list[str]:
-    return sorted({name for prompt in prompts for name in prompt.columns} - {*GIVEN})
-
-
-def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
-    """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
-    r, names = o.reward, _columns(run.loader)
+    Rollouts may be scored in a thread while held-out answers are: one of them waits, so functions are never called at
+    once.
+    """
+    r, names = o.reward, questions.columns(run.loader)
     how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
     told: list[str] = []
-    asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
+    asked = Rewards(questions.functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
+    lock = threading.Lock()
 
     def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
         if asked is None:
@@ -104,10 +93,11 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
         if not told and (some := lost(answers)):
             told.append(some)
             run.say(some)
-        found = asked([p.text for p in prompts], said, ids, **columns)
+        with lock:
+            found = asked([p.text for p in prompts], said, ids, **columns)
         return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
-    return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]
+    return scored
 
 
 def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:

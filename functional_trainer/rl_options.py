@@ -28,8 +28,10 @@ class PromptOptions:
     """Folder of the tokenizer and chat template (default: the model's)."""
     seq_len: int = 256
     """Tokens in a packed row; a question and its longest answer must fit."""
-    answer_tokens: int = 32
-    """Most tokens of a greedy answer to a held-out question."""
+    overlong: Literal["error", "drop"] = "error"
+    """What happens to questions that do not fit into a row with the longest answer; the log counts them."""
+    answer_tokens: int | None = None
+    """Most tokens of a greedy answer to a held-out question (default: --rollout.max-completion-length)."""
 
     def __post_init__(self):
         within("data.", self, seq_len=(1, ""), answer_tokens=(1, ""))
@@ -125,10 +127,9 @@ class RolloutOptions:
         within(
             "rollout.", self, top_k=(0, ""), top_p=(0, "at most 1"), overlong_buffer=(0, ""), max_disagreement=(0, "")
         )
-        if not self.temperature > 0 or not self.top_p > 0:
-            raise ValueError(
-                "--rollout.temperature and --rollout.top-p must be above 0: answers of a group must differ"
-            )
+        if not 0 < self.temperature < math.inf or not self.top_p > 0:
+            right = "must be above 0, and finite: answers of a group must differ, and be the model's"
+            raise ValueError(f"--rollout.temperature {self.temperature} and --rollout.top-p {self.top_p} {right}")
         if self.max_num_gen_batches != RolloutOptions.max_num_gen_batches and not self.filter_groups:
             raise ValueError("--rollout.max-num-gen-batches has no effect without --rollout.filter-groups")
         if self.overlong_buffer > self.max_completion_length:

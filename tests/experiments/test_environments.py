@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from experiments import episodes, rl
+from experiments import rl
 from experiments.first_light import dialogues
+from experiments.held_out import HeldOut
 from functional_trainer import environments, experience
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Episode, Sample
@@ -121,9 +122,9 @@ def test_lost_episodes_are_told_of(monkeypatch):
     fine = Sample([1], [-0.1], "stop", [0], reward=1.0, episode=Episode([], 1, 0, 0))
     lost = fine._replace(reward=None, episode=Episode([], 1, 0, 0, "KeyError: gone"))
     said: list[str] = []
-    tokenizer = SimpleNamespace(decode=str)
-    run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=tokenizer, say=said.append, questions=[1, 2])
-    o = SimpleNamespace(reward=RewardOptions(), rollout=SimpleNamespace(environment="guess"), answers=2)
+    tokenizer, asked = SimpleNamespace(decode=str), [Prompt([1], "q", {})] * 2
+    run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=tokenizer, say=said.append, questions=asked)
+    o = SimpleNamespace(reward=RewardOptions(), rollout=SimpleNamespace(environment="guess"))
     score = rl.rewards(o, run)
     for _ in range(2):
         assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.0, None, None]
@@ -131,8 +132,8 @@ def test_lost_episodes_are_told_of(monkeypatch):
     table = np.array([[1.0, np.nan]])
     shown = experience._shown(experience.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
     assert [row.get("error") for row in shown] == [None, "KeyError: gone"]
-    held_out = episodes.HeldOut(o, run, None)
-    monkeypatch.setattr(held_out, "_played", lambda params, records: [fine, lost])
+    held_out = HeldOut(o, run, None, score, 2)
+    monkeypatch.setattr(held_out, "_answers", lambda params, asked: [fine, lost])
     assert (found := held_out.measure({})) == {"eval_reward": 0.5, "eval_raised": 1}
     assert held_out.say(found) == "the reward of 2 held-out episodes is 0.500; 1 were lost, and count as 0"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from experiments import qwen3_moe_grpo, rl
+from experiments import questions, qwen3_moe_grpo
 from functional_trainer.data import Tokenizer
 from functional_trainer.types import ONE_DEVICE
 from tests.experiments import sft_runs
@@ -100,7 +100,7 @@ def read(*functions: str, environment: str = "", isolate: tuple[str, ...] = (), 
         reward=qwen3_moe_grpo.RewardOptions(functions, isolate=isolate, ray=ray),
         rollout=qwen3_moe_grpo.RolloutOptions(environment=environment),
     )  # fmt: skip
-    return rl.read(o, Tokenizer(sft_runs.TOKENIZER), 384, ONE_DEVICE, 0, lambda text: None)
+    return questions.read(o, Tokenizer(sft_runs.TOKENIZER), 384, ONE_DEVICE, 0, lambda text: None)
 
 
 def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import data
+from experiments import questions
 from functional_trainer.data import Tokenizer
 from functional_trainer.rl_options import PromptOptions
 from functional_trainer.types import ONE_DEVICE
@@ -15,10 +15,10 @@ TOKENIZER = Tokenizer(sft_runs.TOKENIZER)
 USER = {"role": "user", "content": "Add 3 to 4."}
 
 
-def read(tmp_path, rows, questions=9, **options):
+def read(tmp_path, rows, count=9, **options):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     o = SimpleNamespace(data=PromptOptions(train=(str(tmp_path / "rows.jsonl"),), **options), out=str(tmp_path))
-    return data.prompts(o, TOKENIZER, 384, ONE_DEVICE, questions, lambda text: None)
+    return questions.prompts(o, TOKENIZER, 384, ONE_DEVICE, count, lambda text: None)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def read(tmp_path, rows, questions=9, **options):
     ],
 )
 def test_a_prompt_needs_no_answer(row, options, tmp_path):
-    (prompt,), _, held_out = read(tmp_path, [row], **options)
+    (prompt,), held_out = read(tmp_path, [row], **options)
     assert prompt.ids == TOKENIZER.prompt([USER]) and prompt.text == "Add 3 to 4."
     assert prompt.columns["level"] == 2 and "answer" not in prompt.columns and not held_out
 
@@ -45,16 +45,18 @@ def test_a_prompt_needs_no_answer(row, options, tmp_path):
     ],
 )
 def test_the_right_answer_is_a_column(row, tmp_path):
-    (prompt,), *_ = read(tmp_path, [row])
+    (prompt,), _ = read(tmp_path, [row])
     assert prompt.ids == TOKENIZER.prompt([USER]) and prompt.columns["answer"] == "7"
 
 
-def test_only_questions_with_an_answer_are_measured(tmp_path):
-    rows = [{"prompt": f"Add {i} to 4."} for i in range(40)]
+def test_questions_are_held_out_whether_their_answer_is_known_or_not(tmp_path):
+    rows = [{"prompt": f"Add {i} to 4.", "answer": "7"} for i in range(40)]
     answered = [{"messages": [{**USER, "content": str(i)}, {"role": "assistant", "content": "7"}]} for i in range(40)]
-    for kind, measured in ((rows, False), (answered, True)):
-        asked, _, held_out = read(tmp_path, kind, questions=99, split=0.5)
-        assert 0 < len(asked) < 40 and len(held_out) == (40 - len(asked)) * measured
+    for kind, wanted in ((rows, None), (answered, "7")):
+        asked, held_out = read(tmp_path, kind, count=99, split=0.5)
+        assert 0 < len(asked) < 40 and len(held_out) == 40 - len(asked)
+        assert {prompt.wanted for prompt in held_out} == {wanted}
+        assert all(prompt.columns["answer"] == "7" and "rows.jsonl:" in prompt.where for prompt in held_out)
 
 
 def test_what_is_wrong_with_a_row_is_said(tmp_path):
