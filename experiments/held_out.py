@@ -1,5 +1,6 @@
 """Held-out questions, answered greedily, or held-out episodes, played so: what the run's rewards say of them."""
 
+import re
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -20,9 +21,7 @@ class HeldOut:
     `reward` is what scores answers there in training.
     """
 
-    def __init__(
-        self, o: Any, run: Run, model: Any, reward: Callable[[Asked, list[Sample]], Scores | None], count: int
-    ):
+    def __init__(self, o: Any, run: Run, model: Any, reward: Callable, count: int):
         self.o, self.run, self.model, self.reward = o, run, model, reward
         self.questions = list(run.questions[:count])
 
@@ -63,8 +62,7 @@ class HeldOut:
             if self.run.shard.rank != 0:
                 return None
             answers = self._answers(whole, asked)
-            scores = self.reward(asked, answers)
-            return scores and make(asked, answers, scores)
+            return make(asked, answers, self.reward(asked, answers))
 
         return backend.together(alone)[0]
 
@@ -83,7 +81,7 @@ class HeldOut:
         values["eval_reward"] = [0.0 if gone else x for gone, x in zip(lost, scores.rewards, strict=True)]
         values |= {f"eval_rewards/{name}/mean": given for name, given in scores.each.items()}
         means = {name: fmean(some) for name, given in values.items() if (some := [x for x in given if x is not None])}
-        failed = {f"eval_{key}": value for key, value in scores.report.items() if key.startswith("rewards/")}
+        failed = {f"eval_{key}": n for key, n in scores.report.items() if re.match("rewards/.*/(?!mean$|std$)", key)}
         return failed | means | ({"eval_raised": sum(lost)} if self.o.rollout.environment else {})
 
 

@@ -10,7 +10,7 @@ from functional_trainer import backend, cluster
 from functional_trainer.data import Record, Tokenizer, Within, rows_of, sources
 from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.options import Source
-from functional_trainer.rewards import GIVEN, Function, load_all, refuse, refuse_columns
+from functional_trainer.rewards import GIVEN, Function, conversational, load_all, refuse, refuse_columns
 
 
 def read(
@@ -47,7 +47,11 @@ def read(
 
 def functions(o: Any) -> dict[str, Function]:
     """Return the reward functions by name; ValueError if one is not there."""
-    return load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
+    found = load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
+    own = {given.rpartition(":")[2] for given in o.reward.functions if ".py:" in given}
+    if unknown := {*o.reward.messages} - own:
+        raise ValueError(f"--reward.messages names {sorted(unknown)}; functions of your own are {sorted(own)}")
+    return {name: conversational(one) if name in o.reward.messages else one for name, one in found.items()}
 
 
 def columns(prompts: Prompts) -> list[str]:

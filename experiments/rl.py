@@ -56,11 +56,7 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree, reward: Callable
     settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
     settings["old"] = score(params, r.routing_replay == "trainer") if o.loss.old == "trainer" else None
     settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
-
-    def everywhere(prompts: list[Prompt], answers: list[Sample]) -> Scores:
-        return backend.together(lambda: reward(prompts, answers), group)[0]
-
-    given = run.loader, draw, everywhere, advantage(o), plan(o)
+    given = run.loader, draw, shared(reward, group), advantage(o), plan(o)
     if not ahead:
         return Experience(*given, weights=lambda: tree.map(whole, params), **settings)
     steps = o.steps or plan(o).total_steps(len(run.loader), o.epochs)
@@ -98,6 +94,11 @@ def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores |
         return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
 
     return scored
+
+
+def shared(reward: Callable, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
+    """Return what scores answers on all ranks as `reward` does on rank 0; what it raises there ends all of them."""
+    return lambda prompts, answers: backend.together(lambda: reward(prompts, answers), group)[0]
 
 
 def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:

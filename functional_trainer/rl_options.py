@@ -195,6 +195,8 @@ class RewardOptions:
     """FILE.py:NAME or one that ships, as maths, length:N (none: exact; beside an environment's reward no other)."""
     weights: tuple[float, ...] = ()
     """Weight of each (none: 1)."""
+    messages: tuple[str, ...] = ()
+    """Names of functions that get conversations as TRL gives them, lists of messages and no texts (docs/rewards.md)."""
     isolate: tuple[str, ...] = ()
     """Names of functions of your own to run in processes that are killed when they hang."""
     workers: int = 2

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -243,6 +243,23 @@ def load_all(named: tuple[str, ...]) -> dict[str, Function]:
     if len({name for name, _ in found}) < len(found):
         raise ValueError(f"--reward.functions {' '.join(named)}: two have the same name")
     return dict(found)
+
+
+def conversational(function: Function) -> Function:
+    """Make of a function of lists of messages, as TRL gives those of conversations, one that is given texts.
+
+    A completion becomes the assistant's message; a prompt the column `prompt` where that is a list of messages, else
+    the user's message.
+    """
+
+    @wraps(function)
+    def called(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Values:
+        both = zip(prompts, columns.get("prompt", prompts), strict=True)
+        asked = [whole if isinstance(whole, list) else [{"role": "user", "content": text}] for text, whole in both]
+        said = [c if isinstance(c, list) else [{"role": "assistant", "content": c}] for c in completions]
+        return function(prompts=asked, completions=said, **columns)
+
+    return called
 
 
 def _pooled(function: Function, seconds: float, memory: int) -> dict[str, Any]:

@@ -124,18 +124,19 @@ def test_lost_episodes_are_told_of(monkeypatch):
     said: list[str] = []
     tokenizer, asked = SimpleNamespace(decode=str), [Prompt([1], "q", {})] * 2
     run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=tokenizer, say=said.append, questions=asked)
-    o = SimpleNamespace(reward=RewardOptions(), rollout=SimpleNamespace(environment="guess"))
+    o = SimpleNamespace(reward=RewardOptions(("length:4",)), rollout=SimpleNamespace(environment="guess"))
     score = rl.rewards(o, run)
     for _ in range(2):
-        assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.0, None, None]
+        assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.75, None, None]
     assert len(said) == 1 and said[0].endswith("the first one by KeyError: gone")
     table = np.array([[1.0, np.nan]])
     shown = experience._shown(experience.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
     assert [row.get("error") for row in shown] == [None, "KeyError: gone"]
     held_out = HeldOut(o, run, None, score, 2)
     monkeypatch.setattr(held_out, "_answers", lambda params, asked: [fine, lost])
-    assert (found := held_out.measure({})) == {"eval_reward": 0.5, "eval_raised": 1}
-    assert held_out.say(found) == "the reward of 2 held-out episodes is 0.500; 1 were lost, and count as 0"
+    found = held_out.measure({})
+    assert found == {"eval_reward": 0.875, "eval_raised": 1, "eval_rewards/length/mean": 0.75}, "functions count too"
+    assert held_out.say(found) == "the reward of 2 held-out episodes is 0.875; 1 were lost, and count as 0"
 
 
 @pytest.mark.parametrize("name", environments.SHIPPED)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import questions
+from functional_trainer import checkpoint
 from functional_trainer.data import Tokenizer
 from functional_trainer.rl_options import PromptOptions
 from functional_trainer.types import ONE_DEVICE
@@ -69,17 +70,38 @@ def test_what_is_wrong_with_a_row_is_said(tmp_path):
             read(tmp_path, [row])
 
 
+MINE = """
+def even(completions, completion_ids, **columns):
+    assert all(message["role"] == "assistant" for (message,) in completions)
+    return [1.0 - ids[0] % 2 for ids in completion_ids]
+
+def never(completions, **columns):
+    raise KeyError("gone")
+"""
+
+
 def test_the_recipe_learns_from_prompts_alone(tmp_path):
-    sft_runs.folder(tmp_path / "model")
+    """And says what its functions think of held-out ones, whose answers may be as long, and keeps the best."""
+    sft_runs.folder(tmp_path / "model", max_position_embeddings=8)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"Add {i}."}) + "\n" for i in range(9)))
     flags = ("--model.path", "model", "--data.train", "rows.jsonl", "--data.seq-len", 64)
-    text = "def even(completion_ids, **columns):\n    return [1.0 - ids[0] % 2 for ids in completion_ids]\n"
-    (tmp_path / "mine.py").write_text(text)
-    flags += ("--reward.functions", "mine.py:even")
+    (tmp_path / "mine.py").write_text(MINE)
+    flags += ("--reward.functions", "mine.py:even", "length:50", "mine.py:never", "--reward.messages", "even")
+    flags += ("--reward.weights", 1, 0.5, 1, "--data.split", 0.4, "--keep-best", "--eval-every", 1)
     flags += ("--batch", 4, "--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--steps", 2)
-    flags += ("--micro-batch", 4, "--compile", "off", "--out", "run", "--loss.advantage", "remax", "--answers", 0)
+    flags += ("--micro-batch", 4, "--compile", "off", "--out", "run", "--loss.advantage", "remax")
     flags += ("--loss.beta", 0.1, "--loss.kl-in-reward", "--loss.kl", "k2")
-    sft_runs.run(tmp_path, *flags, "--samples", 0, recipe="qwen3_moe_grpo")
+    said = sft_runs.run(tmp_path, *flags, recipe="qwen3_moe_grpo")
     first, second = sft_runs.rows(tmp_path / "run")
-    assert first["grad_norm"] > 1e-3 and first["rewards/even/mean"] == first["reward"] > 0
+    assert first["grad_norm"] > 1e-3 and first["reward"] > 0
+    for row, at in ((row, at) for row in (first, second) for at in ("", "eval_")):
+        assert row[f"{at}reward"] == pytest.approx(
+            row[f"{at}rewards/even/mean"] + 0.5 * row[f"{at}rewards/length/mean"]
+        )
+        assert row["eval_rewards/length/mean"] == pytest.approx(0.9), "greedily all are as long as may be, 5 of 50"
+        assert row["eval_rewards/never/raised"] > 1 and "accuracy" not in row
+    assert checkpoint.best_loss(tmp_path / "run") == -max(first["eval_reward"], second["eval_reward"])
+    assert f"held-out questions is {second['eval_reward']:.3f}" in said and "max_position_embeddings 8" in said
+    samples = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])["samples"]
+    assert all(list(sample) == ["question", "given", "reward"] for sample in samples)
     assert 0 <= first["kl"] < 1e-9 < second["kl"]
