@@ -113,6 +113,22 @@ def test_functions_are_called_as_trl_calls_them():
     assert seen[0] == {k: v for k, v in seen[1].items() if k not in ("trainer_state", "log_extra", "log_metric")}
 
 
+def test_a_function_of_messages_is_given_them_as_trl_gives_them():
+    """Prompts of rows whose prompt is a conversation whole, others as the user's message."""
+    seen = []
+
+    def first(prompts, completions, **columns):
+        seen.append(prompts)
+        return [float(completion[0]["content"]) for completion in completions]
+
+    whole = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    given = samples(2, prompt=[whole, None], level=[1, 2])
+    with Rewards({"first": rewards.conversational(first), "again": rewards.conversational(first)}) as both:
+        assert both(**given).total == [0.0, 2.0]
+    trl([first], [1.0], 2, samples(2, level=[1, 2]) | {"prompts": [whole] * 2, "completions": messages("02")})
+    assert seen[0] == [whole, whole[1:]] and seen[2] == [whole, whole]
+
+
 # failures ------------------------------------------------------------------------------------------------------------
 
 FAILURES = {  # what a function returns for a sample, or raises: the reason
