@@ -4,13 +4,17 @@ import ast
 import importlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 
-from experiments import questions, qwen3_moe_grpo
+from experiments import questions, qwen3_moe_grpo, rl
 from functional_trainer.data import Tokenizer
+from functional_trainer.engines import Sample
+from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.types import OneDevice
 from tests.experiments import sft_runs
 
@@ -180,6 +184,27 @@ def test_what_a_run_would_fail_by_later_is_refused_before_the_model_is_there(tmp
     (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="endless: there is no token that ends an answer, .*: set eos_token in "):
         read(at=tmp_path / "endless")
+
+
+ALONE = """
+import time
+busy = []
+def f(completions, **columns):
+    assert not busy
+    busy.append(1)
+    time.sleep(0.05)
+    return [float(busy.pop()) for _ in completions]
+"""
+
+
+def test_functions_are_not_called_for_rollouts_and_held_out_answers_at_once(tmp_path):
+    (tmp_path / "mine.py").write_text(ALONE)
+    reward = qwen3_moe_grpo.RewardOptions((f"{tmp_path}/mine.py:f",))
+    o = SimpleNamespace(reward=reward, rollout=SimpleNamespace(environment=""))
+    run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=SimpleNamespace(decode=str), say=print)
+    score, answer = rl.rewards(o, run), ([Prompt([1], "q", {})], [Sample([1], [-0.1], "stop", [0])])
+    with ThreadPoolExecutor(4) as threads:
+        assert [one.result().rewards for one in [threads.submit(score, *answer) for _ in range(4)]] == [[1.0]] * 4
 
 
 @pytest.mark.parametrize(
