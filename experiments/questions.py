@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from experiments import episodes
+from experiments import episodes, scores
 from experiments.data import check_width, shipped
 from functional_trainer import backend, cluster
 from functional_trainer.data import Record, Tokenizer, Within, rows_of, sources
 from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.options import Source
-from functional_trainer.rewards import GIVEN, Function, conversational, load_all, refuse, refuse_columns
+from functional_trainer.rewards import GIVEN, load_all, refuse, refuse_columns
 
 
 def read(
@@ -25,17 +25,17 @@ def read(
         right = "set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json"
         raise ValueError(f"{tokenizer.folder}: there is no token that ends an answer, so that none would end: {right}")
     load_all.cache_clear()  # files may have changed since the last run of this process
-    _alone(shard, lambda: refuse(functions(o), o.reward.isolate, o.reward.ray))
+    _alone(shard, lambda: refuse(scores.functions(o), o.reward.isolate, o.reward.ray))
     first = o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
     if workers := first + o.rollout.environment_ray:
         sources.files((*o.data.train, *o.data.eval))  # one that is missing is told of before a cluster is begun
         cluster.connect(workers)
     reader = episodes.read if o.rollout.environment else prompts
     found, held_out = reader(o, tokenizer, vocab, shard, count, say)
-    names = columns(found)
-    if (taken := sorted({*GIVEN} & {*names})) and (o.reward.functions or not o.rollout.environment):
+    taken = [name for name in GIVEN if any(name in prompt.columns for prompt in found)]
+    if taken and (o.reward.functions or not o.rollout.environment):
         raise ValueError(f"the data have a column {taken[0]!r}, which reward functions get of the rollout: rename it")
-    _alone(shard, lambda: refuse_columns(functions(o), [*GIVEN, *names]))
+    _alone(shard, lambda: refuse_columns(scores.functions(o), [*GIVEN, *scores.columns(found)]))
     fitting, some = _fitting(o, found, "prompts", say), _fitting(o, held_out, "held-out prompts", say)
     if not fitting:
         raise ValueError("there are no prompts to answer (--data.train, --data.split, --data.overlong)")
@@ -43,20 +43,6 @@ def read(
         right = "give --data.eval or --data.split, and no --answers 0"
         raise ValueError(f"--keep-best is of the highest reward of held-out questions: {right}")
     return fitting, {}, some
-
-
-def functions(o: Any) -> dict[str, Function]:
-    """Return the reward functions by name; ValueError if one is not there."""
-    found = load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
-    own = {given.rpartition(":")[2] for given in o.reward.functions if ".py:" in given}
-    if unknown := {*o.reward.messages} - own:
-        raise ValueError(f"--reward.messages names {sorted(unknown)}; functions of your own are {sorted(own)}")
-    return {name: conversational(one) if name in o.reward.messages else one for name, one in found.items()}
-
-
-def columns(prompts: Prompts) -> list[str]:
-    """Return the names of all columns that prompts have."""
-    return sorted({name for prompt in prompts for name in prompt.columns})
 
 
 def prompts(

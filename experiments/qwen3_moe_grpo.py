@@ -65,7 +65,7 @@ class Options(RunOptions):
 
 
 def main(o: Options) -> None:
-    from experiments import policies, questions, recipe, rl
+    from experiments import policies, questions, recipe, rl, scores
     from experiments.held_out import HeldOut
     from functional_trainer import backend, init_state, make_train_step, optimizers, train
     from functional_trainer.reference import Reference
@@ -87,7 +87,7 @@ def main(o: Options) -> None:
     began = init_state(params, optimizer, offload="optimizer" in o.offload)
 
     # What it learns from: its own answers.
-    reward = rl.rewards(o, run)
+    reward = scores.rewards(o, run)
     rollouts = rl.experience(o, run, model, began.params, reward)
     if not run.resume:
         rl.agree(o, run, model, began.params, rollouts)

@@ -1,20 +1,16 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from experiments import engines, questions
+from experiments import engines, scores
 from experiments.policies import advantage
 from experiments.recipe import Run
 from functional_trainer import backend, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
-from functional_trainer.engines import Sample
-from functional_trainer.environments.episodes import lost, report, rewarded
-from functional_trainer.experience import Experience, Plan, Prompt, Scorer, Scores
-from functional_trainer.rewards import Rewards
+from functional_trainer.experience import Experience, Plan, Scorer
 
 
 def plan(o: Any) -> Plan:
@@ -30,7 +26,7 @@ def plan(o: Any) -> Plan:
 
 
 def experience(o: Any, run: Run, model: Any, params: tree.Tree, reward: Callable) -> Experience:
-    """Return the rollouts of `params`, which the step changes in place, scored by `reward`, of `rewards`.
+    """Return the rollouts of `params`, which the step changes in place, scored by `reward`, of `scores`.
 
     On a mesh every rank gathers the weights and answers its share of the prompts. What is drawn ahead is drawn from a
     copy of the weights, in a thread whose exchanges have a process group of their own.
@@ -56,7 +52,7 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree, reward: Callable
     settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
     settings["old"] = score(params, r.routing_replay == "trainer") if o.loss.old == "trainer" else None
     settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
-    given = run.loader, draw, shared(reward, group), advantage(o), plan(o)
+    given = run.loader, draw, scores.shared(reward, group), advantage(o), plan(o)
     if not ahead:
         return Experience(*given, weights=lambda: tree.map(whole, params), **settings)
     steps = o.steps or plan(o).total_steps(len(run.loader), o.epochs)
@@ -66,39 +62,6 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree, reward: Callable
         everyone=lambda value: backend.everyone(value, group),
         stop=engine.pause if r.engine == "local" else lambda: None, **settings,
     )  # fmt: skip
-
-
-def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores | None]:
-    """Return what scores answers on rank 0, for all, since functions need not be repeatable; None on others.
-
-    Rollouts may be scored in a thread while held-out answers are: one of them waits, so functions are never called at
-    once.
-    """
-    r, names = o.reward, questions.columns(run.loader)
-    how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
-    told: list[str] = []
-    asked = Rewards(questions.functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
-    lock = threading.Lock()
-
-    def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
-        if asked is None:
-            return None
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
-        said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
-        if not told and (some := lost(answers)):
-            told.append(some)
-            run.say(some)
-        with lock:
-            found = asked([p.text for p in prompts], said, ids, **columns)
-        return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
-
-    return scored
-
-
-def shared(reward: Callable, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
-    """Return what scores answers on all ranks as `reward` does on rank 0; what it raises there ends all of them."""
-    return lambda prompts, answers: backend.together(lambda: reward(prompts, answers), group)[0]
 
 
 def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:

@@ -101,7 +101,7 @@ def calls(recipe: str) -> dict[str, ast.Call]:
 
 
 DATA_LOSS_AND_ROLLOUTS = {
-    "policies.loss", "rl.plan", "rl.plan(o).total_steps", "rl.rewards", "rl.experience", "rl.agree", "len",
+    "policies.loss", "rl.plan", "rl.plan(o).total_steps", "scores.rewards", "rl.experience", "rl.agree", "len",
     "Reference.of", "Reference.of(model, params, run.shard, **how).before",
     "HeldOut", "held_out.measure", "held_out.say", "held_out.show",
 }  # fmt: skip

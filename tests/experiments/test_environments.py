@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from experiments import rl
+from experiments import scores
 from experiments.first_light import dialogues
 from experiments.held_out import HeldOut
 from functional_trainer import environments, experience
@@ -123,9 +123,10 @@ def test_lost_episodes_are_told_of(monkeypatch):
     lost = fine._replace(reward=None, episode=Episode([], 1, 0, 0, "KeyError: gone"))
     said: list[str] = []
     tokenizer, asked = SimpleNamespace(decode=str), [Prompt([1], "q", {})] * 2
-    run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=tokenizer, say=said.append, questions=asked)
+    rows = Prompts([Prompt([1], "q", {"prompts": "an environment's own"})])
+    run = SimpleNamespace(shard=OneDevice(), loader=rows, tokenizer=tokenizer, say=said.append, questions=asked)
     o = SimpleNamespace(reward=RewardOptions(("length:4",)), rollout=SimpleNamespace(environment="guess"))
-    score = rl.rewards(o, run)
+    score = scores.rewards(o, run)
     for _ in range(2):
         assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.75, None, None]
     assert len(said) == 1 and said[0].endswith("the first one by KeyError: gone")

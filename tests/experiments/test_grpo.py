@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from experiments import questions, qwen3_moe_grpo, rl
+from experiments import questions, qwen3_moe_grpo, scores
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Sample
 from functional_trainer.experience import Prompt, Prompts
@@ -202,7 +202,7 @@ def test_functions_are_not_called_for_rollouts_and_held_out_answers_at_once(tmp_
     reward = qwen3_moe_grpo.RewardOptions((f"{tmp_path}/mine.py:f",))
     o = SimpleNamespace(reward=reward, rollout=SimpleNamespace(environment=""))
     run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=SimpleNamespace(decode=str), say=print)
-    score, answer = rl.rewards(o, run), ([Prompt([1], "q", {})], [Sample([1], [-0.1], "stop", [0])])
+    score, answer = scores.rewards(o, run), ([Prompt([1], "q", {})], [Sample([1], [-0.1], "stop", [0])])
     with ThreadPoolExecutor(4) as threads:
         assert [one.result().rewards for one in [threads.submit(score, *answer) for _ in range(4)]] == [[1.0]] * 4
 

@@ -1,0 +1,59 @@
+"""From a recipe's options of reinforcement learning to what scores answers."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from experiments.recipe import Run
+from functional_trainer import backend
+from functional_trainer.engines import Sample
+from functional_trainer.environments.episodes import lost, report, rewarded
+from functional_trainer.experience import Prompt, Prompts, Scores
+from functional_trainer.rewards import GIVEN, Function, Rewards, conversational, load_all
+
+
+def functions(o: Any) -> dict[str, Function]:
+    """Return the reward functions by name; ValueError if one is not there."""
+    found = load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
+    own = {given.rpartition(":")[2] for given in o.reward.functions if ".py:" in given}
+    if unknown := {*o.reward.messages} - own:
+        raise ValueError(f"--reward.messages names {sorted(unknown)}; functions of your own are {sorted(own)}")
+    return {name: conversational(one) if name in o.reward.messages else one for name, one in found.items()}
+
+
+def columns(prompts: Prompts) -> list[str]:
+    """Return the names of the columns that functions are given of a data set."""
+    return sorted({name for prompt in prompts for name in prompt.columns} - {*GIVEN})
+
+
+def rewards(o: Any, run: Run) -> Callable[[list[Prompt], list[Sample]], Scores | None]:
+    """Return what scores answers on rank 0, for all, since functions need not be repeatable; None on others.
+
+    Rollouts may be scored in a thread while held-out answers are: one of them waits, so functions are never called at
+    once.
+    """
+    r, names = o.reward, columns(run.loader)
+    how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
+    told: list[str] = []
+    asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
+    lock = threading.Lock()
+
+    def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
+        if asked is None:
+            return None
+        given = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
+        said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
+        if not told and (some := lost(answers)):
+            told.append(some)
+            run.say(some)
+        with lock:
+            found = asked([p.text for p in prompts], said, ids, **given)
+        return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
+
+    return scored
+
+
+def shared(reward: Callable, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
+    """Return what scores answers on all ranks as `reward` does on rank 0; what it raises there ends all of them."""
+    return lambda prompts, answers: backend.together(lambda: reward(prompts, answers), group)[0]
