@@ -34,7 +34,8 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree, reward: Callable
     r, ahead = o.rollout, bool(o.rollout.max_async_level or o.rollout.partial)
     known, most = run.hf.get("max_position_embeddings"), max(len(p.ids) for p in run.loader) + r.max_completion_length
     if known and most > known:
-        run.say(f"questions with answers have up to {most} tokens: config.json says max_position_embeddings {known}")
+        made = f"the model was made for fewer (max_position_embeddings {known} in config.json)"
+        run.say(f"questions with their answers have up to {most} tokens: {made}")
     group = backend.host_group() if ahead else None
     engine, whole = engines.choose(o, run, model, params, ahead, group)
 
