@@ -1,6 +1,6 @@
 """From a recipe's data options to loaders: rows to tokens and loss mask, to packed rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from experiments.first_light import tasks
 from functional_trainer import backend
 from functional_trainer.data import Form, Loader, Record, Rows, Share, Tokenizer, Within, datasets, rows_of, tokenized
 from functional_trainer.data.stream import WIDTHS
-from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.options import Source
 
 
@@ -21,7 +20,7 @@ def load(
     `o` has the fields of `RunOptions` and `data`. Without `data.train` the first-light tasks are written to the run
     folder, with wrong answers where preferences are read, and read from there. `questions` is how many of the latter.
     """
-    _check_width(o.data.seq_len, o.data.packing, shard.part("batch/columns", 1)[1])
+    check_width(o.data.seq_len, o.data.packing, shard.part("batch/columns", 1)[1])
     rank, world = shard.data
     train, held_out = (o.data.train, o.data.eval) if o.data.train else shipped(o, shard, form)
     kept, held = (Within(o.data.split, 1), Within(0, o.data.split)) if o.data.split else (None, None)
@@ -59,38 +58,6 @@ def load(
     return loader, loaders, list(islice(records, questions))
 
 
-def prompts(
-    o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, questions: int, say: Callable = print
-) -> tuple[Prompts, dict, list[Record]]:
-    """Return the questions of the training rows, nothing, and held-out rows that have an answer.
-
-    `o` has the fields of `RunOptions` and `data` those of `PromptOptions`.
-    """
-    _check_width(o.data.seq_len, "first_fit", shard.part("batch/columns", 1)[1])
-    train, held_out = shipped(o, shard) if not o.data.train else (o.data.train, o.data.eval)
-    kept, held = (Within(o.data.split, 1), Within(0, o.data.split)) if o.data.split else (None, None)
-
-    def rows(paths: tuple[str, ...], keep: Within | None) -> Iterator[Record]:
-        some = (Source(path, o.data.type, o.data.columns) for path in paths)
-        return (row for source in some for row in rows_of(source, keep, "questions") if row.messages)
-
-    asked = []
-    for row in rows(train, kept):
-        before = row.messages[: -1 if _answered(row) else None]
-        ids = tokenizer.prompt(before, row.tools)
-        if max(ids) >= vocab:
-            raise ValueError(f"{row.where}: token {max(ids)} is none of the model's {vocab}; use the model's tokenizer")
-        known = {"answer": row.messages[-1]["content"]} if _answered(row) else {}
-        asked.append(Prompt(ids, str(before[-1]["content"]), known | dict(row.row)))
-    say(f"training data: {', '.join(train)}: {len(asked):,} questions")
-    right = filter(_answered, rows(train if o.data.split else held_out, held))
-    return Prompts(asked), {}, list(islice(right, questions))
-
-
-def _answered(row: Record) -> bool:
-    return row.messages[-1]["role"] == "assistant"
-
-
 def shipped(o: Any, shard: Any, form: Form = "chats") -> tuple[tuple[str], tuple[str]]:
     """Write the project's own tasks to the run folder; return the files to train on and to hold out."""
     if shard.rank == 0:
@@ -99,7 +66,7 @@ def shipped(o: Any, shard: Any, form: Form = "chats") -> tuple[tuple[str], tuple
     return (f"{o.out}/data/train.jsonl",), (f"{o.out}/data/eval.jsonl",)
 
 
-def _check_width(seq_len: int, packing: str, ways: int) -> None:
+def check_width(seq_len: int, packing: str, ways: int) -> None:
     """Check that a row of any width can be split so many ways."""
     equal = ways * max(WIDTHS) if packing == "none" and ways > 1 else ways
     if seq_len % equal:

@@ -38,8 +38,8 @@ class Options(RunOptions):
     """Steps between evaluations (0: only at the end)."""
     out: str = "runs/qwen3_moe_grpo"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""
-    answers: int = 512
-    """Held-out questions to answer greedily before, at evaluations and after."""
+    answers: int | None = None
+    """Held-out questions to answer greedily before, at evaluations and after (default: 512, or all there are)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,12 +70,14 @@ class Options(RunOptions):
 
 
 def main(o: Options) -> None:
-    from experiments import episodes, policies, recipe, rl
+    from experiments import policies, questions, recipe, rl, scores
+    from experiments.held_out import HeldOut
     from functional_trainer import backend, init_state, make_train_step, optimizers, train
     from functional_trainer.reference import Reference
 
     # Where the run lives, what it asks, what it begins with: also when it is resumed, if there is a reference.
-    run = recipe.start(o, o.answers, lambda hf: policies.objective(o, hf), rl.read)
+    answers = 512 if o.answers is None else o.answers
+    run = recipe.start(o, answers, lambda hf: policies.objective(o, hf), questions.read)
     model, params = run.begin(again=o.loss.beta > 0)
 
     # How the objective is optimized, and the step: as in supervised fine-tuning.
@@ -90,12 +92,13 @@ def main(o: Options) -> None:
     began = init_state(params, optimizer, offload="optimizer" in o.offload)
 
     # What it learns from: its own answers.
-    rollouts = rl.experience(o, run, model, began.params)
+    reward = scores.rewards(o, run)
+    rollouts = rl.experience(o, run, model, began.params, reward)
     policies.remark(o, run.say)
     if not run.resume:
         rollouts.peek()  # so that the engine is checked before anything else is done with it
 
-    held_out = episodes.HeldOut(o, run, model)
+    held_out = HeldOut(o, run, model, reward, answers)
     if held_out.questions and not run.resume:
         run.say(f"before training {held_out.say(held_out.measure(began.params))}")
     state, finished = train(

@@ -1,6 +1,6 @@
 """What recipes share: where a run lives, its data, its weights to begin with, and what it hands back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +32,8 @@ class Run:
     loss: losses.Loss
     loader: Loader
     held_out: dict[str, Loader]
-    questions: list[Record]
-    """Held-out rows that ask something, for answers."""
+    questions: Sequence[Any]
+    """Held-out rows that ask something, for answers: records, or in reinforcement learning prompts."""
     samples: int
     """How many of them are answered at every evaluation."""
 
@@ -64,7 +64,7 @@ class Run:
             checkpoint.load(source, tree.flatten({"params": params}), "params/")
         return replace(model, dtype=compute), params
 
-    def answer(self, model: Any, params: tree.Tree, questions: list[Record]) -> list[exact_match.Answer]:
+    def answer(self, model: Any, params: tree.Tree, questions: Sequence[Record]) -> list[exact_match.Answer]:
         """Answer questions greedily, on one rank, with weights that all ranks gather."""
         whole = tree.map(self.shard.full, params) if questions else None
         if self.shard.rank != 0 or not questions:
@@ -108,7 +108,7 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     say = print if rank == 0 else lambda text: None
     loader, others, questions = read(o, tokenizer, model.config.vocab, shard, max(answers, samples), say)
     agree(_facts(hf, table.table, {"training data": loader, **others}))
-    for flag, asked in (("--answers", answers), ("--samples", o.samples)):
+    for flag, asked in (("--answers", o.answers), ("--samples", o.samples)):
         if asked and not questions:
             raise ValueError(f"{flag} {asked}: no held-out conversation to answer (--data.eval, --data.split)")
     return Run(o, device, world, shard, resume, tokenizer, hf, model, loss, loader, others, questions, samples)

@@ -1,17 +1,16 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from experiments import engines, episodes, scores
+from experiments import engines, scores
 from experiments.policies import advantage
 from experiments.recipe import Run
-from functional_trainer import backend, cluster, tree
+from functional_trainer import backend, tree
 from functional_trainer.agreement import scorer
 from functional_trainer.ahead import Ahead
-from functional_trainer.data import Record, Tokenizer, sources
-from functional_trainer.experience import Experience, Plan, Prompts, Scorer
-from functional_trainer.rewards import GIVEN, load_all, refuse_columns
+from functional_trainer.experience import Experience, Plan, Scorer
 
 
 def plan(o: Any) -> Plan:
@@ -26,13 +25,17 @@ def plan(o: Any) -> Plan:
     return Plan(o.batch, r.num_generations, r.steps_per_generation, r.num_iterations, *drawn, **how)
 
 
-def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
-    """Return the rollouts of `params`, which the step changes in place.
+def experience(o: Any, run: Run, model: Any, params: tree.Tree, reward: Callable) -> Experience:
+    """Return the rollouts of `params`, which the step changes in place, scored by `reward`, of `scores`.
 
     On a mesh every rank gathers the weights and answers its share of the prompts. What is drawn ahead is drawn from a
     copy of the weights, in a thread whose exchanges have a process group of their own.
     """
     r, ahead = o.rollout, bool(o.rollout.max_async_level or o.rollout.partial)
+    known, most = run.hf.get("max_position_embeddings"), max(len(p.ids) for p in run.loader) + r.max_completion_length
+    if known and most > known:
+        made = f"the model was made for fewer (max_position_embeddings {known} in config.json)"
+        run.say(f"questions with their answers have up to {most} tokens: {made}")
     group = backend.host_group(o.timeout) if ahead else None
     engine, whole = engines.choose(o, run, model, params, ahead, group)
 
@@ -51,7 +54,7 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
     settings["old"] = score(params, r.routing_replay == "trainer") if o.loss.old == "trainer" else None
     settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
-    given = run.loader, draw, scores.rewards(o, run, group), advantage(o), plan(o)
+    given = run.loader, draw, scores.shared(reward, group), advantage(o), plan(o)
     if not ahead:
         return Experience(*given, weights=lambda: tree.map(whole, params), **settings)
     steps = o.steps or plan(o).total_steps(len(run.loader), o.epochs)
@@ -61,17 +64,3 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
         everyone=lambda value: backend.everyone(value, group),
         stop=engine.pause if r.engine == "local" else lambda: None, **settings,
     )  # fmt: skip
-
-
-def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tuple[Prompts, dict, list[Record]]:
-    """Return what is asked, as `episodes.read`, and refuse functions that can give no rewards, whatever the columns are
-    before that. Join Ray's cluster if the run wants workers there, for all of them."""
-    load_all.cache_clear()  # files may have changed since the last run of this process
-    own, first = scores.functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
-    scores.refuse_options(o, own)
-    if workers := first + o.rollout.environment_ray:
-        sources.files((*o.data.train, *o.data.eval))  # one that is missing is told of before a cluster is begun
-        cluster.connect(workers)
-    found = episodes.read(o, tokenizer, vocab, shard, *more)
-    refuse_columns(own, [*GIVEN, *scores.columns(found[0])])
-    return found

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,14 +33,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def run_python(file: Path) -> dict[str, Any]:
-    """Run a Python file and return what it defines; ValueError names the file and the line where it fails."""
+def run_python(file: Path, flag: str = "") -> dict[str, Any]:
+    """Run a Python file and return what it defines; ValueError names the file and the line where it fails.
+
+    It can import what is beside it, first while it runs, and behind all else whenever it is called later. `flag` is
+    what named the file.
+    """
     if not file.is_file():
-        raise ValueError(f"{file}: No such file")
+        raise ValueError(f"{flag} {file}: No such file".lstrip())
+    folder = str(file.parent.resolve())
+    sys.path.insert(0, folder)
     try:
         return runpy.run_path(str(file))
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 0
-        raise ValueError(f"{file}, line {line}: {error}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{file}, line {line}: {kind}{error}") from error
+    finally:
+        sys.path.remove(folder)
+        sys.path += [] if folder in sys.path else [folder]

@@ -37,6 +37,10 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str
     columns: Mapping[str, Any]
+    where: str = ""
+    """file:line or file[index]"""
+    wanted: str | None = None
+    """The right answer, of a conversation that ends with it."""
 
 
 class Prompts(tuple[Prompt, ...]):

@@ -144,7 +144,7 @@ def train(
     finishes the step, saves and returns.
     """
     start, stopped = _restored(resume, state, loader, total_steps), False
-    best = _best_so_far(options, held_out)
+    best = _best_so_far(options, held_out or measure)
 
     def due(done: int, every: int) -> bool:
         return done == total_steps or bool(every) and done % every == 0
@@ -172,7 +172,7 @@ def train(
                 metrics.samples(done, sample(state.params))
             _check_finite(done, row["skipped"], options, metrics)
             save = stopped or due(done, options.save_every)
-            best = _save(writes, options, done, state, loader, row.get("eval_loss", math.nan), best, save)
+            best = _save(writes, options, done, state, loader, _held_out_loss(row), best, save)
             if save and not (stopped or done == total_steps):  # then the run is drawn as it closes
                 metrics.draw(age=60)
             tick()
@@ -230,13 +230,18 @@ def _evaluated(
     return row
 
 
-def _best_so_far(options: Any, held_out: Mapping[str, Loader] | None) -> float:
+def _best_so_far(options: Any, held_out: Any) -> float:
     """Return the held-out loss that a checkpoint has to fall below to be kept as the best."""
     if not options.keep_best:
         return -math.inf
     if not held_out:
         raise ValueError("--keep-best needs held-out rows: give --data.eval or --data.split")
     return checkpoint.best_loss(options.out)
+
+
+def _held_out_loss(row: Mapping[str, Any]) -> float:
+    """Return what is least of the best checkpoint: the held-out loss, or the held-out reward with its sign turned."""
+    return row["eval_loss"] if "eval_loss" in row else -row.get("eval_reward", math.nan)
 
 
 def _saving(how: str, device: torch.device) -> Any:

@@ -305,7 +305,7 @@ class RunOptions:
     saving: Literal["auto", "async", "wait"] = "auto"
     """Write checkpoints while the run goes on, from a copy in host memory, or wait (auto: async but on the CPU)."""
     keep_best: bool = False
-    """Keep checkpoints/best besides: the lowest held-out loss so far, saved at evaluations that improve on it."""
+    """Keep checkpoints/best besides: of the lowest held-out loss so far, or highest eval_reward, at evaluations."""
     timeout: float = 1800.0
     """Seconds that a rank waits for the others; where a step takes half as long, each process prints its stacks."""
     max_skipped: int = 5

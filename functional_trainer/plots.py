@@ -68,7 +68,7 @@ def norms(folder: str | Path, rows: list[dict[str, Any]]) -> None:
 
 
 def reward(folder: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Draw `<folder>/reward.png`: mean reward of rollouts, raw and smoothed, and held-out accuracy; nothing without."""
+    """Draw `<folder>/reward.png`: mean reward of rollouts, raw and smoothed, and of held-out ones; nothing without."""
     rewards, right, played = (_column(rows, name) for name in ("reward", "accuracy", "eval_reward"))
     if not rewards:
         return
@@ -76,9 +76,9 @@ def reward(folder: str | Path, rows: list[dict[str, Any]]) -> None:
     steps, values = zip(*rewards, strict=True)
     axis.plot(steps, values, color="tab:green", alpha=0.3, linewidth=0.8, label="_")
     axis.plot(steps, _smooth(values), color="tab:green", linewidth=1.8, label="reward of rollouts, smoothed")
-    for line, label in ((right, "held-out accuracy, greedy"), (played, "reward of held-out episodes, greedy")):
+    for line, label, style in ((played, "held-out reward, greedy", "o-"), (right, "held-out accuracy, greedy", "x--")):
         if line:
-            axis.plot(*zip(*line, strict=True), "o-", color="tab:purple", markersize=4, label=label)
+            axis.plot(*zip(*line, strict=True), style, color="tab:purple", markersize=4, label=label)
     axis.set(ylabel="mean reward", title=Path(folder).resolve().name)
     axis.legend(loc="lower right")
     figure.savefig(Path(folder) / "reward.png")

@@ -28,8 +28,10 @@ class PromptOptions:
     """Folder of the tokenizer and chat template (default: the model's)."""
     seq_len: int = 256
     """Tokens in a packed row; a question and its longest answer must fit."""
-    answer_tokens: int = 32
-    """Most tokens of a greedy answer to a held-out question."""
+    overlong: Literal["error", "drop"] = "error"
+    """What happens to questions that do not fit into a row with the longest answer; the log counts them."""
+    answer_tokens: int | None = None
+    """Most tokens of a greedy answer to a held-out question (default: --rollout.max-completion-length)."""
 
     def __post_init__(self):
         within("data.", self, seq_len=(1, ""), answer_tokens=(1, ""))
@@ -127,10 +129,9 @@ class RolloutOptions:
         within("rollout.", self, num_generations=(1, ""), **dict.fromkeys((*ones, "log_every"), (1, "")))
         least = dict.fromkeys(("log_completions", "top_k", "overlong_buffer", "max_disagreement"), (0, ""))
         within("rollout.", self, **least, top_p=(0, "at most 1"), min_p=(0, "below 1"))
-        if not self.temperature > 0 or not self.top_p > 0:
-            raise ValueError(
-                "--rollout.temperature and --rollout.top-p must be above 0: answers of a group must differ"
-            )
+        if not 0 < self.temperature < math.inf or not self.top_p > 0:
+            right = "must be above 0, and finite: answers of a group must differ, and be the model's"
+            raise ValueError(f"--rollout.temperature {self.temperature} and --rollout.top-p {self.top_p} {right}")
         if self.log_every != RolloutOptions.log_every and not self.log_completions:
             raise ValueError("--rollout.log-every has no effect with --rollout.log-completions 0")
         if self.filter_groups and self.num_generations == 1:
@@ -203,6 +204,8 @@ class RewardOptions:
     """FILE.py:NAME or one that ships, as maths, length:N (none: exact; beside an environment's reward no other)."""
     weights: tuple[float, ...] = ()
     """Weight of each (none: 1)."""
+    messages: tuple[str, ...] = ()
+    """Names of functions that get conversations as TRL gives them, lists of messages and no texts (docs/rewards.md)."""
     isolate: tuple[str, ...] = ()
     """Names of functions of your own to run in processes that are killed when they hang."""
     workers: int = 2

@@ -101,9 +101,9 @@ def calls(recipe: str) -> dict[str, ast.Call]:
 
 
 DATA_LOSS_AND_ROLLOUTS = {
-    "policies.objective", "policies.remark", "rl.plan", "rl.plan(o).total_steps", "rl.experience", "rollouts.peek",
-    "len", "Reference.of", "Reference.of(model, params, run.shard, **how).before",
-    "episodes.HeldOut", "held_out.measure", "held_out.say", "held_out.show",
+    "policies.objective", "policies.remark", "rl.plan", "rl.plan(o).total_steps", "scores.rewards", "rl.experience",
+    "rollouts.peek", "len", "Reference.of", "Reference.of(model, params, run.shard, **how).before",
+    "HeldOut", "held_out.measure", "held_out.say", "held_out.show",
 }  # fmt: skip
 
 

@@ -25,12 +25,14 @@ import torch
 import transformers
 
 import models
-from experiments import compare, plan, qwen3_moe_grpo, rules
+from experiments import compare, plan, questions, qwen3_moe_grpo, rules
 from experiments.first_light import tasks
 from experiments.qwen3_moe_sft import Options
 from experiments.serving.vllm_worker import Weights
 from functional_trainer import config
+from functional_trainer.data import Tokenizer
 from functional_trainer.options import Mix
+from functional_trainer.types import ONE_DEVICE
 from sharding_rules import files, qwen3_moe
 from sharding_rules.lint import lint
 from sharding_rules.mesh import parse
@@ -43,6 +45,16 @@ from tests.vllm import against_vllm
 ROOT = Path(__file__).parents[1]
 FIRST = ["README.md", "docs/quickstart.md"]
 PAGES = [*FIRST, *sorted({f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - {*FIRST})]
+GAME = """
+from functional_trainer.environments import Environment, Step
+
+class Game(Environment):
+    def reset(self, row):
+        return [{"role": "user", "content": row["word"]}]
+
+    def step(self, messages):
+        return Step(reward=1.0, done=True)
+"""
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 PYTHON, RUN = r"(\.venv/bin/)?python ", r"experiments/qwen3_moe_sft\.py"
 
@@ -77,6 +89,8 @@ def place(tmp_path_factory) -> Path:
     (place / "mix.yaml").write_text(mix)
     (table,) = (text for _, text in blocks("docs/sharding.md", "python"))
     (place / "my_rules.py").write_text(table)
+    (place / "my_game.py").write_text(GAME)
+    (place / "episodes.jsonl").write_text('{"word": "Sort"}\n' * 9)
     return place
 
 
@@ -139,24 +153,17 @@ def preferred(words: list[str], place: Path) -> None:
 
 
 def reinforced(words: list[str], place: Path) -> None:
-    """The recipe for rewards, on a few questions and short answers; of environments flags are accepted."""
+    """The recipe for rewards: what it asks is read as typed, and asked in two steps of few and short answers."""
     flags = words[words.index("experiments/qwen3_moe_grpo.py") + 1 :]
-    if "--rollout.environment" in flags:  # tests/experiments run it
-        config.cli(qwen3_moe_grpo.Options, doc="", argv=flags)
+    o = config.cli(qwen3_moe_grpo.Options, doc="", argv=flags)
+    tokenizer = Tokenizer(o.model.path if Path(o.model.path).exists() else "my_qwen3_folder")
+    questions.read(o, tokenizer, tokenizer.vocab_size, ONE_DEVICE, 512)
+    if not o.data.train:  # environments that ship: tests/experiments learn from them
         return
-    world, out = 2 if words[0] == "torchrun" else 1, place / "reinforced" / str(len(flags))
+    world, out = 2 if words[0] == "torchrun" else 1, place / "reinforced" / Path(o.out).name
     few = ["--steps", "2", "--batch", "2", "--micro-batch", "2", "--data.seq-len", "64", "--compile", "off"]
-    few += [
-        "--rollout.num-generations",
-        "2",
-        "--rollout.max-completion-length",
-        "4",
-        "--answers",
-        "0",
-        "--samples",
-        "0",
-    ]
-    few += ["--data.split", "0"] if "--data.split" in flags else []
+    few += ["--rollout.num-generations", "2", "--rollout.max-completion-length", "4"]
+    few += ["--rollout.max-turn-length", "4"] if "--rollout.environment" in flags else []
     options = {"recipe": "qwen3_moe_grpo"}
     if "--rollout.url" in flags:
         at = flags.index("--rollout.url") + 1

@@ -181,7 +181,7 @@ def test_the_glossary_has_every_key_of_a_run_and_no_other(tmp_path):
     )
     text = "def odd(completion_ids, **columns):\n    return [1 / (ids[0] % 2) for ids in completion_ids]\n"
     (tmp_path / "mine.py").write_text(text)  # raises for every second answer or so
-    flags = ("--data.train", "train.jsonl", "--data.split", 0.5, "--data.seq-len", 64, "--batch", 4, "--answers", 1)
+    flags = ("--data.train", "train.jsonl", "--data.split", 0.5, "--data.seq-len", 64, "--batch", 4, "--answers", 9)
     flags += ("--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--reward.functions", "mine.py:odd")
     flags += ("--rollout.filter-groups", "--rollout.steps-per-generation", 2, "--loss.old", "trainer")
     flags += ("--loss.loss-type", "ppo", "--loss.beta", 0.1, "--loss.kl-in-reward")  # for timing_s/ref

@@ -73,7 +73,7 @@ def load(given: str) -> Maker:
     head, _, name = given.rpartition(":")
     if not head.endswith(".py"):
         raise ValueError(f"environment {given!r}: it can be FILE.py:NAME, {', '.join(SHIPPED)}")
-    found = run_python(Path(head)).get(name)
+    found = run_python(Path(head), "--rollout.environment").get(name)
     if not callable(found):
         raise ValueError(f"environment {given}: {head} defines no {name} that can be called to make one")
     return found

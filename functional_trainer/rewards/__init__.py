@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -147,11 +147,13 @@ class Rewards:
         single = [{key: [values[i]] for key, values in given.items()} for i in range(n)]
         if name in self.pools:
             return [outcome if outcome.failed else outcome.value for outcome in self.pools[name].map(single)]
-        with suppress(Exception, SystemExit):  # what went wrong is found below
+        try:
             values = list(_call(function, **{key: list(values) for key, values in given.items()}))
-            if len(values) == n:
-                return [_number(value) for value in values]
-        return [_single(function, **sample) for sample in single]
+        except (Exception, SystemExit):  # what went wrong is found for each
+            return [_single(function, **sample) for sample in single]
+        if len(values) != n:
+            return [Outcome(None, "wrong length", f"returned {len(values)} values for {n} completions")] * n
+        return [_number(value) for value in values]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -266,7 +268,7 @@ def load(given: str) -> tuple[str, Function]:
     """
     head, _, name = given.rpartition(":")
     if head.endswith(".py"):
-        found = run_python(Path(head)).get(name)
+        found = run_python(Path(head), "--reward.functions").get(name)
         if not callable(found):
             raise ValueError(f"reward function {given}: {head} defines no function {name}")
         return name, found
@@ -293,6 +295,23 @@ def load_all(named: tuple[str, ...]) -> dict[str, Function]:
     if len({name for name, _ in found}) < len(found):
         raise ValueError(f"--reward.functions {' '.join(named)}: two have the same name")
     return dict(found)
+
+
+def conversational(function: Function) -> Function:
+    """Make of a function of lists of messages, as TRL gives those of conversations, one that is given texts.
+
+    A completion becomes the assistant's message; a prompt the column `prompt` where that is a list of messages, else
+    the user's message.
+    """
+
+    @wraps(function)
+    def called(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Values:
+        both = zip(prompts, columns.get("prompt", prompts), strict=True)
+        asked = [whole if isinstance(whole, list) else [{"role": "user", "content": text}] for text, whole in both]
+        said = [c if isinstance(c, list) else [{"role": "assistant", "content": c}] for c in completions]
+        return function(prompts=asked, completions=said, **columns)
+
+    return called
 
 
 def _pooled(function: Function, seconds: float, memory: int) -> dict[str, Any]:

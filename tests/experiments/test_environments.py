@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments import episodes, scores
 from experiments.first_light import dialogues
+from experiments.held_out import HeldOut
 from experiments.qwen3_moe_grpo import Options
 from functional_trainer import config, environments, experience
 from functional_trainer.data import Tokenizer
@@ -154,22 +155,24 @@ def test_lost_episodes_are_told_of(monkeypatch):
     fine = Sample([1], [-0.1], "stop", [0], reward=1.0, episode=Episode([], 1, 0, 0))
     lost = fine._replace(reward=None, episode=Episode([], 1, 0, 0, "KeyError: gone"))
     said: list[str] = []
-    tokenizer = SimpleNamespace(decode=str)
-    run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=tokenizer, say=said.append, questions=[1, 2])
-    o = SimpleNamespace(reward=RewardOptions(), rollout=SimpleNamespace(environment="guess"), answers=2)
+    tokenizer, asked = SimpleNamespace(decode=str), [Prompt([1], "q", {})] * 2
+    rows = Prompts([Prompt([1], "q", {"prompts": "an environment's own"})])
+    run = SimpleNamespace(shard=OneDevice(), loader=rows, tokenizer=tokenizer, say=said.append, questions=asked)
+    o = SimpleNamespace(reward=RewardOptions(("length:4",)), rollout=SimpleNamespace(environment="guess"))
     score = scores.rewards(o, run)
     for _ in range(2):
-        assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.0, None, None]
+        assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.75, None, None]
     assert len(said) == 1 and said[0].endswith("the first one by KeyError: gone")
     with pytest.raises(ValueError, match="nothing can be learned, none of .* 2 answers .*, the first one by KeyError"):
         scores.rewards(o, run)([Prompt([1], "q", {})] * 2, [lost, lost])
     table = np.array([[1.0, np.nan]])
     shown = experience._shown(experience.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
     assert [row.get("error") for row in shown] == [None, "KeyError: gone"]
-    held_out = episodes.HeldOut(o, run, None)
-    monkeypatch.setattr(held_out, "_played", lambda params, records: [fine, lost])
-    assert (found := held_out.measure({})) == {"eval_reward": 0.5, "eval_raised": 1}
-    assert held_out.say(found) == "the reward of 2 held-out episodes is 0.500; 1 were lost, and count as 0"
+    held_out = HeldOut(o, run, None, score, 2)
+    monkeypatch.setattr(held_out, "_answers", lambda params, asked: [fine, lost])
+    found = held_out.measure({})
+    assert found == {"eval_reward": 0.875, "eval_raised": 1, "eval_rewards/length/mean": 0.75}, "functions count too"
+    assert held_out.say(found) == "the reward of 2 held-out episodes is 0.875; 1 were lost, and count as 0"
 
 
 @pytest.mark.parametrize("name", environments.SHIPPED)

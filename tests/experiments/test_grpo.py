@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,20 +14,20 @@ import pytest
 import transformers
 
 import models
-from experiments import engines, qwen3_moe_grpo, rl, scores
+from experiments import engines, questions, qwen3_moe_grpo, scores
 from functional_trainer import checkpoint, tree
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Sample
 from functional_trainer.engines.local import LocalEngine
 from functional_trainer.experience import Prompt, Prompts
-from functional_trainer.types import ONE_DEVICE
+from functional_trainer.types import ONE_DEVICE, OneDevice
 from tests.experiments import sft_runs
 from tests.models import small
 
 RECIPE = sft_runs.RECIPE.with_stem("qwen3_moe_grpo")
 FLAGS = (
     *("--batch", 4, "--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--micro-batch", 2),
-    *("--data.seq-len", 64, "--answers", 6, "--data.answer-tokens", 5, "--compile", "off", "--eval-every", 2),
+    *("--data.seq-len", 64, "--answers", 6, "--compile", "off", "--eval-every", 2),
 )
 
 
@@ -55,6 +56,7 @@ def test_a_short_run_says_what_happened(place):
         assert 1 <= row["completions"]["mean_length"] <= 5 and row["rollout_s"] > row["timing_s"]["gen"] > 0
         assert row["generated_tokens_per_s"] > 1 and row["prompts"]["mean_length"] > 1 and row["reward_best"] == 0
     assert [("accuracy" in row) for row in rows] == [False, True, True]
+    assert all(row["eval_reward"] == row["eval_rewards/exact/mean"] == row["accuracy"] for row in rows[1:])
     out = place / "short"
     assert (out / "reward.png").stat().st_size > 1000 and "reward.png" in (out / "index.html").read_text()
     shown = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
@@ -96,13 +98,12 @@ def test_a_run_that_goes_on_needs_what_it_began_with_for_a_reference_only(place)
     ("flags", "status", "message"),
     [
         (("--rollout.steps-per-generation", 5), 2, "--batch 4 prompts cannot be split into"),
-        (("--data.seq-len", 12), 1, "prompts do not fit into rows of 12 with an answer of 5"),
         (("--rollout.max-disagreement", 0), 1, "the rollout engine and the trainer disagree"),
         (("--loss.correction", "token_mask", "--rollout.num-iterations", 2), 1, "add --loss.old trainer"),
         (("--loss.old", "trainer"), 1, "--loss.old trainer has no effect with one step per rollout"),
         (("--loss.advantage", "rloo", "--loss.scale-rewards", "none"), 2, "has no effect with"),
         (("--loss.correction-range", 0.5, 2), 2, "--loss.correction-range has no effect without"),
-        (("--reward.functions", "exact", "none.py:f", "--data.train", "none.jsonl"), 1, "none.py: No such file"),
+        (("--reward.functions", "exact", "no.py:f", "--data.train", "x"), 1, "--reward.functions no.py: No such file"),
     ],
 )
 def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, message):
@@ -131,11 +132,19 @@ def made(**sections: dict) -> qwen3_moe_grpo.Options:
     return qwen3_moe_grpo.Options(model=qwen3_moe_grpo.ModelOptions(path="m"), **given)
 
 
-def read(*functions: str, environment: str = "", isolate: tuple[str, ...] = (), ray: int = 0, files=("rows.jsonl",)):
+def read(
+    *functions: str, environment: str = "", files=("rows.jsonl",), at=sft_runs.TOKENIZER, rank=0, say=print, data=None,
+    count=0, reward=None, **options,
+):  # fmt: skip
     """Read what a run asks, from rows.jsonl."""
-    reward = {"functions": functions, "isolate": isolate, "ray": ray}
-    o = made(data={"train": files}, reward=reward, rollout={"environment": environment})
-    return rl.read(o, Tokenizer(sft_runs.TOKENIZER), 384, ONE_DEVICE, 0, lambda text: None)
+    o = qwen3_moe_grpo.Options(
+        model=qwen3_moe_grpo.ModelOptions(path="m"), data=qwen3_moe_grpo.PromptOptions(train=files, **(data or {})),
+        reward=qwen3_moe_grpo.RewardOptions(functions, **(reward or {})),
+        rollout=qwen3_moe_grpo.RolloutOptions(environment=environment), **options,
+    )  # fmt: skip
+    shard = OneDevice()
+    shard.rank = rank
+    return questions.read(o, Tokenizer(at), 384, shard, count, say)
 
 
 def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, monkeypatch):
@@ -147,10 +156,19 @@ def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, 
         (["mine.py:none"], {}, "mine.py defines no function none"),
         (["mine.py:few"], {}, "few cannot be called with prompts, completions, .* unexpected .* argument 'prompts'"),
         (["exact", "exact"], {}, "--reward.functions exact exact: two have the same name"),
-        (["exact"], {"isolate": ("maths",)}, r"isolate names \['maths'\]; the functions are \['exact'\]"),
-        (["exact"], {"ray": 2}, "--reward.ray 2: .* none of exact is one; name some with --reward.isolate"),
-        (["code"], {"ray": 2, "files": ("nowhere.jsonl",)}, "nowhere.jsonl: no such file"),  # and no cluster is begun
-        ([], {"environment": "env.py:None"}, "env.py: No such file"),
+        (["exact"], {"reward": {"isolate": ("maths",)}}, r"isolate names \['maths'\]; the functions are \['exact'\]"),
+        (["exact"], {"reward": {"ray": 2}}, "--reward.ray 2: .* none of exact is one; name some with --reward.isolate"),
+        (
+            ["mine.py:few", "exact"],
+            {"reward": {"messages": ("exact",)}},
+            r"--reward.messages names \['exact'\]; .* \['few'\]",
+        ),
+        (
+            ["code"],
+            {"reward": {"ray": 2}, "files": ("nowhere.jsonl",)},
+            "nowhere.jsonl: no such file",
+        ),  # and no cluster is begun
+        ([], {"environment": "env.py:None"}, "--rollout.environment env.py: No such file"),
     ]:
         with pytest.raises(ValueError, match=said):
             read(*functions, **how)
@@ -162,6 +180,65 @@ def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, 
         read("mine.py:deaf")
     (tmp_path / "mine.py").write_text(MINE.replace("answers", "completions"))
     assert len(read("mine.py:deaf")[0]) == 2, "a file is read again by the next run in this process"
+    assert len(read("none.py:f", rank=1)[0]) == 2, "only rank 0 calls functions, so others load none"
+
+
+def test_prompts_that_do_not_fit_are_refused_or_dropped_before_the_model_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = ["Add 3 to 4.", "Add " * 300, "Sort B."]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": x, "answer": "7"}) + "\n" for x in texts))
+    many = len(Tokenizer(sft_runs.TOKENIZER).prompt([{"role": "user", "content": texts[1]}]))
+    said = rf"1 of 3 prompts .* rows of 256 with an answer of 32: first rows.jsonl:2, which has {many} tokens; "
+    with pytest.raises(ValueError, match=f"{said}.* --data.seq-len to {many + 31}, .*completion-length, .* drop"):
+        read("exact")
+    told: list[str] = []
+    found, _, held_out = read(data={"overlong": "drop", "eval": ("rows.jsonl",)}, say=told.append, count=9)
+    assert [p.text for p in found] == [p.text for p in held_out] == ["Add 3 to 4.", "Sort B."]
+    assert [text.endswith("they are dropped") for text in told] == [False, True, True] and "1 of 3 held-out" in told[2]
+    assert len(read(data={"seq_len": many + 31})[0]) == 3
+    with pytest.raises(ValueError, match="no prompts to answer"):
+        read(data={"seq_len": 32, "overlong": "drop"})
+
+
+def test_what_a_run_would_fail_by_later_is_refused_before_the_model_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {"rows": {"messages": CHAT}, "taken": {"messages": CHAT, "completion_ids": [1]}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="data have a column 'completion_ids', which .* of the rollout: rename it"):
+        read(files=("taken.jsonl",))
+    for how in ({}, {"data": {"eval": ("rows.jsonl",)}, "answers": 0, "count": 4}):
+        with pytest.raises(ValueError, match="--keep-best is of the highest reward of held-out questions: give"):
+            read(keep_best=True, **how)
+    assert len(read(keep_best=True, data={"eval": ("rows.jsonl",)}, count=1)[2]) == 1
+    config = json.loads((sft_runs.TOKENIZER / "tokenizer_config.json").read_text())
+    config |= {"eos_token": None, "chat_template": config["chat_template"].replace("{{- '<|end|>' }}", "")}
+    (tmp_path / "endless").mkdir()
+    shutil.copy(sft_runs.TOKENIZER / "tokenizer.json", "endless")
+    (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="endless: there is no token that ends an answer, .*: set eos_token in "):
+        read(at=tmp_path / "endless")
+
+
+ALONE = """
+import time
+busy = []
+def f(completions, **columns):
+    assert not busy
+    busy.append(1)
+    time.sleep(0.05)
+    return [float(busy.pop()) for _ in completions]
+"""
+
+
+def test_functions_are_not_called_for_rollouts_and_held_out_answers_at_once(tmp_path):
+    (tmp_path / "mine.py").write_text(ALONE)
+    reward = qwen3_moe_grpo.RewardOptions((f"{tmp_path}/mine.py:f",))
+    o = SimpleNamespace(reward=reward, rollout=SimpleNamespace(environment=""))
+    run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=SimpleNamespace(decode=str), say=print)
+    score, answer = scores.rewards(o, run), ([Prompt([1], "q", {})], [Sample([1], [-0.1], "stop", [0])])
+    with ThreadPoolExecutor(4) as threads:
+        assert [one.result().rewards for one in [threads.submit(score, *answer) for _ in range(4)]] == [[1.0]] * 4
 
 
 FAILING = """
@@ -207,6 +284,7 @@ def test_a_run_that_can_learn_nothing_ends_at_its_first_rollout(tmp_path):
     ("options", "said"),
     [
         ({"rollout": {"environment": "guess", "tool_seconds": 0.0}}, "--rollout.tool-seconds is 0.0; it must be above"),
+        ({"rollout": {"temperature": float("inf")}}, "--rollout.temperature inf .* must be above 0, and finite"),
         ({"reward": {"seconds": 0.0}}, "--reward.seconds is 0.0; it must be above 0"),
         ({"reward": {"ray": 2, "workers": 9}}, "--reward.workers has no effect with --reward.ray 2; leave one away"),
         (

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import math
+import sys
 import textwrap
 from collections import Counter
 from types import SimpleNamespace
@@ -113,6 +114,22 @@ def test_functions_are_called_as_trl_calls_them():
     assert seen[0] == {k: v for k, v in seen[1].items() if k not in ("trainer_state", "log_extra", "log_metric")}
 
 
+def test_a_function_of_messages_is_given_them_as_trl_gives_them():
+    """Prompts of rows whose prompt is a conversation whole, others as the user's message."""
+    seen = []
+
+    def first(prompts, completions, **columns):
+        seen.append(prompts)
+        return [float(completion[0]["content"]) for completion in completions]
+
+    whole = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    given = samples(2, prompt=[whole, None], level=[1, 2])
+    with Rewards({"first": rewards.conversational(first), "again": rewards.conversational(first)}) as both:
+        assert both(**given).total == [0.0, 2.0]
+    trl([first], [1.0], 2, samples(2, level=[1, 2]) | {"prompts": [whole] * 2, "completions": messages("02")})
+    assert seen[0] == [whole, whole[1:]] and seen[2] == [whole, whole]
+
+
 # failures ------------------------------------------------------------------------------------------------------------
 
 FAILURES = {  # what a function returns for a sample, or raises: the reason
@@ -170,10 +187,12 @@ def test_one_that_fails_costs_its_sample(isolate, make):
         @given(st.lists(st.sampled_from(["well"] * 9 + [*FAILURES]), min_size=1, max_size=9))
         def check(how):
             scores = both(**samples(len(how), how=how))
-            assert scores.each["f"] == [2.0 * i if h == "well" else None for i, h in enumerate(how)]
-            assert scores.failures["f"] == Counter(FAILURES[h] for h in how if h != "well")
-            assert scores.total == [1.0 + 2 * i if h == "well" else 1.0 for i, h in enumerate(how)]
-            first = [FAILURES[h] for h in how if h != "well"][:1]
+            unsure = not isolate and {*how} & {"long", "short"} and not {*how} & {"raise", "exit", "none"}
+            reasons = ["wrong length" if unsure else FAILURES.get(h) for h in how]
+            assert scores.each["f"] == [None if r else 2.0 * i for i, r in enumerate(reasons)]
+            assert scores.failures["f"] == Counter(filter(None, reasons))
+            assert scores.total == [1.0 if r else 1.0 + 2 * i for i, r in enumerate(reasons)]
+            first = [*filter(None, reasons)][:1]
             assert [error.split(":")[0] for error in scores.errors.values()] == first
             for reason, count in scores.failures["f"].items():
                 assert scores.report()[f"rewards/f/{reason}"] == count
@@ -205,6 +224,13 @@ def test_a_coroutine_is_awaited_always_in_one_loop(isolate):
     with Rewards({"f": waiting()}, isolate=isolate, workers=1) as asked:
         for scores in asyncio.run(notebook(asked)):
             assert scores.total == [0.0, 1.0, 2.0] and not scores.errors
+
+
+def test_values_of_another_number_than_completions_belong_to_none():
+    """Asked for each alone, what gives one value for all would seem to be right."""
+    scores = Rewards({"f": lambda completions, **columns: [float(len(completions[0]))]})(**samples(3))
+    assert scores.total == [None] * 3 and scores.failures["f"] == {"wrong length": 3}
+    assert scores.errors["f"] == "wrong length: returned 1 values for 3 completions"
 
 
 def test_workers_of_ray_run_isolated_functions_only():
@@ -273,11 +299,29 @@ def test_names_that_ship(tmp_path):
     for given_, said in {
         "lenght:4": "'lenght:4': it can be FILE.py:NAME, exact, maths, .*length:int", "length": "it can be",
         "length:x": "length:x: invalid literal", "length:0": "length:0: overlong buffer is 0", "exact:1": "it can be",
-        "format:(": r"format: '\(' is not a regular expression", f"{tmp_path}/bad.py:f": "bad.py, line 2: division by",
-        f"{tmp_path}/good.py:x": "good.py defines no function x", f"{tmp_path}/none.py:x": "No such file",
+        "format:(": r"format: '\(' is not a regular expression", f"{tmp_path}/bad.py:f": "bad.py, line 2: ZeroDivis",
+        f"{tmp_path}/good.py:x": "good.py defines no function x",
+        f"{tmp_path}/none.py:x": f"^--reward.functions {tmp_path}/none.py: No such file",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=said):
             rewards.load(given_)
+
+
+def test_a_file_imports_what_is_beside_it(tmp_path, monkeypatch):
+    """At once and when it is called, also in a process of its own; what is installed is not hidden from others."""
+    (tmp_path / "beside_one.py").write_text("def score(text): return float(text)\n")
+    (tmp_path / "beside_two.py").write_text("WORTH = 2.0\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_one import score\n\ndef f(completions, **columns):\n    from beside_two import WORTH\n"
+        "    return [WORTH * score(c) for c in completions]\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = list(sys.path)
+    name, function = rewards.load(f"{tmp_path}/mine.py:f")
+    assert sys.path == [*before, str(tmp_path)]
+    assert Rewards({name: function})(**samples(3)).total == [0.0, 2.0, 4.0]
+    with Rewards({name: function}, isolate=[name], workers=1) as isolated:
+        assert isolated(**samples(2)).total == [0.0, 2.0]
 
 
 # those that ship -----------------------------------------------------------------------------------------------------
