@@ -111,7 +111,7 @@ def test_openings_take_no_more_environments_than_a_rank_plays_in_a_rollout(tmp_p
     tokenizer = Tokenizer(sft_runs.TOKENIZER)
     for shard, most in ((OneDevice(), 9), (Share(), 5)):
         episodes.made.cache_clear()
-        prompts, _, held_out = episodes.read(o, tokenizer, tokenizer.vocab_size, shard, 12)
+        prompts, held_out = episodes.read(o, tokenizer, tokenizer.vocab_size, shard, 12)
         assert len(prompts) == 20 and len(held_out) == 12
         assert episodes.made(o, tokenizer).make.most == [most, 0]
 
