@@ -40,6 +40,10 @@ def load(
     alike = all(share[1:] == Share(0)[1:] for share in shares)
     epochs, mix = None if o.steps else o.epochs, () if alike else shares
     loader = Loader(documents, workers=o.data.workers, seed=o.seed, epochs=epochs, sources=mix, **rows)
+    if long := loader.pieces.stats[o.data.overlong]:
+        what = {"chats": "documents", "pairs": "pairs"}.get(form, "groups of answers")
+        done = {"split": "split", "truncate": "truncated", "drop": "dropped"}[o.data.overlong]
+        say(f"{long:,} of {len(documents.starts) - 1:,} {what} are longer than --data.seq-len {o.data.seq_len}: {done}")
     if not held_out and not o.data.split:
         return loader, {}, []
 
@@ -71,8 +75,7 @@ def prompts(
     kept, held = (Within(o.data.split, 1), Within(0, o.data.split)) if o.data.split else (None, None)
 
     def rows(paths: tuple[str, ...], keep: Within | None) -> Iterator[Record]:
-        some = (Source(path, o.data.type, o.data.columns) for path in paths)
-        return (row for source in some for row in rows_of(source, keep, "questions") if row.messages)
+        return (row for path in paths for row in rows_of(Source(path, o.data.type, o.data.columns), keep, "questions"))
 
     asked = []
     for row in rows(train, kept):
@@ -82,6 +85,8 @@ def prompts(
             raise ValueError(f"{row.where}: token {max(ids)} is none of the model's {vocab}; use the model's tokenizer")
         known = {"answer": row.messages[-1]["content"]} if _answered(row) else {}
         asked.append(Prompt(ids, str(before[-1]["content"]), known | dict(row.row)))
+    if not asked:
+        raise ValueError(f"--data.split {o.data.split} holds out all of so few rows; use a smaller share")
     say(f"training data: {', '.join(train)}: {len(asked):,} questions")
     right = filter(_answered, rows(train if o.data.split else held_out, held))
     return Prompts(asked), {}, list(islice(right, questions))

@@ -113,8 +113,5 @@ class HeldOut:
 
 
 def _shown(record: Record, sample: Sample) -> dict[str, str]:
-    lines = []
-    for m in sample.episode.messages if sample.episode else []:
-        called = "".join(f" {call['function']}" for call in m.get("tool_calls", []))
-        lines.append(f"{m['role']}: {m['content']}{called}")
-    return {"question": str(record.messages[-1]["content"]), "episode": "\n".join(lines), "reward": str(sample.reward)}
+    said = sample.episode.text if sample.episode else ""
+    return {"question": str(record.messages[-1]["content"]), "episode": said, "reward": str(sample.reward)}

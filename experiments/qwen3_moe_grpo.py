@@ -36,6 +36,8 @@ class Options(RunOptions):
     """Most packed rows of a pass on each device; a step has as many passes as its answers need."""
     eval_every: int = 20
     """Steps between evaluations (0: only at the end)."""
+    save_every: int = 20
+    """Steps between checkpoints (0: only at the end)."""
     out: str = "runs/qwen3_moe_grpo"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""
     answers: int = 512

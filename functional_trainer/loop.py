@@ -81,12 +81,18 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def _differences(old: Any, new: Any) -> list[str]:
-    was, now = (tree.flatten(asdict(x)) for x in (old, new))
+    was, now = config.flags(old), config.flags(new)
+    names = {flag: flag.removeprefix("--").replace("-", "_") for flag in now}
     return [
-        f"{key.replace('/', '.')} was {was.get(key)}, is {now.get(key)}"
-        for key in {**was, **now}
-        if was.get(key) != now.get(key) and not {key.split("/")[0], key.replace("/", ".")} & MAY_DIFFER
+        f"{flag} was {_words(was[flag])}, is {_words(now[flag])}"
+        for flag, name in names.items()
+        if was[flag] != now[flag] and not {name.split(".")[0], name} & MAY_DIFFER
     ]
+
+
+def _words(value: Any) -> str:
+    """Write an option's value as on the command line."""
+    return " ".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
 
 
 def eval_losses(

@@ -62,7 +62,8 @@ def norms(folder: str | Path, rows: list[dict[str, Any]]) -> None:
         if line := _column(rows, kind):  # without the steps where it is not finite
             steps, values = zip(*line, strict=True)
             axis.plot(steps, _smooth(values), label=kind, **style)
-    axis.set(yscale="log", ylabel="norm of the gradient, smoothed", title=Path(folder).resolve().name)
+    scale = "log" if any(y > 0 for line in axis.lines for y in line.get_ydata()) else "linear"  # all may be 0
+    axis.set(yscale=scale, ylabel="norm of the gradient, smoothed", title=Path(folder).resolve().name)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="x-small")
     figure.savefig(Path(folder) / "norms.png")
 

@@ -95,7 +95,7 @@ def test_what_may_differ_when_a_run_is_resumed(prefix, tmp_path):
         if flag in free:
             assert claim(changed, main=False) is None
         else:
-            with pytest.raises(ValueError, match=f"holds another run .*{re.escape(name)}"):
+            with pytest.raises(ValueError, match=f"holds another run .*{re.escape(flag)} was"):
                 claim(changed, main=False)
 
 

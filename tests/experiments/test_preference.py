@@ -107,9 +107,9 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(place, reference):
 BROKEN = [
     ('{"prompt": "q", "chosen": "a", "rejected": "a"}\n', (), "bad.jsonl:1: 'chosen' and 'rejected' are the same"),
     ('{"prompt": "q", "completion": "a", "label": true}\n', (), "are for --loss-type kto"),
-    ("", ("--data.overlong", "split"), "pools over whole sequences, but documents longer than a row are split"),
-    ("", ("--loss-type", "kto", "--micro-batch", 2), "KTO): it needs micro_batches = 1"),
-    ("", ("--data.seq-len", 16), "no document is left to train on"),
+    ("", ("--data.overlong", "split"), "split: set overlong to 'truncate' or 'drop' (--data.overlong)"),
+    ("", ("--loss-type", "kto", "--micro-batch", 2), "KTO): it needs micro_batches = 1 (--micro-batch 0)"),
+    ("", ("--data.seq-len", 16), "raise seq_len (--data.seq-len) or change overlong (--data.overlong)"),
 ]
 
 

@@ -188,7 +188,7 @@ def test_one_that_hangs_or_dies_costs_its_sample():
 def test_bad_calls_are_errors_at_once():
     with pytest.raises(ValueError, match="2 weights for 1 reward functions: f"):
         Rewards({"f": failing()}, [1.0, 2.0])
-    with pytest.raises(ValueError, match=r"isolate names \['g'\]; the functions are \['f'\]"):
+    with pytest.raises(ValueError, match=r"--reward.isolate names \['g'\]; the functions are \['f'\]"):
         Rewards({"f": failing()}, isolate=["g"])
     with pytest.raises(ValueError, match="reward function f cannot be called with prompts, .*: missing .*'how'"):
         Rewards({"f": failing()})(**samples(2))
