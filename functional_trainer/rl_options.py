@@ -233,9 +233,9 @@ class PolicyOptions:
     ) = None
     """How losses of tokens become one number (docs/rl.md; default: as the objective's paper says)."""
     epsilon: float | None = None
-    """Ratios are clipped at 1 - this (gmpo: their logarithms at -this); none for reinforce and sapo."""
+    """Ratios are clipped at 1 - this, of gmpo their logarithms at -this; not of reinforce, sapo and cispo_max."""
     epsilon_high: float | None = None
-    """Ratios are clipped at 1 + this (gmpo: their logarithms at this; cispo_max: at this); none for reinforce, sapo."""
+    """Ratios are clipped at 1 + this, of cispo_max at this, of gmpo their logarithms; not of reinforce and sapo."""
     delta: float | None = None
     """Dual clip: where the advantage is negative a ratio counts at most this much."""
     beta: float = 0.0

@@ -16,6 +16,7 @@ from experiments.benchmarks import gpu_suite, memory, sft_cpu
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
 from functional_trainer.loop import claim
+from functional_trainer.options import ModelOptions
 from tests.experiments import sft_runs
 from tests.test_docs import PAGES, ROOT, pip
 
@@ -60,7 +61,25 @@ def test_the_page_of_options_is_current():
     assert docs.page(CONFIGURATION) == CONFIGURATION, "run `make docs`"
 
 
-@pytest.mark.parametrize("of", [Options, qwen3_moe_grpo.Options])
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("qwen3_moe_sft.py", Options()),
+        ("qwen3_moe_grpo.py", qwen3_moe_grpo.Options(model=ModelOptions("m"))),
+        ("preference.py", preference.Options()),
+    ],
+)
+def test_the_page_of_options_has_the_defaults_of_each_recipe(script, options):
+    """Those of the first tables, but for what a table of the recipe's own says."""
+    parts = re.findall(r"^## (.*)\n\n((?:\|.*\n)+)", CONFIGURATION, re.M)
+    told = "".join(part for title, part in parts if " of experiments/" not in title or title.endswith(script))
+    found = dict(re.findall(r"^\| `(--.*?)` \| .*? \| (.*?) ?\| ", told, re.M))
+    given = {flag: docs.show(value).replace("|", "\\|") for flag, value in config.flags(options).items()}
+    for flag in given.keys() - {"--mesh.layout", "--model.path"}:  # is called --mesh; must be given
+        assert found[flag] == given[flag], flag
+
+
+@pytest.mark.parametrize("of", [Options, qwen3_moe_grpo.Options, preference.Options])
 def test_the_page_of_options_says_what_help_says(of, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit):
@@ -71,7 +90,7 @@ def test_the_page_of_options_says_what_help_says(of, monkeypatch, capsys):
     assert {flag for flag in named if ".no-" not in flag and not flag.startswith("--no-")} - {"--help", "--config"} == {
         flag for flag in flags(of) if ".no-" not in flag
     }
-    assert {row[0].strip("`") for row in rows} == FLAGS | flags(qwen3_moe_grpo.Options)
+    assert {row[0].strip("`") for row in rows} == FLAGS | flags(qwen3_moe_grpo.Options) | flags(preference.Options)
     assert all(text for _, _, _, text, _ in rows)
     if of is Options:  # longer helps stand side by side
         said = {name.strip("`") for name, _, _, text, _ in rows if text in helped}
