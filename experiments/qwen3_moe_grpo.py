@@ -92,12 +92,13 @@ def main(o: Options) -> None:
         rl.agree(o, run, model, began.params, rollouts)
 
     held_out = episodes.HeldOut(o, run, model)
-    if held_out.questions and not run.resume:
-        run.say(f"before training {held_out.say(held_out.measure(began.params))}")
+    before = held_out.measure(began.params) if held_out.questions and not run.resume else {}
+    if before:
+        run.say(f"before training {held_out.say(before)}")
     state, finished = train(
         step, began, rollouts, model=model, loss=run.loss, options=o, total_steps=steps, resume=run.resume,
         sample=held_out.sample if run.samples else None, measure=held_out.measure if held_out.questions else None,
-        shard=run.shard, device=run.device,
+        before=before, shard=run.shard, device=run.device,
     )  # fmt: skip
     if finished:
         run.hand_back(model, state)

@@ -63,11 +63,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, str]:
     names = ("reward", "accuracy", "eval_reward", "loss", "eval_loss", "tokens_per_s", "padding", "memory_bytes")
     columns = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
     rewards, right, played, losses, evals, rates, waste, memory = columns.values()
+    before = rows[0].get("before", {})
     found: dict[str, Any] = {
         "steps": f"{rows[-1]['step']:,}",
         "tokens": f"{sum(row.get('tokens', 0) for row in rows):,}",
         "reward, last tenth": rewards and f"{_late(rewards):.4f}",
+        "held-out accuracy, before": "accuracy" in before and f"{before['accuracy']:.1%}",
         "held-out accuracy, last": right and f"{right[-1]:.1%}",
+        "held-out reward, before": "eval_reward" in before and f"{before['eval_reward']:.4f}",
         "held-out reward, last": played and f"{played[-1]:.4f}",
         "train loss, last tenth": losses and f"{_late(losses):.4f}",
         "eval loss, last": evals and f"{evals[-1]:.4f}",

@@ -70,9 +70,10 @@ def norms(folder: str | Path, rows: list[dict[str, Any]]) -> None:
 
 def reward(folder: str | Path, rows: list[dict[str, Any]]) -> None:
     """Draw `<folder>/reward.png`: mean reward of rollouts, raw and smoothed, and held-out accuracy; nothing without."""
-    rewards, right, played = (_column(rows, name) for name in ("reward", "accuracy", "eval_reward"))
-    if not rewards:
+    if not (rewards := _column(rows, "reward")):
         return
+    rows = [{"step": 0, **rows[0].get("before", {})}, *rows]
+    right, played = _column(rows, "accuracy"), _column(rows, "eval_reward")
     figure, axis = _figure()
     steps, values = zip(*rewards, strict=True)
     axis.plot(steps, values, color="tab:green", alpha=0.3, linewidth=0.8, label="_")

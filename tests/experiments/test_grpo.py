@@ -45,6 +45,7 @@ def test_a_short_run_says_what_happened(place):
         assert 1 <= row["completions"]["mean_length"] <= 5 and row["rollout_s"] > row["timing_s"]["gen"] > 0
         assert row["generated_tokens_per_s"] > 1 and row["prompts"]["mean_length"] > 1 and row["reward_best"] == 0
     assert [("accuracy" in row) for row in rows] == [False, True, True]
+    assert [row.get("before") for row in rows] == [{"accuracy": 0.0}, None, None]
     out = place / "short"
     assert (out / "reward.png").stat().st_size > 1000 and "reward.png" in (out / "index.html").read_text()
     shown = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]

@@ -301,15 +301,21 @@ def test_the_page_shows_the_run(tmp_path):
     assert page.summary([]) == {"steps": "0"}
 
 
-def test_the_page_of_a_run_with_rewards_begins_with_them(tmp_path):
+def test_the_page_of_a_run_with_rewards_begins_with_them(tmp_path, monkeypatch):
     with Metrics(tmp_path, total_steps=20, console=quiet()) as m:
         for step in range(1, 21):
             held_out = {"accuracy": step / 100} if step % 10 == 0 else {}
+            held_out |= {"before": {"accuracy": 0.05}} if step == 1 else {}
             m.log(step, {"loss": 0.0, "reward": step / 10} | held_out)
     seen = Page(tmp_path / "index.html")
     assert seen.pictures == ["reward.png", "loss.png"] and "" not in seen.cells
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.append(figure.axes[0].lines))
+    plots.reward(tmp_path, rows(tmp_path))
+    assert [*zip(*drawn[0][2].get_data(), strict=True)] == [(0, 0.05), (10, 0.1), (20, 0.2)]
     assert page.summary(rows(tmp_path)) == {
-        "steps": "20", "tokens": "0", "reward, last tenth": "1.9500", "held-out accuracy, last": "20.0%",
+        "steps": "20", "tokens": "0", "reward, last tenth": "1.9500", "held-out accuracy, before": "5.0%",
+        "held-out accuracy, last": "20.0%",
         "train loss, last tenth": "0.0000", "skipped steps": "0", "hours": "0.000",
     }  # fmt: skip
 
