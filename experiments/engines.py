@@ -56,7 +56,7 @@ def drawn_by(engine: Engine, o: Any, run: Run, group: Any) -> Callable:
     """
     r, rank, world = o.rollout, run.shard.rank, run.shard.world
     ask = episodes.ask(o, run.tokenizer)
-    usual: dict[str, Any] = {"temperature": r.temperature, "top_k": r.top_k, "top_p": r.top_p}
+    usual: dict[str, Any] = {"temperature": r.temperature, "top_k": r.top_k, "top_p": r.top_p, "min_p": r.min_p}
 
     def draw(
         prompts: list[Prompt], seed: int, begun: Sequence[Sample | None] = (), budget: int = 0, greedy: bool = False

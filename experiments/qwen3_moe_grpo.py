@@ -51,6 +51,11 @@ class Options(RunOptions):
             raise ValueError(f"--batch {self.batch} prompts cannot be split into {said} steps")
         if self.rollout.environment and (self.data.split or self.data.type != "auto" or self.data.columns):
             raise ValueError("--data.split, --data.type and --data.columns are for conversations, not for environments")
+        if self.rollout.environment and self.data.answer_tokens != PromptOptions.answer_tokens:
+            raise ValueError("--data.answer-tokens has no effect with --rollout.environment: leave it away")
+        if self.rollout.num_generations == 1 and self.loss.advantage not in ("remax", "reinforce_pp"):
+            said = f"--loss.advantage {self.loss.advantage} compares the answers of a group"
+            raise ValueError(f"--rollout.num-generations 1: {said}; use 2 or more, or remax or reinforce_pp")
         used = not self.reward.ray or self.rollout.environment and not self.rollout.environment_ray
         if self.reward.workers != RewardOptions.workers and not used:
             raise ValueError(f"--reward.workers has no effect with --reward.ray {self.reward.ray}; leave one away")

@@ -1,20 +1,17 @@
 """From a recipe's options of reinforcement learning to its rollouts."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from experiments import engines, episodes
+from experiments import engines, episodes, scores
 from experiments.policies import advantage
 from experiments.recipe import Run
 from functional_trainer import backend, cluster, tree
 from functional_trainer.agreement import differences, scorer
 from functional_trainer.ahead import Ahead
 from functional_trainer.data import Record, Tokenizer, sources
-from functional_trainer.engines import Sample
-from functional_trainer.environments.episodes import lost, report, rewarded
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scorer, Scores
-from functional_trainer.rewards import GIVEN, Function, Rewards, load_all, refuse, refuse_columns
+from functional_trainer.experience import Experience, Plan, Prompts, Scorer
+from functional_trainer.rewards import GIVEN, load_all, refuse_columns
 
 
 def plan(o: Any) -> Plan:
@@ -53,7 +50,7 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     settings["greedy"] = partial(draw, greedy=True) if o.loss.advantage == "remax" else None
     settings["old"] = score(params, r.routing_replay == "trainer") if o.loss.old == "trainer" else None
     settings["reference"] = score(tree.map(lambda p: p.detach().clone(), params)) if o.loss.kl_in_reward else None
-    given = run.loader, draw, rewards(o, run, group), advantage(o), plan(o)
+    given = run.loader, draw, scores.rewards(o, run, group), advantage(o), plan(o)
     if not ahead:
         return Experience(*given, weights=lambda: tree.map(whole, params), **settings)
     steps = o.steps or plan(o).total_steps(len(run.loader), o.epochs)
@@ -65,49 +62,18 @@ def experience(o: Any, run: Run, model: Any, params: tree.Tree) -> Experience:
     )  # fmt: skip
 
 
-def functions(o: Any) -> dict[str, Function]:
-    """Return the reward functions by name; ValueError if one is not there."""
-    return load_all(o.reward.functions or (() if o.rollout.environment else ("exact",)))
-
-
 def read(o: Any, tokenizer: Tokenizer, vocab: int, shard: Any, *more: Any) -> tuple[Prompts, dict, list[Record]]:
     """Return what is asked, as `episodes.read`, and refuse functions that can give no rewards, whatever the columns are
     before that. Join Ray's cluster if the run wants workers there, for all of them."""
     load_all.cache_clear()  # files may have changed since the last run of this process
-    own, first = functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
-    refuse(own, o.reward.isolate, o.reward.ray)
+    own, first = scores.functions(o), o.rollout.ray + o.reward.ray if shard.rank == 0 else 0
+    scores.refuse_options(o, own)
     if workers := first + o.rollout.environment_ray:
         sources.files((*o.data.train, *o.data.eval))  # one that is missing is told of before a cluster is begun
         cluster.connect(workers)
     found = episodes.read(o, tokenizer, vocab, shard, *more)
-    refuse_columns(own, [*GIVEN, *_columns(found[0])])
+    refuse_columns(own, [*GIVEN, *scores.columns(found[0])])
     return found
-
-
-def _columns(prompts: Prompts) -> list[str]:
-    return sorted({name for prompt in prompts for name in prompt.columns} - {*GIVEN})
-
-
-def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list[Sample]], Scores]:
-    """Return what scores answers: rank 0 does, for all, since functions need not be repeatable."""
-    r, names = o.reward, _columns(run.loader)
-    how: dict[str, Any] = {"isolate": r.isolate, "workers": r.workers, "seconds": r.seconds, "ray": r.ray}
-    told: list[str] = []
-    asked = Rewards(functions(o), r.weights or None, **how) if run.shard.rank == 0 else None
-
-    def scored(prompts: list[Prompt], answers: list[Sample]) -> Scores | None:
-        if asked is None:
-            return None
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        texts, ids = [run.tokenizer.decode(a.tokens) for a in answers], [a.tokens for a in answers]
-        said = [a.episode.messages if a.episode else text for a, text in zip(answers, texts, strict=True)]
-        if not told and (some := lost(answers)):
-            told.append(some)
-            run.say(some)
-        found = asked([p.text for p in prompts], said, ids, **columns)
-        return Scores(rewarded(answers, found.total), found.report() | report(answers), found.each, texts)
-
-    return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]
 
 
 def agree(o: Any, run: Run, model: Any, params: tree.Tree, rollouts: Experience) -> None:

@@ -44,7 +44,7 @@ class PromptOptions:
 @dataclass(frozen=True)
 class RolloutOptions:
     num_generations: int = 16
-    """Answers to each prompt: a group."""
+    """Answers to each prompt: a group; 1 only with --loss.advantage remax and reinforce_pp."""
     max_completion_length: int = 32
     """Most tokens of an answer."""
     temperature: float = 1.0
@@ -53,6 +53,8 @@ class RolloutOptions:
     """Sample among so many tokens, the likeliest (0: all)."""
     top_p: float = 1.0
     """Sample among the fewest tokens that are so likely together."""
+    min_p: float = 0.0
+    """Sample among tokens that have at least this share of the likeliest one's probability (0: all)."""
     slots: int = 256
     """Answers that are decoded together, by each process."""
     compile: Literal["off", "layer", "step"] = "off"
@@ -122,15 +124,17 @@ class RolloutOptions:
             if given and self.environment:
                 raise ValueError(f"--rollout.{flag} is for answers of one turn, not for environments")
         ones = ("max_completion_length", "slots", "steps_per_generation", "num_iterations", "max_num_gen_batches")
-        within("rollout.", self, num_generations=(2, ""), **dict.fromkeys((*ones, "log_every"), (1, "")))
-        within("rollout.", self, log_completions=(0, ""))
-        within(
-            "rollout.", self, top_k=(0, ""), top_p=(0, "at most 1"), overlong_buffer=(0, ""), max_disagreement=(0, "")
-        )
+        within("rollout.", self, num_generations=(1, ""), **dict.fromkeys((*ones, "log_every"), (1, "")))
+        least = dict.fromkeys(("log_completions", "top_k", "overlong_buffer", "max_disagreement"), (0, ""))
+        within("rollout.", self, **least, top_p=(0, "at most 1"), min_p=(0, "below 1"))
         if not self.temperature > 0 or not self.top_p > 0:
             raise ValueError(
                 "--rollout.temperature and --rollout.top-p must be above 0: answers of a group must differ"
             )
+        if self.log_every != RolloutOptions.log_every and not self.log_completions:
+            raise ValueError("--rollout.log-every has no effect with --rollout.log-completions 0")
+        if self.filter_groups and self.num_generations == 1:
+            raise ValueError("--rollout.filter-groups compares answers: --rollout.num-generations must be at least 2")
         if self.max_num_gen_batches != RolloutOptions.max_num_gen_batches and not self.filter_groups:
             raise ValueError("--rollout.max-num-gen-batches has no effect without --rollout.filter-groups")
         if self.overlong_buffer > self.max_completion_length:
@@ -155,8 +159,8 @@ class RolloutOptions:
             raise ValueError(f"--rollout.{odd[0]} has no effect with {said}")
         if self.engine == "lmdeploy" and (self.temperature != 1 or self.sync == "disk"):
             raise ValueError(f"{said} goes with --rollout.temperature 1 and --rollout.sync memory only (docs/rl.md)")
-        if self.engine == "vllm" and self.temperature != 1 and (self.top_k or self.top_p < 1):
-            raise ValueError(f"{said}: with --rollout.temperature other than 1 there is no --rollout.top-k and top-p")
+        if self.engine == "vllm" and self.temperature != 1 and (self.top_k or self.top_p < 1 or self.min_p):
+            raise ValueError(f"{said}: with --rollout.temperature other than 1 there is no top-k, top-p and min-p")
 
     def _ahead(self) -> None:
         """Refuse what makes no sense together of rollouts that are drawn ahead, in parts or elsewhere."""
@@ -210,6 +214,8 @@ class RewardOptions:
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"--reward.seconds is {self.seconds}; it must be above 0")
         _has_ray("reward.ray", self.ray)
+        if odd := [weight for weight in self.weights if not math.isfinite(weight)]:
+            raise ValueError(f"--reward.weights has {odd[0]}; each must be a finite number")
         if self.weights and len(self.weights) != len(self.functions):
             raise ValueError(f"--reward.weights: {len(self.weights)} for {len(self.functions)} of --reward.functions")
 

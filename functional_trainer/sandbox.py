@@ -3,10 +3,14 @@
 What holds it, in the kernel, so that no Python gets around it:
 
     no network, no other process, no signals to one   a filter of system calls (seccomp)
-    processor time, memory, no byte into a file       resource limits
+    no change of a file: bytes, names, owner, mode    the same
+    processor time, memory                            resource limits
     wall time                                         SIGKILL
-    no other file than Python's own and the system's  Landlock; kernels without it let files be read, and emptied
+    no other file than Python's own and the system's  Landlock; kernels without it let others be read
     no privileges                                     capabilities are dropped, if this is root
+
+What `stat` says of a path, and where a link leads, can be seen of any. The number of threads has no limit but memory's:
+the kernel counts them for each user, or for cgroups, which only root makes.
 
 The environment is the worker's: for `rewards.code` none of the user's. Linux on x86-64 or AArch64.
 """
@@ -175,6 +179,7 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 REFUSED: dict[str, tuple[int | None, int | None]] = {
     "socket": (41, 198), "io_uring_setup": (425, 425),
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
+    "setsid": (112, 157), "setpgid": (109, 154),
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
     "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
     "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "ptrace": (101, 117),
@@ -183,11 +188,25 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
     "sched_setattr": (314, 274), "setns": (308, 268), "unshare": (272, 97), "bpf": (321, 280),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "keyctl": (250, 219), "add_key": (248, 217),
-    "request_key": (249, 218), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "request_key": (249, 218), "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semctl": (66, 191),
+    "semop": (65, 193), "semtimedop": (220, 192), "msgget": (68, 186), "msgctl": (71, 187), "msgsnd": (69, 189),
+    "msgrcv": (70, 188), "mq_open": (240, 180), "mq_unlink": (241, 181),
+    "openat2": (437, 437), "creat": (85, None), "truncate": (76, 45), "ftruncate": (77, 46),
+    "mknod": (133, None), "mknodat": (259, 33), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None),
+    "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
+    "link": (86, None), "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36),
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+    "file_setattr": (469, 469), "inotify_init": (253, None), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
 }  # fmt: skip
 """By name, its numbers on the machines: asm/unistd_64.h and asm-generic/unistd.h."""
-CLONE, CLONE3, PRLIMIT, FCNTL = (56, 220), (435, 435), (302, 261), (72, 25)
+CLONE, CLONE3, PRLIMIT, FCNTL, PRCTL, IOCTL = (56, 220), (435, 435), (302, 261), (72, 25), (157, 167), (16, 29)
+OPEN, OPENAT = (2, None), (257, 56)
+WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 LOAD, EQUAL, AT_LEAST, HAS, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD | BPF_W | BPF_ABS, BPF_JMP | ..., BPF_RET
 KILL, ALLOW = 0x80000000, 0x7FFF0000
 NUMBER, ARCH, ARGUMENTS = 0, 4, 16  # places in struct seccomp_data
@@ -218,8 +237,14 @@ def _filter() -> list[Line]:
         (PRLIMIT, 0, EQUAL, 0, True),  # of oneself
         (FCNTL, 1, EQUAL, 8, False),  # F_SETOWN: signals to another process
         (FCNTL, 1, EQUAL, 15, False),  # F_SETOWN_EX
+        (PRCTL, 0, EQUAL, 15, True),  # PR_SET_NAME; with PR_SET_PDEATHSIG it could outlive the worker
+        (IOCTL, 1, HAS, 0xFFFF0000, False),  # but for those of terminals and pipes; others change files' flags
+        (OPEN, 1, HAS, WRITE, False),
+        (OPENAT, 2, HAS, WRITE, False),
     ):
-        lines += [(EQUAL, 0, 3, numbers[column]), (LOAD, 0, 0, ARGUMENTS + 8 * argument)]
+        if (number := numbers[column]) is None:
+            continue
+        lines += [(EQUAL, 0, 3, number), (LOAD, 0, 0, ARGUMENTS + 8 * argument)]
         lines += [(test, int(wanted), int(not wanted), value), no, (LOAD, 0, 0, NUMBER)]
     return [*lines, (RETURN, 0, 0, ALLOW)]
 

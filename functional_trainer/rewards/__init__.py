@@ -3,12 +3,15 @@
     f(prompts, completions, completion_ids, **columns) -> [number or None of each completion]
 
 Everything is a list with an element for each completion, columns of the data set too. A prompt or a completion is a
-text, or a list of messages of which the last one's content counts. None says that a function has no opinion.
+text, or a list of messages of which the last one's content counts. None says that a function has no opinion. A function
+may be `async`.
 """
 
+import asyncio
 import importlib.util
 import inspect
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -61,6 +64,19 @@ class Scores(NamedTuple):
             found |= {f"rewards/{name}/{reason}": n for reason, n in self.failures[name].items()}
         return found
 
+    def complaints(self) -> dict[str, str]:
+        """Return by function that failed a sentence: on how many completions, and the first thing that went wrong."""
+        found = {}
+        for name, error in self.errors.items():
+            lost = f"{sum(self.failures[name].values())} of {len(self.total)} answers"
+            found[name] = f"reward function {name} failed on {lost}, the first time: {error}"
+        return found
+
+    @property
+    def lost(self) -> bool:
+        """Whether every function failed on every completion."""
+        return all(sum(failures.values()) == len(self.total) for failures in self.failures.values())
+
 
 class Rewards:
     """Several functions by name, each with a weight (none: 1).
@@ -83,10 +99,11 @@ class Rewards:
         refuse(functions, isolate, ray)
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"{len(weights)} weights for {len(functions)} reward functions: {', '.join(functions)}")
+        if not all(map(math.isfinite, weights or ())):
+            raise ValueError(f"weights of reward functions are {list(weights or ())}; each must be a finite number")
         self.functions = dict(functions)
         self.weights = dict(zip(functions, weights or [1.0] * len(functions), strict=True))
-        isolated = {name for name, function in functions.items() if function in ISOLATED} | isolate
-        hows = {name: _pooled(functions[name], seconds, memory) for name in sorted(isolated)}
+        hows = {name: _pooled(functions[name], seconds, memory) for name in sorted(isolated(functions, isolate))}
         self.pools: dict[str, Pool | RayPool]
         self.crew = Crew(Pools, (hows,), ray, "workers for rewards") if ray else None
         if self.crew:
@@ -122,7 +139,7 @@ class Rewards:
         if name in self.pools:
             return [outcome if outcome.failed else outcome.value for outcome in self.pools[name].map(single)]
         with suppress(Exception, SystemExit):  # what went wrong is found below
-            values = list(function(**{key: list(values) for key, values in given.items()}))
+            values = list(_call(function, **{key: list(values) for key, values in given.items()}))
             if len(values) == n:
                 return [_number(value) for value in values]
         return [_single(function, **sample) for sample in single]
@@ -140,9 +157,14 @@ class Rewards:
         self.close()
 
 
+def isolated(functions: Mapping[str, Function], isolate: Iterable[str]) -> set[str]:
+    """Return the names of the functions that run in processes of their own: those that always do, and those asked."""
+    return {name for name, function in functions.items() if function in ISOLATED} | {*isolate}
+
+
 def refuse(functions: Mapping[str, Function], isolate: Iterable[str], ray: int = 0) -> None:
     """Raise a ValueError if functions cannot be called whatever the columns are, or isolated as is asked."""
-    if ray and not {*isolate} and not {*ISOLATED} & {*functions.values()}:
+    if ray and not isolated(functions, isolate):
         said = f"--reward.ray {ray}: workers of Ray run isolated functions only, and none of {', '.join(functions)} is"
         raise ValueError(f"{said} one; name some with --reward.isolate")
     if unknown := {*isolate} - functions.keys():
@@ -175,7 +197,7 @@ def _signature(name: str, function: Function) -> inspect.Signature:
 def _single(function: Function, **sample: Any) -> Outcome:
     """Return the number that a function gives for one completion."""
     try:
-        found = function(**sample)
+        found = _call(function, **sample)
     except (Exception, SystemExit) as error:
         return Outcome(None, "raised", brief(f"{type(error).__name__}: {error}"))
     try:
@@ -183,6 +205,26 @@ def _single(function: Function, **sample: Any) -> Outcome:
     except Exception:
         return Outcome(None, "wrong length", f"returned {brief(repr(found))} for one completion")
     return _number(value)
+
+
+def _call(function: Function, **given: Any) -> Any:
+    """Call a function. Coroutines run in one loop of this process: what they keep, as clients, works in no other."""
+    found = function(**given)
+    return asyncio.run_coroutine_threadsafe(found, _loop()).result() if asyncio.iscoroutine(found) else found
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Start a loop in a thread, as the caller's may run one already: notebooks do."""
+    loop = asyncio.new_event_loop()
+
+    def work() -> None:
+        while True:
+            with suppress(SystemExit):  # of a task, whose failure it is, and no end for the others
+                loop.run_forever()
+
+    threading.Thread(target=work, name="rewards", daemon=True).start()
+    return loop
 
 
 def _number(value: Any) -> Outcome:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from experiments import episodes, rl
+from experiments import episodes, scores
 from experiments.first_light import dialogues
 from functional_trainer import environments, experience
 from functional_trainer.data import Tokenizer
@@ -128,10 +128,12 @@ def test_lost_episodes_are_told_of(monkeypatch):
     tokenizer = SimpleNamespace(decode=str)
     run = SimpleNamespace(shard=OneDevice(), loader=Prompts(), tokenizer=tokenizer, say=said.append, questions=[1, 2])
     o = SimpleNamespace(reward=RewardOptions(), rollout=SimpleNamespace(environment="guess"), answers=2)
-    score = rl.rewards(o, run)
+    score = scores.rewards(o, run)
     for _ in range(2):
         assert score([Prompt([1], "q", {})] * 3, [fine, lost, lost]).rewards == [1.0, None, None]
     assert len(said) == 1 and said[0].endswith("the first one by KeyError: gone")
+    with pytest.raises(ValueError, match="nothing can be learned, none of .* 2 answers .*, the first one by KeyError"):
+        scores.rewards(o, run)([Prompt([1], "q", {})] * 2, [lost, lost])
     table = np.array([[1.0, np.nan]])
     shown = experience._shown(experience.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
     assert [row.get("error") for row in shown] == [None, "KeyError: gone"]

@@ -3,15 +3,22 @@
 import ast
 import importlib
 import json
+import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 
-from experiments import qwen3_moe_grpo, rl
+from experiments import engines, qwen3_moe_grpo, rl, scores
 from functional_trainer.data import Tokenizer
+from functional_trainer.engines import Sample
+from functional_trainer.engines.local import LocalEngine
+from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.types import ONE_DEVICE
 from tests.experiments import sft_runs
+from tests.models import small
 
 RECIPE = sft_runs.RECIPE.with_stem("qwen3_moe_grpo")
 FLAGS = (
@@ -94,13 +101,23 @@ def level(completions, level, **columns): return [float(x or 0) for x in level]
 CHAT = [{"role": "user", "content": "Add 3 to 4."}, {"role": "assistant", "content": "7"}]
 
 
+VLLM = {"engine": "vllm", "url": ("http://a:1",)}
+SECTIONS = {
+    "data": qwen3_moe_grpo.PromptOptions, "rollout": qwen3_moe_grpo.RolloutOptions,
+    "reward": qwen3_moe_grpo.RewardOptions, "loss": qwen3_moe_grpo.PolicyOptions,
+}  # fmt: skip
+
+
+def made(**sections: dict) -> qwen3_moe_grpo.Options:
+    """Return options of which these are not the defaults."""
+    given = {name: SECTIONS[name](**options) for name, options in sections.items()}
+    return qwen3_moe_grpo.Options(model=qwen3_moe_grpo.ModelOptions(path="m"), **given)
+
+
 def read(*functions: str, environment: str = "", isolate: tuple[str, ...] = (), ray: int = 0, files=("rows.jsonl",)):
     """Read what a run asks, from rows.jsonl."""
-    o = qwen3_moe_grpo.Options(
-        model=qwen3_moe_grpo.ModelOptions(path="m"), data=qwen3_moe_grpo.PromptOptions(train=files),
-        reward=qwen3_moe_grpo.RewardOptions(functions, isolate=isolate, ray=ray),
-        rollout=qwen3_moe_grpo.RolloutOptions(environment=environment),
-    )  # fmt: skip
+    reward = {"functions": functions, "isolate": isolate, "ray": ray}
+    o = made(data={"train": files}, reward=reward, rollout={"environment": environment})
     return rl.read(o, Tokenizer(sft_runs.TOKENIZER), 384, ONE_DEVICE, 0, lambda text: None)
 
 
@@ -130,6 +147,45 @@ def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, 
     assert len(read("mine.py:deaf")[0]) == 2, "a file is read again by the next run in this process"
 
 
+FAILING = """
+def broken(completions, **columns): raise KeyError("gone")
+def hard(completions, **columns): return [1 / int(c) for c in completions]
+def silent(completions, **columns): return [None for _ in completions]
+"""
+
+
+def scoring(folder: Path, *functions: str):
+    """Return what scores answers by functions of FAILING, and what it says."""
+    (folder / "failing.py").write_text(FAILING)
+    named = tuple(f"{folder}/failing.py:{name}" for name in functions)
+    said: list[str] = []
+    tokenizer = SimpleNamespace(decode=lambda ids: str(ids[0]))
+    run = SimpleNamespace(shard=ONE_DEVICE, loader=Prompts(), tokenizer=tokenizer, say=said.append)
+    score = scores.rewards(SimpleNamespace(reward=qwen3_moe_grpo.RewardOptions(named)), run)
+    return lambda *ids: score([Prompt([1], "q", {})] * len(ids), [Sample([i], [-0.1], "stop", [0]) for i in ids]), said
+
+
+def test_functions_that_fail_are_told_of_once(tmp_path):
+    score, said = scoring(tmp_path, "hard", "broken", "silent")
+    for _ in range(2):
+        assert score(1, 0, 2, 0).rewards == [1.0, None, 0.5, None]
+    assert said == [
+        "reward function hard failed on 2 of 4 answers, the first time: raised: ZeroDivisionError: division by zero",
+        "reward function broken failed on 4 of 4 answers, the first time: raised: KeyError: 'gone'",
+    ]
+    for _ in range(2):
+        assert score(0, 0).rewards == [None, None], "not the first rollout"
+    assert said[2:] == ["none of 2 answers has a reward: nothing is learned from them"]
+
+
+def test_a_run_that_can_learn_nothing_ends_at_its_first_rollout(tmp_path):
+    score, _ = scoring(tmp_path, "hard", "broken")
+    with pytest.raises(ValueError, match="nothing can be learned, none of the first 2 answers .* hard .*broken .*gone"):
+        score(0, 0)
+    score, said = scoring(tmp_path, "broken", "silent")  # who says None says that this is as it should be
+    assert score(0, 0).rewards == [None, None] and len(said) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -141,19 +197,59 @@ def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, 
             "--reward.workers has no effect",
         ),
         ({"reward": {"ray": 2, "workers": 9}, "rollout": {"environment": "guess"}}, ""),  # for tools
+        ({"reward": {"functions": ("exact",), "weights": (math.nan,)}}, "--reward.weights has nan; each must be a fin"),
+        ({"reward": {"functions": ("exact",), "weights": (-math.inf,)}}, "--reward.weights has -inf; each must be"),
+        ({"rollout": {"log_every": 5, "log_completions": 0}}, "--rollout.log-every has no effect with"),
+        ({"rollout": {"environment": "guess"}, "data": {"answer_tokens": 9}}, "--data.answer-tokens has no effect"),
+        ({"rollout": {"min_p": 1.0}}, "--rollout.min-p is 1.0; it must be at least 0 and below 1"),
+        ({"rollout": {**VLLM, "min_p": 0.1, "temperature": 2.0}}, "than 1 there is no top-k, top-p and min-p"),
+        ({"rollout": {**VLLM, "min_p": 0.1}}, ""),
+        ({"rollout": {"num_generations": 1}}, "--rollout.num-generations 1: --loss.advantage grpo compares"),
+        ({"rollout": {"num_generations": 1}, "loss": {"advantage": "rloo"}}, "use 2 or more, or remax or reinforce_pp"),
+        ({"rollout": {"num_generations": 1}, "loss": {"advantage": "remax"}}, ""),
+        ({"rollout": {"num_generations": 1}, "loss": {"advantage": "reinforce_pp"}}, ""),
+        ({"rollout": {"num_generations": 1, "filter_groups": True}}, "--rollout.num-generations must be at least 2"),
+        ({"rollout": {"num_generations": 0}}, "--rollout.num-generations is 0; it must be at least 1"),
     ],
 )
-def test_options_of_rewards_that_make_no_sense_are_refused(options, said):
-    def make():
-        rollout = qwen3_moe_grpo.RolloutOptions(**options.get("rollout", {}))
-        reward = qwen3_moe_grpo.RewardOptions(**options.get("reward", {}))
-        return qwen3_moe_grpo.Options(model=qwen3_moe_grpo.ModelOptions(path="m"), rollout=rollout, reward=reward)
+def test_options_that_make_no_sense_are_refused(options, said):
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        made(**options)
 
-    if not said:
-        assert make().reward.workers == 9
-        return
-    with pytest.raises(ValueError, match=said):
-        make()
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"reward": {"seconds": 3.0}}, "--reward.seconds has no effect: none of exact is isolated; name some with"),
+        ({"reward": {"workers": 7}}, "--reward.workers has no effect: none of exact is isolated"),
+        ({"reward": {"workers": 7}, "rollout": {"environment": "guess"}}, ""),  # for tools
+        ({"reward": {"seconds": 3.0}, "rollout": {"environment": "guess"}}, "none of the functions is isolated"),
+        (
+            {"reward": {"workers": 7}, "rollout": {"environment": "guess", "environment_ray": 1}},
+            "--reward.workers has no effect",
+        ),
+        ({"reward": {"seconds": 3.0, "workers": 7, "functions": ("exact", "code")}}, ""),
+        ({"reward": {"seconds": 3.0, "workers": 7, "isolate": ("exact",)}}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_only_isolated_functions_use_is_refused_without_any(options, said):
+    o = made(**options)
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        scores.refuse_options(o, scores.functions(o))
+
+
+def test_which_tokens_may_be_sampled_reaches_the_engine():
+    model = small.model(small.DENSE)
+    engine, prompts = LocalEngine(model, model.init(0), length=5), [Prompt([i], "q", {}) for i in range(9)]
+    run = SimpleNamespace(shard=ONE_DEVICE, tokenizer=SimpleNamespace(eos_ids=[5]))
+
+    def tokens(greedy=False, **rollout):
+        draw = engines.drawn_by(engine, made(rollout={"max_completion_length": 4} | rollout), run, None)
+        return [sample.tokens for sample in draw(prompts, 0, greedy=greedy)]
+
+    likeliest = tokens(greedy=True)
+    assert tokens(top_k=1) == tokens(top_p=1e-6) == tokens(min_p=0.999) == likeliest != tokens()
 
 
 def test_experts_of_a_dense_model_cannot_be_replayed(place):

@@ -72,14 +72,14 @@ def test_what_is_wrong_with_a_row_is_said(tmp_path):
         PromptOptions(train=("rows.jsonl", "mix.yaml"))
 
 
-def test_the_recipe_learns_from_prompts_alone(tmp_path):
+def test_the_recipe_learns_from_prompts_alone_with_one_answer_to_each(tmp_path):
     sft_runs.folder(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"Add {i}."}) + "\n" for i in range(9)))
     flags = ("--model.path", "model", "--data.train", "rows.jsonl", "--data.seq-len", 64)
     text = "def even(completion_ids, **columns):\n    return [1.0 - ids[0] % 2 for ids in completion_ids]\n"
     (tmp_path / "mine.py").write_text(text)
     flags += ("--reward.functions", "mine.py:even")
-    flags += ("--batch", 4, "--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--steps", 2)
+    flags += ("--batch", 16, "--rollout.num-generations", 1, "--rollout.max-completion-length", 5, "--steps", 2)
     flags += ("--micro-batch", 4, "--compile", "off", "--out", "run", "--loss.advantage", "remax", "--answers", 0)
     flags += ("--loss.beta", 0.1, "--loss.kl-in-reward", "--loss.kl", "k2")
     sft_runs.run(tmp_path, *flags, "--samples", 0, recipe="qwen3_moe_grpo")

@@ -1,6 +1,7 @@
 """Reward functions: their sum is TRL's, one that fails costs its sample, and those that ship are what they say."""
 
 import ast
+import asyncio
 import functools
 import inspect
 import json
@@ -141,9 +142,26 @@ def failing():
     return function
 
 
-@pytest.mark.parametrize("isolate", [(), ("f",)], ids=["here", "isolated"])
-def test_one_that_fails_costs_its_sample(isolate):
-    with Rewards({"f": failing(), "g": giving([1.0] * 9)}, isolate=isolate, seconds=30) as both:
+def later():
+    """Return `failing` as a coroutine; where it is to exit a task of its does."""
+    now = failing()
+
+    async def function(completions, how, **columns):
+        import asyncio
+
+        async def task():
+            return now(completions, how)
+
+        return (await asyncio.gather(task(), asyncio.sleep(0)))[0]
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("isolate", "make"), [((), failing), (("f",), failing), ((), later)], ids=["here", "isolated", "async"]
+)
+def test_one_that_fails_costs_its_sample(isolate, make):
+    with Rewards({"f": make(), "g": giving([1.0] * 9)}, isolate=isolate, seconds=30) as both:
 
         @settings(max_examples=25)
         @example(["well"] * 9)
@@ -161,6 +179,32 @@ def test_one_that_fails_costs_its_sample(isolate):
                 assert scores.report()[f"rewards/f/{reason}"] == count
 
         check()
+
+
+def waiting():
+    """Return a function that waits with others for its answers, and knows its loop; by value."""
+    loops = []
+
+    async def function(completions, **columns):
+        import asyncio
+
+        loops.append(asyncio.get_running_loop())
+        assert loops[0] is loops[-1], "clients of servers are for one loop"
+        return [float(c) for c in await asyncio.gather(*(asyncio.sleep(0, c) for c in completions))]
+
+    return function
+
+
+@pytest.mark.parametrize("isolate", [(), ("f",)], ids=["here", "isolated"])
+def test_a_coroutine_is_awaited_always_in_one_loop(isolate):
+    """In a caller that runs a loop, too."""
+
+    async def notebook(asked):
+        return [asked(**samples(3)) for _ in range(2)]
+
+    with Rewards({"f": waiting()}, isolate=isolate, workers=1) as asked:
+        for scores in asyncio.run(notebook(asked)):
+            assert scores.total == [0.0, 1.0, 2.0] and not scores.errors
 
 
 def test_workers_of_ray_run_isolated_functions_only():
@@ -188,6 +232,8 @@ def test_one_that_hangs_or_dies_costs_its_sample():
 def test_bad_calls_are_errors_at_once():
     with pytest.raises(ValueError, match="2 weights for 1 reward functions: f"):
         Rewards({"f": failing()}, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"weights of reward functions are \[nan\]; each must be a finite number"):
+        Rewards({"f": failing()}, [NAN])
     with pytest.raises(ValueError, match=r"--reward.isolate names \['g'\]; the functions are \['f'\]"):
         Rewards({"f": failing()}, isolate=["g"])
     with pytest.raises(ValueError, match="reward function f cannot be called with prompts, .*: missing .*'how'"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from experiments import engines, rl
+from experiments import engines, scores
 from functional_trainer import advantages, backend, tree
 from functional_trainer.ahead import Ahead
 from functional_trainer.engines import Sample
@@ -31,7 +31,7 @@ def rewarded(folder: str, name: str) -> list[Any]:
     """Reward answers on all ranks with a function that fails; return what each says, and after how many seconds."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     o = SimpleNamespace(reward=RewardOptions((f"{folder}/mine.py:{name}",)))
-    score = rl.rewards(o, run(rank, world))
+    score = scores.rewards(o, run(rank, world))
     begun = time.monotonic()
     try:
         score([QUESTIONS[0]], [Sample([7], [-0.1], "length", [0])])
