@@ -29,7 +29,7 @@ from experiments import compare, plan, qwen3_moe_grpo, rules
 from experiments.first_light import tasks
 from experiments.qwen3_moe_sft import Options
 from experiments.serving.vllm_worker import Weights
-from functional_trainer import config
+from functional_trainer import config, rewards
 from functional_trainer.options import Mix
 from sharding_rules import files, qwen3_moe
 from sharding_rules.lint import lint
@@ -75,6 +75,7 @@ def place(tmp_path_factory) -> Path:
     (place / "quiz.csv").write_text("question,answer\n" + "".join(f"Add {i} to 2.,{i + 2}\n" for i in range(30)))
     (mix,) = (text for _, text in blocks("docs/data.md", "yaml"))
     (place / "mix.yaml").write_text(mix)
+    (place / "my.py").write_text(blocks("docs/rewards.md", "python")[0][1])
     (table,) = (text for _, text in blocks("docs/sharding.md", "python"))
     (place / "my_rules.py").write_text(table)
     return place
@@ -139,10 +140,15 @@ def preferred(words: list[str], place: Path) -> None:
 
 
 def reinforced(words: list[str], place: Path) -> None:
-    """The recipe for rewards, on a few questions and short answers; of environments flags are accepted."""
+    """The recipe for rewards, on a few questions and short answers; of environments, and of functions that are isolated,
+    flags are accepted, and the functions can be called."""
     flags = words[words.index("experiments/qwen3_moe_grpo.py") + 1 :]
     if "--rollout.environment" in flags:  # tests/experiments run it
         config.cli(qwen3_moe_grpo.Options, doc="", argv=flags)
+        return
+    if "--reward.isolate" in flags:
+        given = config.cli(qwen3_moe_grpo.Options, doc="", argv=flags).reward
+        rewards.refuse(rewards.load_all(given.functions), given.isolate)
         return
     world, out = 2 if words[0] == "torchrun" else 1, place / "reinforced" / str(len(flags))
     few = ["--steps", "2", "--batch", "2", "--micro-batch", "2", "--data.seq-len", "64", "--compile", "off"]

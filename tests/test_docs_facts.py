@@ -15,6 +15,8 @@ from experiments import compare, docs, plan, preference, qwen3_moe_grpo, rules
 from experiments.benchmarks import gpu_suite, memory, sft_cpu
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
+from functional_trainer.engines import Episode, Sample
+from functional_trainer.environments.episodes import report
 from functional_trainer.loop import claim
 from functional_trainer.options import ModelOptions
 from tests.experiments import sft_runs
@@ -186,8 +188,11 @@ def test_the_glossary_has_every_key_of_a_run_and_no_other(tmp_path):
     flags += ("--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--reward.functions", "mine.py:odd")
     flags += ("--rollout.filter-groups", "--rollout.steps-per-generation", 2, "--loss.old", "trainer")
     flags += ("--loss.loss-type", "ppo", "--loss.beta", 0.1, "--micro-batch", 2, "--steps", 2, "--compile", "off")
+    flags += ("--rollout.max-async-level", 1, "--rollout.partial", 3)
     sft_runs.run(tmp_path, "--model.path", "moe", *flags, "--out", "rl", recipe="qwen3_moe_grpo")
     written = set().union(*(keys(row) for out in ("run", "rl") for row in sft_runs.rows(tmp_path / out)))
+    episode = Sample([1], [0.0], "stop", [0], reward=1.0, episode=Episode([], 1, 0, 0))
+    written |= {*report([episode]), "eval_reward", "eval_raised"}  # a run has them in tests/experiments
     entries = {key for row in cells("metrics.md") for key in re.findall(r"^`([^`]+)`$", row[0])}
     matches = {entry: fnmatch.filter(written, re.sub("[A-Z]+", "*", entry)) for entry in entries}
     assert written == set().union(*matches.values())
