@@ -3,7 +3,7 @@
     python experiments/first_light/dialogues.py calculator|guess FOLDER [--n-train N] [--n-eval N] [--seed N]
 
 The scripts are no masters, so that there is something left to learn: six of ten questions for the calculator are
-answered without it, with a number of about the right size; and every fourth guess is any number of the range, the
+answered without it, with the first number of the question; and every fourth guess is any number of the range, the
 others one that is still possible. FOLDER gets train.jsonl, eval.jsonl, of questions that are held out, and tokenizer/.
 """
 
@@ -24,13 +24,12 @@ from functional_trainer.environments.tools import schema
 
 
 def calculator(rng: random.Random, row: Row) -> list[Message]:
-    """Ask the tool and say what it says, or say any number of about the size."""
+    """Ask the tool and say what it says, or say the first number that there is."""
     environment = Calculator()
     (question,) = environment.reset(row)
-    if rng.random() < 0.6:
-        size = abs(int(row["answer"]))
-        return [question, {"role": "assistant", "content": str(rng.randrange(size // 2, 2 * size + 2))}]
     expression = " ".join(word.rstrip("?") for word in row["question"].split()[-5:])
+    if rng.random() < 0.6:
+        return [question, {"role": "assistant", "content": expression.split()[0]}]
     named = {"name": "calculate", "arguments": {"expression": expression}}
     call: Message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": named}]}
     result = {"role": "tool", "content": str(calculate(expression))}

@@ -56,7 +56,7 @@ class Calculator(Environment):
         return Step(reward=float(messages[-1]["content"].strip() == self.answer), done=True)
 
     @staticmethod
-    def rows(seed: int = 0, train: int = 4000, held_out: int = 200) -> tuple[list[Row], list[Row]]:
+    def rows(seed: int = 0, train: int = 4000, held_out: int = 600) -> tuple[list[Row], list[Row]]:
         """Draw expressions of three numbers; none is in both parts."""
         rng = random.Random(f"calculator {seed}")
         every = [f"{a} {x} {b} {y} {c}" for a, b, c in product(NUMBERS, repeat=3) for x, y in product(SIGNS, repeat=2)]
@@ -84,7 +84,7 @@ class Guess(Environment):
         return Step([{"role": "user", "content": said}], done=not self.left)
 
     @staticmethod
-    def rows(seed: int = 0, held_out: int = 8) -> tuple[list[Row], list[Row]]:
+    def rows(seed: int = 0, held_out: int = 24) -> tuple[list[Row], list[Row]]:
         """Return ranges with each of their numbers as the secret; no range is in both parts."""
         lows = random.Random(f"guess {seed}").sample(LOWS, len(LOWS))
         every: list[list[Row]] = [
