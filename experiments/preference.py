@@ -1,8 +1,10 @@
 """Learning from preferences with Qwen3 and Qwen3-MoE: DPO, cDPO, IPO, BCO, MPO and KTO.
 
-python experiments/preference.py                                        # shipped tasks, on a laptop
-python experiments/preference.py --model.path HF_FOLDER --data.train pairs.jsonl --loss-type mpo --out runs/mine
-torchrun --nproc-per-node 8 experiments/preference.py --mesh.ep 2 ...   # the same on several devices
+    python experiments/preference.py                                        # shipped tasks, on a laptop
+    python experiments/preference.py --model.path HF_FOLDER --data.train pairs.jsonl --loss-type mpo --out runs/mine
+    torchrun --nproc-per-node 8 experiments/preference.py --mesh.ep 2 ...   # the same on several devices
+
+The step is that of supervised fine-tuning; its loss and its rows are others.
 """
 
 import sys

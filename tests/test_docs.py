@@ -141,7 +141,7 @@ def preferred(words: list[str], place: Path) -> None:
 
 def reinforced(words: list[str], place: Path) -> None:
     """The recipe for rewards, on a few questions and short answers; of environments and of functions that are isolated
-    flags are accepted, and the functions can be called."""
+    the flags are accepted, and the functions can be called."""
     flags = words[words.index("experiments/qwen3_moe_grpo.py") + 1 :]
     if "--rollout.environment" in flags:  # tests/experiments run it
         config.cli(qwen3_moe_grpo.Options, doc="", argv=flags)

@@ -120,6 +120,15 @@ def test_what_may_differ_when_a_run_is_resumed(prefix, tmp_path):
                 claim(changed, main=False)
 
 
+@pytest.mark.parametrize("recipe", [qwen3_moe_grpo, preference])
+def test_help_has_a_line_for_each_example(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        config.cli(recipe.Options, doc=recipe.__doc__, argv=["--help"])
+    examples = re.findall(r"^ *(?:make|python|torchrun) .*", recipe.__doc__, re.M)
+    assert len(examples) == 3 and {*examples} <= {*capsys.readouterr().out.splitlines()}
+
+
 def test_options_named_beside_those_of_others_exist():
     """Each of ours in the tables of docs/coming_from.md is taken by the command line, with its value if it has one."""
     seen = set()
