@@ -56,7 +56,7 @@ def options(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str
 def sections(of: type = Options) -> dict[str, Any]:
     """Return every section of a recipe's options, as it is by default, by the prefix of its names; "" is `of`."""
     made = [field for field in dataclasses.fields(of) if dataclasses.is_dataclass(get_type_hints(of)[field.name])]
-    return {"": of} | {f"{field.name}.": field.default_factory() for field in made}  # type: ignore[misc]
+    return {"": of} | {f"{field.name}.": field.default_factory() for field in made}  # type: ignore[operator]
 
 
 def table(*rows: tuple[str, ...]) -> str:

@@ -234,7 +234,7 @@ def _evaluated(
     if held_out:
         row["eval_loss"], by_source = eval_losses(model, loss, state.params, held_out, state.buffers, shard, device)
         row |= {"eval_losses": by_source} if len(by_source) > 1 else {}
-    return row | (measure(state.params) if measure else {})
+    return row | dict(measure(state.params)) if measure else row
 
 
 def _best_so_far(options: Any, held_out: Mapping[str, Loader] | None) -> float:
