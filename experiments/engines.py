@@ -63,8 +63,9 @@ def drawn_by(engine: Engine, o: Any, run: Run, group: Any) -> Callable:
     ) -> list[Sample]:  # fmt: skip
         share = len(prompts) if r.ray else -(-len(prompts) // world)
         own = slice(rank * share, (rank + 1) * share)
-        how = {"stop": tuple(run.tokenizer.eos_ids), "seed": seed, "first": own.start, "budget": budget}
-        sampling = Sampling(r.max_completion_length, **how, **({"temperature": 0.0} if greedy else usual))
+        how: dict[str, Any] = {"numbers": tuple(range(len(prompts))[own]), "seed": seed, "budget": budget}
+        how |= {"stop": tuple(run.tokenizer.eos_ids)} | ({"temperature": 0.0} if greedy else usual)
+        sampling = Sampling(r.max_completion_length, **how)
         found = backend.together(lambda: ask(engine, prompts[own], sampling, begun[own]), group)
         return [sample for samples in found for sample in samples]
 

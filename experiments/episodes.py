@@ -35,14 +35,15 @@ def read(
     given, episodes, found = o.rollout.environment, made(o, tokenizer), []
     files = [[row for f in sources.files(paths) for _, row in sources.rows(f)] for paths in (o.data.train, o.data.eval)]
     train, held_out = files if o.data.train else environments.rows(given, episodes.make)
-    for opening, row in zip(episodes.openings(train), train, strict=True):
+    at_once = -(-o.batch * o.rollout.num_generations // shard.world)  # as many as a rank plays in a rollout
+    for opening, row in zip(episodes.openings(train, at_once), train, strict=True):
         ids = episodes.turns.prompt(opening)
         if max(ids) >= vocab:
             raise ValueError(f"--rollout.environment {given}: token {max(ids)} is none of the model's {vocab}")
         found.append(Prompt(ids, str(opening[-1]["content"]), row))
     held_out = held_out[:questions]
     say(f"training data: {', '.join(o.data.train) or given}: {len(found):,} episodes")
-    opened = zip(episodes.openings(held_out), held_out, strict=True)
+    opened = zip(episodes.openings(held_out, at_once), held_out, strict=True)
     return Prompts(found), {}, [Record(f"{given}[{i}]", o_, None, row=row) for i, (o_, row) in enumerate(opened)]
 
 
@@ -59,10 +60,8 @@ def ask(o: Any, tokenizer: Tokenizer) -> Ask:
 
 
 def longest(o: Any, prompts: Sequence[Sequence[int]]) -> int:
-    """Return the tokens that an engine's row must hold: a turn may be sampled beyond what its episode has left."""
-    r = o.rollout
-    turn = min(r.max_turn_length or r.max_completion_length, r.max_completion_length) if r.environment else 0
-    return max(map(len, prompts), default=0) + r.max_completion_length + turn
+    """Return the tokens that an engine's row must hold."""
+    return max(map(len, prompts), default=0) + o.rollout.max_completion_length
 
 
 class HeldOut:

@@ -6,7 +6,7 @@ from typing import Any
 from experiments.recipe import Run
 from functional_trainer import backend
 from functional_trainer.engines import Sample
-from functional_trainer.environments.episodes import lost, report, rewarded
+from functional_trainer.environments.episodes import lost, rewarded
 from functional_trainer.experience import Prompt, Prompts, Scores
 from functional_trainer.rewards import GIVEN, Function, Rewards, isolated, load_all, refuse
 from functional_trainer.rl_options import RewardOptions
@@ -58,6 +58,6 @@ def rewards(o: Any, run: Run, group: Any = None) -> Callable[[list[Prompt], list
         for what in [what for what in problems if what not in told]:
             run.say(problems[what])
         told.update(problems, ["the first rollout"])
-        return Scores(total, found.report() | report(answers), found.each, texts)
+        return Scores(total, found.failed, found.each, texts)
 
     return lambda prompts, answers: backend.together(lambda: scored(prompts, answers), group)[0]

@@ -1,8 +1,8 @@
 """Advantages of groups of answers, and what is done to rewards before: plain functions on the host, in float64.
 
 Rewards are (P, G): of P prompts the G answers, None (or nan) where no reward function gave a score. Such an answer does
-not count in any mean and its advantage is 0. Advantages are (P, G): each token of an answer has its answer's, but for
-`reinforce_pp_tokens`.
+not count in any mean, its advantage is 0, and `experience` does not train on it. Advantages are (P, G): each token of
+an answer has its answer's, but for `reinforce_pp_tokens`.
 """
 
 from collections.abc import Sequence

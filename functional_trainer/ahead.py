@@ -242,7 +242,8 @@ class Ahead(Experience):
 
 
 def _ended(answer: Sample | None) -> bool:
-    return answer is not None and answer.finish_reason != "abort"
+    """Say whether an answer is whole; an episode always is, one that was lost too."""
+    return answer is not None and (answer.episode is not None or answer.finish_reason != "abort")
 
 
 def _kept(answer: Sample) -> list[Any]:

@@ -12,6 +12,7 @@ import json
 import math
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,8 @@ from functional_trainer.data.columns import by_sequence, lengths
 from functional_trainer.data.order import Share, mixed
 from functional_trainer.data.packing import Documents, fill
 from functional_trainer.engines import Sample
+from functional_trainer.environments import episodes
+from functional_trainer.rewards import moments
 
 Batch = dict[str, torch.Tensor]
 
@@ -54,10 +57,11 @@ class Prompts(tuple[Prompt, ...]):
 
 
 class Scores(NamedTuple):
-    """Rewards of answers, None where no function gave one, and what the reward functions report."""
+    """Rewards of answers, None where no function gave one."""
 
     rewards: list[float | None]
-    report: dict[str, float]
+    failed: Mapping[str, int] = {}
+    """How many answers functions failed on, by the name that is reported."""
     each: Mapping[str, list[float | None]] = {}
     """By function."""
     texts: list[str] = []
@@ -285,9 +289,10 @@ class Experience:
         """Draw groups until there are enough that teach something, or the last resort: any."""
         how = self.how
         good: list[_Group] = []
+        failed = Counter[str]()
         tried, spent = 0, dict.fromkeys(("gen", "reward", "tokens"), 0.0)
         while len(good) < how.prompts and tried < how.most:
-            groups, scores = self._groups(spent)
+            groups, scores = self._groups(spent, failed)
             good += [g for g in groups if g.spread or not how.filter_groups]
             tried += 1
         good = [*good, *(g for g in groups if not any(g is other for other in good))][: how.prompts]
@@ -309,13 +314,14 @@ class Experience:
             worth = self.advantage(used, sizes, *baseline)
         said = [one for g in good for one in g.said]
         rollout = Rollout(prompts, answers, rewards, worth, said, by_token)
-        row = _report(rollout, sizes) | scores.report | ({"rollouts": tried} if how.filter_groups else {})
-        row |= {"kl": float(sum(d.sum() for d in apart) / sizes.sum())} if apart else {}
+        row = _report(rollout, sizes) | moments({name: [one[f"rewards/{name}"] for one in said] for name in scores.each})
+        row |= episodes.report(answers) | failed | ({"rollouts": tried} if how.filter_groups else {})
+        row |= {"kl": float(sum(d.sum() for d in apart) / max(sizes.sum(), 1))} if apart else {}
         row["generated_tokens_per_s"] = spent.pop("tokens") / spent["gen"]
         return rollout, row | {"timing_s": spent}
 
-    def _groups(self, spent: dict[str, float]) -> tuple[list["_Group"], Scores]:
-        """Ask the next prompts; add what it took to `spent`."""
+    def _groups(self, spent: dict[str, float], failed: Counter[str]) -> tuple[list["_Group"], Scores]:
+        """Ask the next prompts; add what it took to `spent`, and what functions and environments failed on."""
         how = self.how
         begun = time.perf_counter()
         prompts, answers = self._answers()
@@ -327,6 +333,8 @@ class Experience:
         spent["gen"] += drawn - begun
         spent["reward"] += time.perf_counter() - drawn
         spent["tokens"] += sum(len(a.tokens) for a in answers + likeliest)
+        failed.update(scores.failed)
+        failed.update(episodes.raised(answers))
         said = [_said(scores, i) for i in range(len(prompts))]
         groups = []
         for prompt, greedy, i in zip(asked, baseline, range(0, len(prompts), how.group), strict=True):
@@ -406,7 +414,7 @@ def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
 def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int) -> dict[str, np.ndarray]:
     """Return the batch columns, (R, S), of some groups of a rollout, as many rows as their answers take.
 
-    Answers that train nothing are not there. Those of other experts share no prompt.
+    Answers that train nothing are not there, those without a reward among them. Those of other experts share no prompt.
     """
     which = [int(g) * how.group + i for g in groups for i in range(how.group)]
     pairs = [(rollout.prompts[i].ids, rollout.answers[i]) for i in which]
@@ -419,7 +427,8 @@ def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int) -> dict
         if rollout.by_token:
             own[np.array(sampled, bool)] = rollout.by_token[i]
         worth += [0.0] * len(before) + own.tolist()
-        if any(sampled) and not (how.mask_truncated and answer.finish_reason == "length"):
+        cut = how.mask_truncated and answer.finish_reason == "length"
+        if any(sampled) and not cut and not np.isnan(rollout.rewards.flat[i]):
             routed = answer.routed_experts if how.routing_replay else None
             key = tuple(before), None if routed is None else routed[: len(before) - 1].tobytes()
             wanted.append(layout.Answer(len(documents) - 1, key, len(before), len(before) + len(answer.tokens)))

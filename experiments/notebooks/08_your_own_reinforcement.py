@@ -17,7 +17,7 @@ from functional_trainer.data import Documents, Loader, Tokenizer
 from functional_trainer.engines import Sampling
 from functional_trainer.engines.local import LocalEngine
 from functional_trainer.environments import Environment, Step
-from functional_trainer.environments.episodes import Episodes, report, rewarded
+from functional_trainer.environments.episodes import Episodes, rewarded
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
 from functional_trainer.losses import Loss
 
@@ -98,7 +98,7 @@ def charge(sample) -> float:
 
 
 def reward(prompts, samples):
-    return Scores(rewarded(samples, [charge(sample) for sample in samples]), report(samples))
+    return Scores(rewarded(samples, [charge(sample) for sample in samples]))
 
 
 # %% [markdown]

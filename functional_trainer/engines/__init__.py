@@ -29,9 +29,9 @@ class Sampling:
     stop: tuple[int, ...] = ()
     """Ids that end a sample, and are its last token."""
     seed: int = 0
-    """A sample depends on the seed, on its prompt and on the prompt's place in the call, on no other prompt."""
-    first: int = 0
-    """Place of the first prompt, where the call is a part of a larger one."""
+    """A sample depends on the seed, on its prompt and on the prompt's number, on no other prompt."""
+    numbers: tuple[int, ...] = ()
+    """Of the prompts (empty: their places in the call), for a call that is a part of a larger one."""
     budget: int = 0
     """Tokens that a sample grows by in the call; one that goes on has finish_reason "abort" (0: no limit)."""
 
@@ -43,11 +43,17 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
             ("min_p", 0 <= self.min_p < 1, ">= 0 and < 1"),
             ("seed", self.seed >= 0, ">= 0"),
-            ("first", self.first >= 0, ">= 0"),
+            ("numbers", min(self.numbers, default=0) >= 0, ">= 0"),
             ("budget", self.budget >= 0, ">= 0 (0: no limit)"),
         ):
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {name} {wanted}")
+
+    def numbered(self, count: int) -> Sequence[int]:
+        """Return the numbers of so many prompts; ValueError if others were given."""
+        if self.numbers and len(self.numbers) != count:
+            raise ValueError(f"there are {len(self.numbers)} numbers for {count} prompts")
+        return self.numbers or range(count)
 
     @property
     def truncates(self) -> bool:

@@ -97,7 +97,7 @@ class RayEngine:
     ) -> list[Sample]:
         """Continue every prompt; samples come in the prompts' order, and are a `LocalEngine`'s."""
         begun = [*begun] or [None] * len(prompts)
-        samples = [one or Sample([], [], "abort", []) for one in begun]
+        samples, numbers = [one or Sample([], [], "abort", []) for one in begun], sampling.numbered(len(prompts))
         if not prompts:
             return samples
         assert self.crew is not None
@@ -106,7 +106,7 @@ class RayEngine:
         parts = [Job(slice(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
 
         def ask(worker: Any, part: slice) -> Any:
-            how = replace(sampling, first=sampling.first + part.start)
+            how = replace(sampling, numbers=tuple(numbers[part]))
             return worker.generate.remote([*map(list, prompts[part])], how, begun[part], self.version, weights)
 
         for part, found in self.crew.work(parts, ask, self.seconds, going=lambda: not self.paused):

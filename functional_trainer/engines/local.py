@@ -55,8 +55,8 @@ class Rows(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A prompt: its number in the call, its random numbers, after how many tokens the call ends at most, and what it
-    gave until now."""
+    """A prompt: its number, its random numbers, after how many tokens the call ends at most, and what it gave until
+    now."""
 
     number: int
     prompt: Prompt
@@ -166,7 +166,8 @@ class LocalEngine:
         `begun` has for each prompt the sample that it goes on from, all of whose tokens are kept, or None.
         """
         self._check(prompts, sampling, begun)
-        requests = [_request(i, *pair, sampling) for i, pair in enumerate(zip_longest(prompts, begun))]
+        numbers = sampling.numbered(len(prompts))
+        requests = [_request(*one, sampling) for one in zip_longest(numbers, prompts, begun)]
         self._take(busy=True)
         try:
             self._run(requests, sampling)
@@ -310,7 +311,7 @@ class LocalEngine:
 def _request(number: int, prompt: Prompt, begun: Sample | None, sampling: Sampling) -> Request:
     tokens, logprobs, versions = (begun.tokens, begun.logprobs, begun.versions) if begun else ([], [], [])
     end = min(sampling.max_tokens, len(tokens) + (sampling.budget or sampling.max_tokens))
-    numbers = uniforms(sampling.seed, sampling.first + number, sampling.max_tokens)
+    numbers = uniforms(sampling.seed, number, sampling.max_tokens)
     routed = [] if begun is None or begun.routed_experts is None else [begun.routed_experts]
     return Request(number, prompt, numbers, end, [*tokens], [*logprobs], [*versions], routed)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -129,10 +130,10 @@ class RemoteEngine:
         RuntimeError if no server is left, if one refuses a prompt, or if its answer is not what was asked for.
         """
         refuse_begun(prompts, begun)
-        first = [*begun] or [None] * len(prompts)
+        first, numbers = [*begun] or [None] * len(prompts), sampling.numbered(len(prompts))
         pool = ThreadPoolExecutor(max(1, min(self.at_once, len(prompts))))
         try:
-            return list(pool.map(lambda i: self._answer(i, prompts[i], first[i], sampling), range(len(prompts))))
+            return list(pool.map(self._answer, numbers, prompts, first, repeat(sampling)))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -141,7 +142,7 @@ class RemoteEngine:
         sample = begun or Sample([], [], "abort", [])
         end = min(sampling.max_tokens, len(sample.tokens) + (sampling.budget or sampling.max_tokens))
         while sample.finish_reason == "abort" and (had := len(sample.tokens)) < end:
-            place = [sampling.seed, sampling.first + number, *([had] if had else [])]  # numbers of its own each time
+            place = [sampling.seed, number, *([had] if had else [])]  # numbers of its own each time
             seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
             more = self._ask([*prompt, *sample.tokens], replace(sampling, max_tokens=end - had), seed)
             tokens, reason = sample.tokens + more.tokens, more.finish_reason

@@ -5,12 +5,11 @@ the environment said, encoded once, which is not trained. Whatever an environmen
 it has no reward, and is counted.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal
-
-import numpy as np
 
 from functional_trainer.cluster import Crew, RayPool
 from functional_trainer.data.chat import Message, Tokenizer
@@ -28,6 +27,8 @@ class Play:
 
     number: int
     """Of its environment."""
+    place: int
+    """Its number for the engine, the same in all turns."""
     opening: list[int]
     messages: list[Message]
     tokens: list[int] = field(default_factory=list)
@@ -44,6 +45,11 @@ class Play:
     reward: float | None = 0.0
     reason: Literal["stop", "length", "abort"] | None = None
     error: str = ""
+
+    @property
+    def until_now(self) -> Sample:
+        """What an engine goes on from."""
+        return Sample(self.tokens, self.logprobs, "abort", self.versions)
 
     def lose(self, error: BaseException) -> None:
         """End it without a reward."""
@@ -88,32 +94,35 @@ class Episodes:
         self.tools = Tools(functions, workers, seconds, pool=pool) if functions else None
         self.turns = Turns(tokenizer, self.tools.schemas if self.tools else described)
 
-    def openings(self, rows: Sequence[Row]) -> list[list[Message]]:
-        """Return what each row's environment begins with; what one raises is raised."""
-        numbered = {next(self.numbers): row for row in rows}
-        found = self.stage.reset(numbered)
-        self.stage.close([*numbered])
-        if lost := next((one for one in found if isinstance(one, BaseException)), None):
-            raise lost
+    def openings(self, rows: Sequence[Row], at_once: int = 64) -> list[list[Message]]:
+        """Return what each row's environment begins with, `at_once` being open together; what one raises is raised."""
+        found: list[Any] = []
+        for first in range(0, len(rows), at_once):
+            numbered = {next(self.numbers): row for row in rows[first : first + at_once]}
+            found += self.stage.reset(numbered)
+            self.stage.close([*numbered])
+            if lost := next((one for one in found[first:] if isinstance(one, BaseException)), None):
+                raise lost
         return found
 
     def __call__(
         self, engine: Engine, prompts: Sequence[Sequence[int]], rows: Sequence[Row], sampling: Sampling
     ) -> list[Sample]:
-        """Play an episode of each row from the ids of its opening; `max_tokens` is for all turns together."""
-        plays = [Play(next(self.numbers), list(prompt), []) for prompt in prompts]
+        """Play an episode of each row from the ids of its opening; `max_tokens` is for all turns together.
+
+        To the engine an episode is one answer that grows from turn to turn, so a turn has no more tokens than are left.
+        """
+        places = sampling.numbered(len(prompts))
+        plays = [Play(next(self.numbers), i, list(prompt), []) for i, prompt in zip(places, prompts, strict=True)]
         try:
             self._open(plays, rows)
-            turn = 0
             while live := [play for play in plays if not play.reason]:
-                room = max(sampling.max_tokens - len(play.tokens) for play in live)
-                seed = int(np.random.SeedSequence([sampling.seed, turn]).generate_state(1)[0])
-                how = replace(sampling, max_tokens=min(room, self.turn_tokens), seed=seed)
-                samples = engine.generate([play.opening + play.tokens for play in live], how)
+                how = replace(sampling, budget=self.turn_tokens, numbers=tuple(play.place for play in live))
+                begun = [play.until_now for play in live]
+                samples = engine.generate([play.opening for play in live], how, begun)
                 for play, sample in zip(live, samples, strict=True):
-                    self._take(play, sample, sampling.max_tokens)
+                    self._take(play, sample)
                 self._answer([play for play in live if not play.reason], sampling.max_tokens)
-                turn += 1
         finally:
             self.stage.close([play.number for play in plays])
         return [self._sample(play) for play in plays]
@@ -131,19 +140,21 @@ class Episodes:
             except (Exception, SystemExit) as error:
                 play.lose(error)
 
-    def _take(self, play: Play, sample: Sample, most: int) -> None:
+    def _take(self, play: Play, sample: Sample) -> None:
         """Append a turn of the policy, and end the episode if it was cut off."""
-        turn = sample.tokens[: most - len(play.tokens)]
+        had = len(play.tokens)
+        turn = sample.tokens[had:]
         play.tokens += turn
-        play.logprobs += sample.logprobs[: len(turn)]
-        play.versions += sample.versions[: len(turn)]
+        play.logprobs += sample.logprobs[had:]
+        play.versions += sample.versions[had:]
         play.sampled += [True] * len(turn)
         play.turns += 1
         message, play.calls = self.turns.read(turn)
         play.messages.append(message)
         play.called += len(play.calls)
-        if len(turn) < len(sample.tokens) or sample.finish_reason != "stop":
-            play.reason = "abort" if sample.finish_reason == "abort" else "length"
+        if sample.finish_reason != "stop":
+            paused = sample.finish_reason == "abort" and len(turn) < self.turn_tokens
+            play.reason = "abort" if paused else "length"
 
     def _answer(self, plays: Sequence[Play], most: int) -> None:
         """Let tools and environments answer, and end the episodes that are over."""
@@ -166,7 +177,7 @@ class Episodes:
             if isinstance(step, BaseException):
                 raise step
             messages, reward, done = step
-            play.reward = float(play.reward or 0) + float(reward)
+            play.reward = _sum(play.reward or 0.0, reward)
             play.messages += messages
             if done:
                 play.reason = "stop"
@@ -192,6 +203,14 @@ class Episodes:
         self.stage.end()
 
 
+def _sum(before: float, reward: Any) -> float:
+    """Add a reward to those before; ValueError if that is no finite number."""
+    total = before + (math.nan if isinstance(reward, str | bytes) else float(reward))
+    if not math.isfinite(total):
+        raise ValueError(f"a Step's reward is {brief(repr(reward), 80)}: what an episode gets must be a finite number")
+    return total
+
+
 def report(samples: Sequence[Sample]) -> dict[str, float]:
     """Return turns, and how often tools were called and failed, under the names of verl and TRL."""
     episodes = [sample.episode for sample in samples if sample.episode]
@@ -202,8 +221,13 @@ def report(samples: Sequence[Sample]) -> dict[str, float]:
         "num_turns/mean": sum(turns) / len(turns), "num_turns/min": min(turns), "num_turns/max": max(turns),
         "tools/call_frequency": calls / len(episodes),
         "tools/failure_frequency": sum(e.failures for e in episodes) / calls if calls else 0.0,
-        "environment/raised": sum(bool(e.error) for e in episodes),
-    }  # fmt: skip
+    } | raised(samples)  # fmt: skip
+
+
+def raised(samples: Sequence[Sample]) -> dict[str, int]:
+    """Return how many episodes were lost, nothing if there are none."""
+    errors = [sample.episode.error for sample in samples if sample.episode]
+    return {"environment/raised": sum(map(bool, errors))} if errors else {}
 
 
 def lost(samples: Sequence[Sample]) -> str:

@@ -26,7 +26,7 @@ class Turns:
     """
 
     def __init__(self, tokenizer: Tokenizer, tools: Sequence[dict[str, Any]] = ()):
-        self.tokenizer, self.tools = tokenizer, list(tools)
+        self.tokenizer, self.tools = tokenizer, list(tools) or None
         self._prompt, self._between = lru_cache(4096)(self._prompt_ids), lru_cache(4096)(self._between_ids)
         if self.tools:
             self.marks, _ = self._marks(), self.between([{"role": "tool", "content": "x"}])
@@ -45,7 +45,7 @@ class Turns:
         return list(self._between(json.dumps(messages)))
 
     def _prompt_ids(self, messages: str) -> list[int]:
-        return self.tokenizer.prompt(json.loads(messages), self.tools or None)
+        return self.tokenizer.prompt(json.loads(messages), self.tools)
 
     def _between_ids(self, said: str) -> list[int]:
         messages = json.loads(said)
@@ -56,8 +56,8 @@ class Turns:
             {"tool_calls": calls} if calls else {}
         )
         chat = [{"role": "user", "content": "x"}, turn, *messages]
-        text, spans = self.tokenizer.spans(chat)
-        whole = self.tokenizer.render(chat, add_generation_prompt=True)
+        text, spans = self.tokenizer.spans(chat, self.tools)
+        whole = self.tokenizer.render(chat, self.tools, add_generation_prompt=True)
         if not whole.startswith(text):
             raise ValueError("the chat template changes what was said where it begins the next turn")
         return self.tokenizer.encode(whole[spans[-1][1] :])
@@ -67,8 +67,8 @@ class Turns:
         user: Message = {"role": "user", "content": "x"}
         call = {"type": "function", "id": "call_0", "function": {"name": NAME, "arguments": {"x": VALUE}}}
         turn = {"role": "assistant", "content": TEXT}
-        plain, text = (self.tokenizer.render([user, turn | more]) for more in ({}, {"tool_calls": [call]}))
-        at = plain.find(TEXT) + len(TEXT)
+        plain, text = (self.tokenizer.render([user, turn | more], self.tools) for more in ({}, {"tool_calls": [call]}))
+        at = plain.rfind(TEXT) + len(TEXT)
         added = text[at : len(text) - len(plain) + at]
         if text == plain[:at] + added + plain[at:] and (start := added.find("{")) >= 0:
             try:

@@ -55,14 +55,13 @@ class Scores(NamedTuple):
     """By function, the first thing that went wrong."""
 
     def report(self) -> dict[str, float]:
-        """Return mean and deviation (n - 1) of each function's values under TRL's names, and its failures by reason."""
-        found = {}
-        for name, given in self.each.items():
-            if values := [value for value in given if value is not None]:
-                found[f"rewards/{name}/mean"] = fmean(values)
-                found[f"rewards/{name}/std"] = stdev(values) if len(values) > 1 else 0.0
-            found |= {f"rewards/{name}/{reason}": n for reason, n in self.failures[name].items()}
-        return found
+        """Return mean and deviation of each function's values, and its failures by reason."""
+        return moments(self.each) | self.failed
+
+    @property
+    def failed(self) -> dict[str, int]:
+        """How many completions each function failed on, as "rewards/NAME/REASON"."""
+        return {f"rewards/{name}/{reason}": n for name, some in self.failures.items() for reason, n in some.items()}
 
     def complaints(self) -> dict[str, str]:
         """Return by function that failed a sentence: on how many completions, and the first thing that went wrong."""
@@ -76,6 +75,16 @@ class Scores(NamedTuple):
     def lost(self) -> bool:
         """Whether every function failed on every completion."""
         return all(sum(failures.values()) == len(self.total) for failures in self.failures.values())
+
+
+def moments(each: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+    """Return mean and deviation (n - 1) of each function's values under TRL's names."""
+    found = {}
+    for name, given in each.items():
+        if values := [value for value in given if value is not None]:
+            found[f"rewards/{name}/mean"] = fmean(values)
+            found[f"rewards/{name}/std"] = stdev(values) if len(values) > 1 else 0.0
+    return found
 
 
 class Rewards:

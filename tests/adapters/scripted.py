@@ -17,9 +17,10 @@ class Script:
         self.turns = [[[*TOKENIZER.encode(said), TOKENIZER.eos_ids[0]] for said in turn] for turn in turns]
         self.prompts: list[list[str]] = []
 
-    def generate(self, prompts, sampling) -> list[Sample]:
-        self.prompts.append([TOKENIZER.decode(prompt, skip_special=False) for prompt in prompts])
-        said = self.turns[len(self.prompts) - 1]
+    def generate(self, prompts, sampling, begun) -> list[Sample]:
+        both = [*zip(prompts, begun, strict=True)]
+        self.prompts.append([TOKENIZER.decode(prompt + one.tokens, skip_special=False) for prompt, one in both])
+        said = [one.tokens + ids for one, ids in zip(begun, self.turns[len(self.prompts) - 1], strict=True)]
         return [Sample(ids, [-1.0] * len(ids), "stop", [0] * len(ids)) for ids in said]
 
     def update(self, params, version) -> None:

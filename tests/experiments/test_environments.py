@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from experiments import episodes, scores
 from experiments.first_light import dialogues
-from functional_trainer import environments, experience
+from experiments.qwen3_moe_grpo import Options
+from functional_trainer import config, environments, experience
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Episode, Sample
 from functional_trainer.experience import Prompt, Prompts
@@ -39,6 +40,22 @@ class Count(Environment):
 def last_is_short(completions, wanted, **columns):
     assert all(c[-1]["role"] == "assistant" or c[-1]["content"] == "Sort B." for c in completions)
     return [None if w == 1 else 0.25 for w in wanted]
+"""
+OPEN = """
+class Open(Count):
+    most = [0, 0]
+
+    def reset(self, row):
+        self.most[1] += 1
+        self.most[0] = max(self.most)
+        return super().reset(row)
+
+    def close(self):
+        self.most[1] -= 1
+
+    @staticmethod
+    def rows():
+        return [{"wanted": 1}] * 20, [{"wanted": 1}] * 15
 """
 
 
@@ -80,6 +97,22 @@ def test_an_environment_of_ones_own_and_functions_beside_it(place):
     run(place, *own, "--steps", 1, "--reward.functions", "mine.py:last_is_short", "--out", "own")
     (row,) = sft_runs.rows(place / "own")
     assert row["reward"] <= 1.25 and row["rewards/last_is_short/mean"] == 0.25
+
+
+class Share(OneDevice):
+    world = 2
+
+
+def test_openings_take_no_more_environments_than_a_rank_plays_in_a_rollout(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE + OPEN)
+    given = "--model.path", "m", "--rollout.environment", f"{tmp_path}/mine.py:Open", "--batch", "3"
+    o = config.cli(Options, doc="", argv=[*given, "--rollout.num-generations", "3"])
+    tokenizer = Tokenizer(sft_runs.TOKENIZER)
+    for shard, most in ((OneDevice(), 9), (Share(), 5)):
+        episodes.made.cache_clear()
+        prompts, _, held_out = episodes.read(o, tokenizer, tokenizer.vocab_size, shard, 12)
+        assert len(prompts) == 20 and len(held_out) == 12
+        assert episodes.made(o, tokenizer).make.most == [most, 0]
 
 
 @pytest.mark.slow

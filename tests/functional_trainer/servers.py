@@ -239,6 +239,8 @@ class Sglang(Server):
         known(s, "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop_token_ids", "ignore_eos",
               "sampling_seed")  # fmt: skip
         assert s["top_k"] == -1 or s["top_k"] >= 1
+        if len(body["input_ids"]) + s["max_new_tokens"] >= self.engine.length:  # tokenizer_manager.py
+            raise Refuse(400, "Requested token count exceeds the model's maximum context length")
         stop = [] if s["ignore_eos"] else s["stop_token_ids"]  # it ignores both or none
         args = s["max_new_tokens"], s["temperature"], max(0, s["top_k"]), s["top_p"], s["min_p"], stop
         found = self.sample(body["input_ids"], *args)

@@ -15,13 +15,17 @@ from tests.models import small
 CPU = torch.device("cpu")
 
 
-def rollouts(model, params, temperature=1.0, how=None, old=None):
+def different(prompts, answers):
+    return Scores([float(len(set(a.tokens))) for a in answers])
+
+
+def rollouts(model, params, temperature=1.0, how=None, old=None, reward=different):
     engine = LocalEngine(model, params, slots=5, length=16)
     prompts = Prompts(Prompt([3 + i] * (1 + i % 4), "", {}) for i in range(6))
     return Experience(
         prompts,
         lambda asked, seed: engine.generate([p.ids for p in asked], Sampling(7, temperature, seed=seed)),
-        lambda p, a: Scores([float(len(set(x.tokens))) for x in a], {}),
+        reward,
         lambda rewards, sizes: rewards - rewards.mean(1, keepdims=True),
         how or Plan(3, 4), seq_len=24, longest=7, rows=2, old=old,
     )  # fmt: skip
@@ -122,6 +126,24 @@ def test_a_rollout_that_is_resumed_keeps_its_old_logprobs():
     resumed.restore(source.state())
     for _ in range(3):
         assert torch.equal(next(resumed)["old_logprobs"], next(source)["old_logprobs"])
+
+
+def test_a_step_without_a_reward_changes_nothing():
+    """Not by the divergence, entropy or balance either; what is asked before it and said of it is in order."""
+    model = small.model(num_hidden_layers=1)
+    optimizer = optimizers.adamw(optimizers.schedule("constant", 1e-2, 10, 0), weight_decay=0.0)
+    state = init_state(model.init(0, dtype=torch.float64), optimizer)
+    begun = tree.map(torch.clone, state.params)
+    old = agreement.scorer(model, state.params, 2, ONE_DEVICE, CPU)
+    source = rollouts(model, state.params, old=old, reward=lambda p, a: Scores([None] * len(a)))
+    batch = source.peek()
+    assert agreement.differences(model, state.params, batch, 2) == (0, 0)
+    loss = policy("gspo", entropy=0.1, balance=0.1, beta=0.1)
+    state, metrics = make_train_step(model, loss, optimizer, rows=2)(
+        state, next(source) | {"ref_logprobs": batch["old_logprobs"]}
+    )
+    assert all(v.isfinite().all() for v in tree.leaves(metrics)) and metrics["grad_norm"] == 0
+    assert all(map(torch.equal, tree.leaves(state.params), tree.leaves(begun)))
 
 
 @pytest.mark.slow

@@ -201,12 +201,12 @@ class Steady(Script):
 
     victim = 0
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, begun):
         self.turns = [[TURN] * len(prompts)] * (len(self.prompts) + 1)
         if self.victim and len(self.prompts) == 1:
             os.kill(self.victim, signal.SIGKILL)
             time.sleep(0.5)
-        return super().generate(prompts, sampling)
+        return super().generate(prompts, sampling, begun)
 
 
 @pytest.fixture(scope="module")

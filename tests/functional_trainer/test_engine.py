@@ -180,6 +180,15 @@ def test_compiled_samples_are_the_same(kind, compile, sampling):
     assert_same(engine(kind, compile=compile).generate(PROMPTS, sampling), engine(kind).generate(PROMPTS, sampling))
 
 
+def test_a_part_of_a_call_has_the_numbers_of_the_whole():
+    whole = engine().generate(PROMPTS, SAMPLED)
+    some = [5, 1, 3]
+    part = engine().generate([PROMPTS[i] for i in some], replace(SAMPLED, numbers=tuple(some)))
+    assert_same(part, [whole[i] for i in some])
+    with pytest.raises(ValueError, match="there are 3 numbers for 7 prompts"):
+        engine().generate(PROMPTS, replace(SAMPLED, numbers=tuple(some)))
+
+
 # what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +224,7 @@ def test_sizes_that_are_refused(change):
     "change",
     [
         {"max_tokens": 0}, {"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.0},
-        {"min_p": -0.1}, {"seed": -1},
+        {"min_p": -0.1}, {"seed": -1}, {"numbers": (2, -1)},
     ],
 )  # fmt: skip
 def test_sampling_that_is_refused(change):

@@ -7,24 +7,32 @@ import sqlite3
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import get_json_schema
 
 from experiments.first_light.make_tokenizer import FOLDER
-from functional_trainer import environments
+from functional_trainer import advantages, environments, tree
+from functional_trainer.ahead import Ahead
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Episode, Sample, Sampling
+from functional_trainer.engines.local import LocalEngine
+from functional_trainer.engines.remote import RemoteEngine
 from functional_trainer.environments import Environment, Step, adapters, shipped, stage, tools
 from functional_trainer.environments.episodes import Episodes, report, rewarded
 from functional_trainer.environments.tools import Call, Tools
 from functional_trainer.environments.turns import Turns
+from functional_trainer.experience import Plan, Prompt, Prompts, Scores
+from tests.functional_trainer import servers
 from tests.functional_trainer.test_data_chat import CHATML, LLAMA, QWEN3, QWEN3_PLAIN, write_folder
+from tests.models import small
 
 SAMPLING = Sampling(max_tokens=400, seed=3)
 text = st.text(st.characters(codec="ascii", exclude_characters="<|>\r\n\x00"), min_size=1, max_size=8)
@@ -33,7 +41,8 @@ text = st.text(st.characters(codec="ascii", exclude_characters="<|>\r\n\x00"), m
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     root = tmp_path_factory.mktemp("templates")
-    templates = {"chatml": CHATML, "llama": LLAMA, "qwen3": QWEN3, "qwen3_plain": QWEN3_PLAIN}
+    two = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": QWEN3}]
+    templates = {"chatml": CHATML, "llama": LLAMA, "qwen3": QWEN3, "qwen3_plain": QWEN3_PLAIN, "two": two}
     ends = {"llama": "<|eot|>"}
     folders = {name: write_folder(root / name, t, ends.get(name, "<|im_end|>")) for name, t in templates.items()}
     return {"shipped": Tokenizer(FOLDER)} | {name: Tokenizer(folder) for name, folder in folders.items()}
@@ -49,15 +58,19 @@ class Script:
     prompts: list[list[list[int]]] = field(default_factory=list)
     asked: list[Sampling] = field(default_factory=list)
 
-    def generate(self, prompts, sampling) -> list[Sample]:
-        self.prompts.append([list(prompt) for prompt in prompts])
+    def generate(self, prompts, sampling, begun) -> list[Sample]:
+        self.prompts.append([[*prompt, *one.tokens] for prompt, one in zip(prompts, begun, strict=True)])
         self.asked.append(sampling)
-        said = [ids[: sampling.max_tokens] for ids in self.turns[len(self.prompts) - 1]]
         self.version += 1
-        reasons = ["stop" if ids[-1] in self.stop else "length" for ids in said]
-        logprobs = [[-0.5 - i for i in range(len(ids))] for ids in said]
-        both = zip(said, logprobs, reasons, strict=True)
-        return [Sample(ids, told, reason, [self.version] * len(ids)) for ids, told, reason in both]
+        return [self.more(*one, sampling) for one in zip(begun, self.turns[len(self.prompts) - 1], strict=True)]
+
+    def more(self, begun: Sample, ids: list[int], sampling: Sampling) -> Sample:
+        """Say the next turn, as far as an engine goes."""
+        ids = ids[: min(sampling.budget, sampling.max_tokens - len(begun.tokens))]
+        tokens, logprobs = begun.tokens + ids, begun.logprobs + [-0.5 - i for i in range(len(ids))]
+        unended: Any = "length" if len(tokens) == sampling.max_tokens else "abort"
+        reason = "stop" if ids[-1] in self.stop else unended
+        return Sample(tokens, logprobs, reason, begun.versions + [self.version] * len(ids))
 
     def update(self, params, version):
         raise NotImplementedError
@@ -153,19 +166,24 @@ AFTER = {
 }
 
 
-@pytest.mark.parametrize("name", ["shipped", "qwen3", "qwen3_plain"])
+@pytest.mark.parametrize(
+    ("name", "offers"),
+    [("shipped", False), ("qwen3", False), ("qwen3_plain", False), ("shipped", True), ("qwen3", True), ("two", True)],
+)
 @pytest.mark.parametrize("after", AFTER)
-def test_between_turns_stands_what_the_template_writes_there(tokenizers, name, after):
-    """The rendering of the whole chat, behind the last token of the policy's turn, encoded."""
-    tokenizer = tokenizers[name]
+def test_between_turns_stands_what_the_template_writes_there(tokenizers, name, offers, after):
+    """The rendering of the whole chat, behind the last token of the policy's turn, encoded; tools may have a template
+    of their own."""
+    tokenizer, offered = tokenizers[name], [tools.schema(nothing)] if offers else None
+    turns = Turns(tokenizer, offered or ())
     turn: dict[str, Any] = {"role": "assistant", "content": "said"}
     if AFTER[after][0]["role"] == "tool":
         turn["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
-    whole = tokenizer.render([user("begin"), turn, *AFTER[after]], add_generation_prompt=True)
+    whole = tokenizer.render([user("begin"), turn, *AFTER[after]], offered, add_generation_prompt=True)
     end = tokenizer.turn_ends[0]
     behind = whole[whole.index(end, whole.index("said")) + len(end) :]
-    assert Turns(tokenizer).between(AFTER[after]) == tokenizer.encode(behind)
-    assert tokenizer.decode(Turns(tokenizer).between(AFTER[after]), skip_special=False) == behind
+    assert turns.between(AFTER[after]) == tokenizer.encode(behind)
+    assert tokenizer.decode(turns.between(AFTER[after]), skip_special=False) == behind
 
 
 def test_an_environment_does_not_speak_for_the_policy(tokenizers):
@@ -307,7 +325,7 @@ def test_whatever_goes_wrong_is_told():
     assert [result.failed for result in found] == [result.text.startswith("Error") for result in found]
 
 
-@pytest.mark.parametrize("name", ["shipped", "qwen3", "qwen3_plain"])
+@pytest.mark.parametrize("name", ["shipped", "qwen3", "qwen3_plain", "two"])
 def test_calls_are_read_as_the_template_writes_them(tokenizers, name):
     tokenizer = tokenizers[name]
     turns = Turns(tokenizer, [tools.schema(search)])
@@ -315,7 +333,7 @@ def test_calls_are_read_as_the_template_writes_them(tokenizers, name):
     calls = [{"type": "function", "id": f"call_{i}", "function": one} for i, one in enumerate(named)]
     for content in ("", "I look"):
         message = {"role": "assistant", "content": content, "tool_calls": calls}
-        ids, mask = tokenizer.encode_chat([user("q"), message])
+        ids, mask = tokenizer.encode_chat([user("q"), message], turns.tools)
         found, read = turns.read([i for i, mine in zip(ids, mask, strict=True) if mine])
         assert found["content"] == content and found["tool_calls"] == calls
         assert read == [Call("search", {"query": "a {b}", "most": 2}), Call("other", {})]
@@ -394,14 +412,13 @@ def test_limits_cut_off(tokenizers):
     assert cut(most=two - 1)[:3] == (two - 1, "length", 0.25), "the second turn is cut"
     assert cut(most=one + len(between))[:3] == (one, "length", 0.25), "no token is left for another turn"
     script = cut(most=two, turn_tokens=len(turn) + 1)[3]
-    assert [how.max_tokens for how in script.asked] == [len(turn) + 1, len(turn)]
-    assert len({how.seed for how in cut()[3].asked}) == 6 and cut()[3].asked == cut()[3].asked
+    assert [(how.max_tokens, how.budget) for how in script.asked] == [(two, len(turn) + 1)] * 2
     with pytest.raises(ValueError, match="turns 0, turn_tokens 5: each must be at least 1"):
         Episodes(Talk, tokenizer, turns=0, turn_tokens=5)
 
 
-def test_a_turn_that_was_sampled_beyond_an_episodes_room_is_cut(tokenizers):
-    """One call of the engine has one limit: that of the episode with most room."""
+def test_a_turn_ends_where_its_episode_has_no_room_left(tokenizers):
+    """Though others of the same call of the engine have more."""
     tokenizer = tokenizers["shipped"]
     rows = [{"opening": [user("q")], "answers": [[user("on" * n)]]} for n in (1, 3)]
     turn = encoded(tokenizer, "123456")
@@ -448,6 +465,53 @@ def test_an_environment_that_fails_costs_its_episode(tokenizers):
         assert part in error and bool(part) == bool(error)
     assert report(samples)["environment/raised"] == 6
     assert rewarded(samples, [0.5] * 7) == [1.5] + [None] * 6, "a lost episode has no reward, whatever functions say"
+
+
+class Paid(Environment):
+    def reset(self, row):
+        self.left = list(row["rewards"])
+        return [user("q")]
+
+    def step(self, messages):
+        return Step([user("on")], self.left.pop(0), not self.left)
+
+
+def test_rewards_that_are_no_finite_numbers_cost_their_episode(tokenizers):
+    nan, inf = float("nan"), float("inf")
+    given = [[inf], [-inf], [nan], ["1"], [None], [10**400], [1.5, inf], [1e308, 1e308], [True], [np.float32(0.5), 2]]
+    turn = encoded(tokenizers["shipped"], "1")
+    rows = [{"rewards": rewards} for rewards in given]
+    samples = play(Episodes(Paid, tokenizers["shipped"]), Script([[turn] * 10, [turn] * 3]), rows)
+    assert [s.reward for s in samples] == [None] * 8 + [1.0, 2.5]
+    errors = [s.episode.error for s in samples]
+    for i, said in ((0, "inf"), (1, "-inf"), (2, "nan"), (3, "'1'"), (6, "inf"), (7, "1e+308")):
+        assert errors[i] == f"ValueError: a Step's reward is {said}: what an episode gets must be a finite number"
+    assert all(errors[:8]) and report(samples)["environment/raised"] == 8
+
+
+class Counted(Talk):
+    """It counts how many are open."""
+
+    now, most = 0, 0
+
+    def reset(self, row):
+        if row["n"] == 8:
+            raise RuntimeError("the eighth")
+        Counted.now += 1
+        Counted.most = max(Counted.most, Counted.now)
+        return [user(f"q {row['n']}")]
+
+    def close(self):
+        Counted.now -= 1
+
+
+def test_openings_are_asked_for_a_few_at_a_time(tokenizers):
+    episodes, rows = Episodes(Counted, tokenizers["shipped"]), [{"n": n} for n in range(11)]
+    assert episodes.openings(rows[:8], 3) == [[user(f"q {n}")] for n in range(8)]
+    assert Counted.most == 3 and Counted.now == 0
+    with pytest.raises(RuntimeError, match="the eighth"):
+        episodes.openings(rows, 3)
+    episodes.close()
 
 
 def test_rewards_of_functions_are_added():
@@ -691,6 +755,106 @@ def test_an_environment_may_answer_calls_itself(tokenizers):
     turn = encoded(tokenizers["shipped"], '<|call|>{"name": "search", "arguments": {"query": "four"}}')
     (sample,) = play(Episodes(Own, tokenizers["shipped"]), Script([[turn]]), [row])
     assert sample.reward == 4 and sample.episode.calls == 1
+
+
+# engines --------------------------------------------------------------------------------------------------------------
+
+MODEL = small.model(num_hidden_layers=1, vocab_size=384, mlp_only_layers=[])
+PARAMS = MODEL.init(0)
+MANY = Sampling(max_tokens=60, stop=tuple(range(0, 384, 4)), seed=5)
+"""Turns end soon."""
+LONG = [{"opening": [user("x" * (1 + 5 * (i % 2)))], "answers": [[user("on" * (1 + i))]] * (i % 4)} for i in range(8)]
+
+
+def test_an_episode_is_the_same_whoever_else_plays(tokenizers):
+    """As in a part of the rollout, on a rank of its own."""
+    episodes = Episodes(Talk, tokenizers["shipped"], turn_tokens=9)
+    prompts = [episodes.turns.prompt(opening) for opening in episodes.openings(LONG)]
+    engine = LocalEngine(MODEL, PARAMS, slots=5, length=80)
+    whole = episodes(engine, prompts, LONG, MANY)
+    assert len({s.episode.turns for s in whole}) > 2 and {s.finish_reason for s in whole} == {"stop", "length"}
+    for part in (range(3), range(3, 8), [7, 2, 5]):
+        rows = [LONG[i] for i in part]
+        found = episodes(engine, [prompts[i] for i in part], rows, replace(MANY, numbers=tuple(part)))
+        assert [s.tokens for s in found] == [whole[i].tokens for i in part]
+
+
+def test_each_turn_has_random_numbers_of_its_own(tokenizers):
+    """A policy to which all tokens are alike at all times says something else in every turn."""
+    episodes = Episodes(Talk, tokenizers["shipped"])
+    engine = LocalEngine(MODEL, tree.map(torch.zeros_like, PARAMS), slots=1, length=80)
+    (sample,) = episodes(engine, [episodes.turns.prompt(LONG[3]["opening"])], LONG[3:4], replace(MANY, seed=2))
+    said = [m["content"] for m in sample.episode.messages if m["role"] == "assistant"]
+    assert len(said) == len(set(said)) == 4
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_servers_are_asked_for_no_more_than_they_hold(tokenizers, kind):
+    """One whose context has room for the longest opening and what may follow it."""
+    episodes = Episodes(Talk, tokenizers["shipped"])
+    prompts = [episodes.turns.prompt(opening) for opening in episodes.openings(LONG)]
+    with closing(servers.KINDS[kind](MODEL, PARAMS, length=max(map(len, prompts)) + 61)) as server:
+        samples = episodes(RemoteEngine(kind, [server.url], MODEL), prompts, LONG, MANY)
+    assert max(sample.episode.turns for sample in samples) > 2
+    assert any(len(sample.tokens) > 30 for sample in samples) and all(len(sample.tokens) <= 60 for sample in samples)
+
+
+class Sick(Environment):
+    """The row 2 always fails, 3 when it is played first."""
+
+    failed = 0
+
+    def __init__(self):
+        self.row = {}
+
+    def reset(self, row):
+        self.row = row
+        if row["n"] == 2 and row["plays"]:
+            Sick.failed += 1
+            raise RuntimeError("broken row")
+        return [user(f"q {row['n']}")]
+
+    def step(self, messages):
+        self.row["plays"] += 1
+        if self.row["n"] == 3 and self.row["plays"] == 1:
+            Sick.failed += 1
+            raise KeyError("gone")
+        return Step(reward=len(messages[-1]["content"]), done=True)
+
+
+@pytest.mark.parametrize(("level", "staleness"), [(1, 1), (1, 4), (2, 3)])
+def test_episodes_that_are_lost_are_not_played_again_ahead_of_the_step(tokenizers, level, staleness):
+    """Each prompt is asked once each time that it is drawn, and what was lost is counted once."""
+    episodes = Episodes(Sick, tokenizers["shipped"], turn_tokens=4)
+    rows = [{"n": n, "plays": 0} for n in range(5)]
+    prompts = Prompts(Prompt(episodes.turns.prompt(o), "", row)
+                      for o, row in zip(episodes.openings(rows), rows, strict=True))  # fmt: skip
+    rows[2]["plays"], Sick.failed, played = 1, 0, []
+    engine = LocalEngine(MODEL, PARAMS, slots=4, length=60)
+
+    def generate(asked, seed, begun, budget):
+        played.extend(prompt.columns["n"] for prompt in asked)
+        assert len(played) <= 40, "as many as are asked for"
+        return episodes(
+            engine, [p.ids for p in asked], [p.columns for p in asked], replace(MANY, max_tokens=8, seed=seed)
+        )
+
+    def reward(asked, answers):
+        return Scores(rewarded(answers, [None] * len(answers)))
+
+    rollouts = Ahead(
+        prompts, generate, reward, lambda r, sizes: advantages.grpo(r), Plan(2, 2), seq_len=60, longest=8, rows=2,
+        level=level, staleness=staleness, last=10, weights=lambda: PARAMS, update=engine.update, stop=engine.pause,
+    )  # fmt: skip
+    lost, seen = 0, []
+    for _ in range(10):
+        next(rollouts)
+        lost += rollouts.report()["environment/raised"]
+        seen += [prompt.columns["n"] for prompt in rollouts.last.prompts]
+    assert rollouts.state()["begun"] == [] and sorted(seen) == sorted(played) and len(seen) == 40
+    assert lost == Sick.failed == seen.count(2) + 1
+    rollouts.close()
+    episodes.close()
 
 
 # what ships -----------------------------------------------------------------------------------------------------------

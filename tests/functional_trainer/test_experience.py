@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_trainer import advantages
-from functional_trainer.engines import Sample
+from functional_trainer.engines import Episode, Sample
 from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Rollout, Scored, Scores, _shown
 
 QUESTIONS = Prompts(Prompt([10 + i, 3], f"question {i}", {"answer": str(i)}) for i in range(7))
@@ -31,7 +31,7 @@ def draw(prompts, seed):
 def reward(prompts, answers):
     """Reward the answer's length; none for those of question 3 that are of one token."""
     lost = [p.ids[0] == 13 and len(a.tokens) == 2 for p, a in zip(prompts, answers, strict=True)]
-    return Scores([None if x else float(len(a.tokens)) for x, a in zip(lost, answers, strict=True)], {"rewards/n": 1.0})
+    return Scores([None if x else float(len(a.tokens)) for x, a in zip(lost, answers, strict=True)])
 
 
 def grpo(rewards, sizes):
@@ -73,9 +73,12 @@ def test_every_answer_is_there_once_with_its_own_numbers(prompts, group, rows, s
     B, filled = len(batch["tokens"]), int((batch["segment_ids"] != 0).any(1).sum())
     passes = -(-B // rows)
     assert batch["tokens"].shape[1] == seq_len and B % (passes * rows if static else passes) == 0
-    assert 0 <= B - filled < (rows if static else passes)
+    assert 0 <= B - max(filled, 1) < (rows if static else passes)
     wanted = []
-    for p, a, adv in zip(last.prompts, last.answers, last.advantages.reshape(-1), strict=True):
+    both = last.rewards.flat, last.advantages.flat
+    for p, a, r, adv in zip(last.prompts, last.answers, *both, strict=True):
+        if np.isnan(r):
+            continue
         ids, before, n = p.ids + a.tokens, len(p.ids) - 1, len(a.tokens)
         wanted.append({
             "tokens": ids[:-1], "targets": ids[1:], "positions": list(range(len(ids) - 1)),
@@ -84,7 +87,7 @@ def test_every_answer_is_there_once_with_its_own_numbers(prompts, group, rows, s
             "lengths": [0.0 if share else float(n)] * before + [float(n)] * n,
         })  # fmt: skip
     found = [{k: v for k, v in d.items() if k not in ("segment_ids", "parent_ids")} for d in documents(batch)]
-    assert sorted(map(str, found)) == sorted(str({k: w[k] for k in found[0]}) for w in wanted)
+    assert sorted(map(str, found)) == sorted(str({k: w[k] for k in batch if k in w}) for w in wanted)
 
 
 def test_advantages_are_those_of_the_groups():
@@ -172,6 +175,34 @@ def test_groups_without_spread_are_drawn_anew():
     assert all(p.ids[0] % 2 == 0 for p in rollouts.last.prompts)
 
 
+def test_what_failed_is_counted_in_all_draws_and_means_are_of_what_is_trained_on():
+    turns = []
+
+    def generate(prompts, seed):
+        """Every third episode is lost; those of a prompt have as many turns as its question says."""
+        found = []
+        for i, (prompt, a) in enumerate(zip(prompts, draw(prompts, seed), strict=True)):
+            turns.append(prompt.ids[0])
+            found.append(a._replace(episode=Episode([], prompt.ids[0], 2, 1, "KeyError: gone" * (i % 3 == 0))))
+        return found
+
+    def reward(prompts, answers):
+        scores = uniform(prompts, answers)
+        return Scores(scores.rewards, {"rewards/f/raised": 2, "rewards/f/died": 0}, {"f": scores.rewards})
+
+    rollouts = made(Plan(3, 4, filter_groups=True), generate=generate, reward=reward)
+    next(rollouts)
+    said, last = rollouts.report(), rollouts.last
+    assert said["rollouts"] > 1 and len(turns) == 12 * said["rollouts"]
+    assert (said["rewards/f/raised"], said["rewards/f/died"]) == (2 * said["rollouts"], 0)
+    assert said["environment/raised"] == 4 * said["rollouts"]
+    assert said["rewards/f/mean"] == said["reward"] == last.rewards.mean()
+    assert said["rewards/f/std"] == pytest.approx(last.rewards.std(ddof=1))
+    kept = [p.ids[0] for p in last.prompts]
+    assert said["num_turns/mean"] == np.mean(kept) != np.mean(turns) and said["num_turns/min"] == min(kept)
+    assert said["tools/call_frequency"] == 2 and said["tools/failure_frequency"] == 0.5
+
+
 def test_a_rollout_is_filled_where_none_teaches_anything():
     none = made(Plan(3, 4, filter_groups=True, most=4), reward=lambda p, a: Scores([1.0] * len(a), {}))
     batch = next(none)
@@ -198,13 +229,39 @@ def test_the_penalty_of_long_answers_changes_advantages_and_not_what_is_reported
     np.testing.assert_array_equal(b.advantages, wanted)
 
 
-def test_all_answers_without_a_reward():
-    rollouts = made(reward=lambda p, a: Scores([None] * len(a), {}))
-    batch, said = next(rollouts), rollouts.report()
-    assert (
-        not batch["advantages"].any() and said["reward"] is said["reward_std"] is said["frac_reward_zero_std"] is None
-    )
+def unscored(prompts, answers):
+    """Give answers of an even number of tokens no reward."""
+    return Scores([None if len(a.tokens) % 2 == 0 else float(len(a.tokens)) for a in answers])
+
+
+@pytest.mark.parametrize("how", [USUAL, Plan(3, 4, share_prompts=False, static=True)])
+def test_answers_without_a_reward_are_not_trained_on(how):
+    rollouts = made(how, reward=unscored)
+    batch, last = next(rollouts), rollouts.last
+    kept = [p.ids + a.tokens for p, a in zip(last.prompts, last.answers, strict=True) if len(a.tokens) % 2]
+    found = documents(batch)
+    assert 0 < len(kept) < 12 and sorted([*d["tokens"], d["targets"][-1]] for d in found) == sorted(kept)
+    assert batch["weights"].sum() == sum(len(ids) - 2 for ids in kept)
+
+
+@pytest.mark.parametrize("how", [USUAL, Plan(3, 4, steps=2, static=True), Plan(3, 4, beta=0.5, returns=True)])
+@pytest.mark.parametrize("empty", [False, True])
+def test_all_answers_without_a_reward(how, empty):
+    """Of no token too, as of episodes that are lost at once; what is left is rows of padding."""
+
+    def generate(prompts, seed):
+        return [a._replace(tokens=[], logprobs=[]) if empty else a for a in draw(prompts, seed)]
+
+    reward = lambda p, a: Scores([None] * len(a))  # noqa: E731
+    rollouts = made(how, generate=generate, reward=reward, reference=to_the_token if how.beta else None, rows=3)
+    for _ in range(how.steps):
+        batch = next(rollouts)
+        assert batch["tokens"].shape == (3 if how.static else 1, 16) and not any(v.any() for v in batch.values())
+    said = rollouts.report()
+    assert said["reward"] is said["reward_std"] is said["frac_reward_zero_std"] is None
     assert said["advantages"] == {"mean": None, "min": None, "max": None}
+    assert said["completions"]["mean_length"] == 0 or not empty
+    made(how, reward=reward).restore(rollouts.state())
 
 
 def test_answers_without_a_reward_are_in_no_mean():
@@ -273,8 +330,8 @@ def test_remax_compares_with_the_greedy_answer_of_the_same_prompt():
 
 def to_the_token(batch, number, size):
     """Give each token -token / 9000, as a reference."""
-    found = np.zeros(size)
-    found[number] = np.where(batch["weights"] != 0, -batch["targets"].numpy() / 9000, 0)
+    found, real = np.zeros(size), batch["segment_ids"] != 0
+    found[number[real]] = np.where(batch["weights"] != 0, -batch["targets"].numpy() / 9000, 0)[real]
     return Scored(found)
 
 
@@ -345,6 +402,7 @@ def test_what_is_reported_by_hand():
         sizes = np.array([len(a.tokens) for a in last.answers])
         ended = np.array([a.finish_reason == "stop" for a in last.answers])
         right = (sizes > 3).reshape(3, 4)
+        assert said["rewards/reward/mean"] == right.mean() and "rewards/none/mean" not in said
         assert said["reward"] == 2 * right.mean() and said["reward_best"] == 2 * right.any(1).mean()
         assert said["completions"]["mean_terminated_length"] == sizes[ended].mean()
         assert said["completions"]["clipped_ratio"] == pytest.approx(1 - ended.mean())

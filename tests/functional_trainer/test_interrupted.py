@@ -63,7 +63,7 @@ def test_in_parts_an_answer_is_the_same_as_at_once(kind, budgets, slots):
     for budget in [*budgets, 0]:
         open_ = [i for i, s in enumerate(parts) if s is None or s.finish_reason == "abort"]
         for i in open_:  # alone, under the number that it has in the whole call
-            how = replace(SAMPLED, budget=budget, first=i)
+            how = replace(SAMPLED, budget=budget, numbers=(i,))
             (found,) = engine(kind, slots=slots).generate([PROMPTS[i]], how, [parts[i]])
             had = len(parts[i].tokens) if parts[i] else 0
             assert not parts[i] or found.tokens[:had] == parts[i].tokens
