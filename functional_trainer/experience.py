@@ -314,7 +314,7 @@ class Experience:
             worth = self.advantage(used, sizes, *baseline)
         said = [one for g in good for one in g.said]
         rollout = Rollout(prompts, answers, rewards, worth, said, by_token)
-        row = _report(rollout, sizes) | moments({name: [one[f"rewards/{name}"] for one in said] for name in scores.each})
+        row = _report(rollout, sizes) | moments({k: [one[f"rewards/{k}"] for one in said] for k in scores.each})
         row |= episodes.report(answers) | failed | ({"rollouts": tried} if how.filter_groups else {})
         row |= {"kl": float(sum(d.sum() for d in apart) / max(sizes.sum(), 1))} if apart else {}
         row["generated_tokens_per_s"] = spent.pop("tokens") / spent["gen"]
