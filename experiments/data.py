@@ -39,6 +39,10 @@ def load(
     alike = all(share[1:] == Share(0)[1:] for share in shares)
     epochs, mix = None if o.steps else o.epochs, () if alike else shares
     loader = Loader(documents, workers=o.data.workers, seed=o.seed, epochs=epochs, sources=mix, **rows)
+    if long := loader.pieces.stats[o.data.overlong]:
+        what = {"chats": "documents", "pairs": "pairs"}.get(form, "groups of answers")
+        done = {"split": "split", "truncate": "truncated", "drop": "dropped"}[o.data.overlong]
+        say(f"{long:,} of {len(documents.starts) - 1:,} {what} are longer than --data.seq-len {o.data.seq_len}: {done}")
     if not held_out and not o.data.split:
         return loader, {}, []
 

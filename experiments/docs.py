@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the clone without installing
 
-from experiments import qwen3_moe_grpo
+from experiments import preference, qwen3_moe_grpo
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config, optimizers
 from functional_trainer.loop import MAY_DIFFER
@@ -43,22 +43,20 @@ def show(default: Any) -> str:
     return " ".join(f"`{word}`" for word in words)
 
 
-def options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """Yield (dotted name, type, default, help) of the options of one section, those of its sections left out."""
+def options(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield (dotted name, type, default, help) of a dataclass's options, or of an instance's, sections left out."""
+    cls = section if isinstance(section, type) else type(section)
     hints, named, texts = get_type_hints(cls), get_type_hints(cls, include_extras=True), helps(cls)
-    for field in dataclasses.fields(cls):
-        if not dataclasses.is_dataclass(hint := hints[field.name]):
-            flag = getattr(named[field.name], "__metadata__", [None])[0]
-            yield flag.name if flag else prefix + field.name, hint, field.default, texts.get(field.name, "")
+    for name in (field.name for field in dataclasses.fields(cls)):
+        if not dataclasses.is_dataclass(hint := hints[name]):
+            flag, default = getattr(named[name], "__metadata__", [None])[0], getattr(section, name, dataclasses.MISSING)
+            yield flag.name if flag else prefix + name, hint, default, texts.get(name, "")
 
 
-def sections(of: type = Options) -> dict[str, type]:
-    """Return the dataclass of every section of a recipe's options, by the prefix of its names; "" is its own."""
-    found: dict[str, type] = {"": of}
-    for name, hint in get_type_hints(of).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            found[f"{name}."] = hint
-    return found
+def sections(of: type = Options) -> dict[str, Any]:
+    """Return every section of a recipe's options, as it is by default, by the prefix of its names; "" is `of`."""
+    made = [field for field in dataclasses.fields(of) if dataclasses.is_dataclass(get_type_hints(of)[field.name])]
+    return {"": of} | {f"{field.name}.": field.default_factory() for field in made}  # type: ignore[operator]
 
 
 def table(*rows: tuple[str, ...]) -> str:
@@ -67,21 +65,22 @@ def table(*rows: tuple[str, ...]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *others]) + "\n"
 
 
-def flags(cls: type, prefix: str) -> str:
-    """Lay out the options of one section."""
-    rows = [("option", "value", "default", "meaning", "may differ")]
-    for name, hint, default, text in options(cls, prefix):
+def rows(section: Any, prefix: str) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of each option of one section."""
+    for name, hint, default, text in options(section, prefix):
         kind, free = config.describe(hint).removesuffix(" or null"), {name, name.split(".")[0]} & MAY_DIFFER
-        rows.append((f"`--{name.replace('_', '-')}`", kind, show(default), text, "yes" if free else ""))
-    return table(*rows)
+        yield f"`--{name.replace('_', '-')}`", kind, show(default), text, "yes" if free else ""
 
 
 def tables() -> str:
-    """Return what is generated of configuration.md."""
-    parts = [f"## {f'`--{name}*`' if name else 'The run'}\n\n{flags(cls, name)}" for name, cls in sections().items()]
-    for name, cls in sections(qwen3_moe_grpo.Options).items():
-        if name and cls not in sections().values():
-            parts.append(f"## `--{name}*` of experiments/qwen3_moe_grpo.py\n\n{flags(cls, name)}")
+    """Return what is generated of configuration.md: all options of one recipe, and what others have differently."""
+    ours, head, parts = sections(), ("option", "value", "default", "meaning", "may differ"), list[str]()
+    for recipe in (None, qwen3_moe_grpo, preference):
+        script = f" of {Path(str(recipe.__file__)).relative_to(ROOT)}" if recipe else ""
+        for name, section in sections(recipe.Options if recipe else Options).items():
+            known = {*rows(ours[name], name)} if recipe and type(section) in (type, type(ours.get(name))) else {}
+            if own := [row for row in rows(section, name) if row not in known]:
+                parts.append(f"## {f'`--{name}*`' if name else 'The run'}{script}\n\n{table(head, *own)}")
     keys = [(f"`{name}`", config.describe(hint), show(default), text) for name, hint, default, text in options(Source)]
     title = "## `datasets`, in a YAML file of `--data.train` or `--data.eval`"
     return "\n".join([*parts, f"{title}\n\n{table(('key', 'value', 'default', 'meaning'), *keys)}"])

@@ -93,14 +93,6 @@ def _shown(asked: Asked, answers: list[Sample], scores: Scores) -> list[dict[str
     rows = []
     for prompt, answer, text, reward in zip(asked, answers, scores.texts, scores.rewards, strict=True):
         row = {"question": prompt.text} | ({} if prompt.wanted is None else {"wanted": prompt.wanted})
-        row |= {"episode": _dialogue(answer.episode.messages)} if answer.episode else {"given": text}
+        row |= {"episode": answer.episode.text} if answer.episode else {"given": text}
         rows.append(row | {"reward": str(reward)})
     return rows
-
-
-def _dialogue(messages: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    for m in messages:
-        called = "".join(f" {call['function']}" for call in m.get("tool_calls", []))
-        lines.append(f"{m['role']}: {m['content']}{called}")
-    return "\n".join(lines)

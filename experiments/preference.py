@@ -1,8 +1,10 @@
 """Learning from preferences with Qwen3 and Qwen3-MoE: DPO, cDPO, IPO, BCO, MPO and KTO.
 
-python experiments/preference.py                                            # shipped tasks, on a laptop
-python experiments/preference.py --model.path HF_FOLDER --data.train pairs.jsonl --loss-type mpo --out runs/mine
-torchrun --nproc-per-node 8 experiments/preference.py --mesh.ep 2 ...       # the same on several devices
+    python experiments/preference.py                                        # shipped tasks, on a laptop
+    python experiments/preference.py --model.path HF_FOLDER --data.train pairs.jsonl --loss-type mpo --out runs/mine
+    torchrun --nproc-per-node 8 experiments/preference.py --mesh.ep 2 ...   # the same on several devices
+
+The step is that of supervised fine-tuning; its loss and its rows are others.
 """
 
 import sys
@@ -28,6 +30,8 @@ class Options(PreferenceOptions):
     """Optimizer steps (0: what --epochs takes)."""
     batch: int = 8
     """Packed rows per optimizer step, over all devices; the answers of a pair are in one row."""
+    save_every: int = 20
+    """Steps between checkpoints (0: only at the end)."""
     out: str = "runs/preference"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""
     answers: int = 0

@@ -58,10 +58,12 @@ def prompts(
 
     def asked(paths: tuple[str, ...], keep: Within | None) -> Iterator[Prompt]:
         some = (Source(path, o.data.type, o.data.columns) for path in paths)
-        rows = (row for source in some for row in rows_of(source, keep, "questions") if row.messages)
+        rows = (row for source in some for row in rows_of(source, keep, "questions"))
         return (_prompt(row, tokenizer, vocab) for row in rows)
 
     found = Prompts(asked(train, kept))
+    if o.data.split and not found:
+        raise ValueError(f"--data.split {o.data.split} holds out all of so few rows; use a smaller share")
     say(f"training data: {', '.join(train)}: {len(found):,} questions")
     return found, Prompts(islice(asked(train if o.data.split else held_out, held), count))
 

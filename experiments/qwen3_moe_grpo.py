@@ -36,6 +36,8 @@ class Options(RunOptions):
     """Most packed rows of a pass on each device; a step has as many passes as its answers need."""
     eval_every: int = 20
     """Steps between evaluations (0: only at the end)."""
+    save_every: int = 20
+    """Steps between checkpoints (0: only at the end)."""
     out: str = "runs/qwen3_moe_grpo"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, index.html, hf/."""
     answers: int | None = None
@@ -99,12 +101,13 @@ def main(o: Options) -> None:
         rollouts.peek()  # so that the engine is checked before anything else is done with it
 
     held_out = HeldOut(o, run, model, reward, answers)
-    if held_out.questions and not run.resume:
-        run.say(f"before training {held_out.say(held_out.measure(began.params))}")
+    before = held_out.measure(began.params) if held_out.questions and not run.resume else {}
+    if before:
+        run.say(f"before training {held_out.say(before)}")
     state, finished = train(
         step, began, rollouts, model=model, loss=run.loss, options=o, total_steps=steps, resume=run.resume,
         sample=held_out.sample if run.samples else None, measure=held_out.measure if held_out.questions else None,
-        shard=run.shard, device=run.device,
+        before=before, shard=run.shard, device=run.device,
     )  # fmt: skip
     if finished:
         run.hand_back(model, state)

@@ -1,7 +1,7 @@
 """What recipes share: where a run lives, its data, its weights to begin with, and what it hands back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ import torch
 
 import models
 from experiments import auto, data, rules
-from functional_trainer import backend, checkpoint, exact_match, losses, optimizers, precision, step, tree, types
+from functional_trainer import backend, checkpoint, config, exact_match, losses, optimizers, precision, step, tree
 from functional_trainer.data import Loader, Record, Tokenizer
 from functional_trainer.loop import agree, claim
 from functional_trainer.state import TrainState, ema
+from functional_trainer.types import OneDevice
 from sharding_rules import mesh
 
 
@@ -86,8 +87,7 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     if o.compile != "off":
         backend.probe_compiler(device)
     rank, world = backend.join(device, o.timeout, o.out)
-    flags = {f"--{key.replace('/', '.')}": value for key, value in tree.flatten(asdict(o)).items()}
-    agree({flag: value for flag, value in flags.items() if flag not in ("--device", "--data.cache")})
+    agree({flag: value for flag, value in config.flags(o).items() if flag not in ("--device", "--data.cache")})
     resume = claim(o, main=rank == 0)
     given = models.read_config(o.model.path) if o.model.path else {}
     tokenizer = Tokenizer(o.data.tokenizer or o.model.path or Path(__file__).with_name("first_light") / "tokenizer")
@@ -97,7 +97,7 @@ def start(o: Any, answers: int, objective: Callable[[dict[str, Any]], losses.Los
     axes = dict(zip(grid.mesh_dim_names or (), grid.shape, strict=True)) if grid else {}
     table = rules.chosen(o.rules, model, axes)
     fp8 = precision.fp8(o.fp8, model) if o.precision == "fp8" else {}
-    shard: Any = types.OneDevice(fp8)
+    shard: Any = OneDevice(fp8)
     if grid:
         from sharding_rules.sharder import Sharder  # with DTensors, whose import takes a second
 

@@ -117,6 +117,15 @@ def dump(config: Any, path: str | Path) -> None:
     partial.replace(path)  # whole at every instant, whatever is killed
 
 
+def flags(config: Any, prefix: str = "--") -> dict[str, Any]:
+    """Return the value of every option by its flag; a list is one value."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        flag, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+        found |= flags(value, f"{flag}.") if dataclasses.is_dataclass(value) else {flag: value}
+    return found
+
+
 def load(cls: type[T], path: str | Path, default: T | None = None) -> T:
     """Read a YAML file into `cls`; absent keys come from `default` or from the fields' own defaults.
 

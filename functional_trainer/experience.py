@@ -9,11 +9,13 @@ between two steps of a rollout goes on with the same rows.
 
 import io
 import json
+import math
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,11 +48,16 @@ class Prompt(NamedTuple):
 class Prompts(tuple[Prompt, ...]):
     """Questions of a data set."""
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common, and all ranks."""
-        ids = json.dumps([prompt.ids for prompt in self]).encode()
-        return {"prompts": f"{len(self)} prompts, crc {zlib.crc32(ids):08x}"}
+        """What a resumed run must have in common, and all ranks: ids and columns; of what is no JSON the type."""
+        crc = 0
+        for prompt in self:
+            content = json.dumps(
+                [prompt.ids, prompt.columns], skipkeys=True, default=lambda value: type(value).__name__
+            )
+            crc = zlib.crc32(content.encode(), crc)
+        return {"prompts": f"{len(self)} prompts, crc {crc:08x}"}
 
 
 class Scores(NamedTuple):
@@ -114,7 +121,7 @@ class Plan:
     static: bool = False
     """All passes have as many rows, for a compiled step; else no more than are filled."""
     shown: int = 0
-    """Answers of a rollout that `report` has as "completions_table", the first ones."""
+    """Answers of a rollout that `report` has as "completions_table": some of each of several prompts."""
     shown_every: int = 1
     """Rollouts between two that are shown."""
 
@@ -327,7 +334,7 @@ class Experience:
             worth = self.advantage(used, chosen, *baseline)
         said = [one for g in good for one in g.said]
         rollout = Rollout(prompts, answers, rewards, worth, said, by_token)
-        row = _report(rollout, sizes) | moments({name: [one[name] for one in said] for name in scores.each})
+        row = _report(rollout, sizes) | moments({k: [one[f"rewards/{k}"] for one in said] for k in scores.each})
         row |= episodes.report(answers) | failed | _outcomes(seen)
         row |= {"rollouts": tried, "filtered": _filtered(seen, good)} if how.filter_groups else {}
         row |= {"kl": float(sum(d.sum() for d in apart) / max(chosen.sum(), 1))} if apart else {}
@@ -414,17 +421,22 @@ def _filtered(groups: list[_Group], kept: list[_Group]) -> dict[str, int]:
 def _said(scores: Scores, i: int) -> dict[str, Any]:
     """Return an answer's text and its rewards by function."""
     text = {"completion": scores.texts[i]} if scores.texts else {}
-    return text | {name: given[i] for name, given in scores.each.items()}
+    return text | {f"rewards/{name}": given[i] for name, given in scores.each.items()}
 
 
 def _shown(rollout: Rollout, count: int) -> list[dict[str, Any]]:
-    """Return a row for each of the first answers: texts, rewards, advantage, tokens, why it ended."""
+    """Return a row for each of some answers to each of some prompts: texts, rewards, advantage, why it ended."""
+    groups, size = rollout.rewards.shape
+    each = min(size, max(math.isqrt(count), -(-count // groups)))
     rows = []
-    for i, answer in enumerate(rollout.answers[:count]):
-        reward, worth = rollout.rewards.flat[i], rollout.advantages.flat[i]
-        row = {"prompt": rollout.prompts[i].text} | rollout.said[i]
+    for i in [group * size + k for group in range(groups) for k in range(each)][:count]:
+        prompt, answer = rollout.prompts[i], rollout.answers[i]
+        reward, worth, right = rollout.rewards.flat[i], rollout.advantages.flat[i], prompt.columns.get("answer")
+        row = {"prompt": prompt.text} | ({} if right is None else {"answer": str(right)}) | rollout.said[i]
         row |= {"reward": None if np.isnan(reward) else float(reward), "advantage": float(worth)}
-        row |= {"error": answer.episode.error} if answer.episode and answer.episode.error else {}
+        if answer.episode:
+            row |= {"completion": answer.episode.text}
+            row |= {"error": answer.episode.error} if answer.episode.error else {}
         rows.append(row | {"tokens": len(answer.tokens), "finish_reason": answer.finish_reason})
     return rows
 
@@ -432,15 +444,16 @@ def _shown(rollout: Rollout, count: int) -> list[dict[str, Any]]:
 def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
     """Return metrics under the names that TRL and verl use."""
     rewards, ended = rollout.rewards, np.array([a.finish_reason != "length" for a in rollout.answers])
-    scored, n = rewards[~np.isnan(rewards).all(1)], sizes.reshape(-1)
+    given, n = ~np.isnan(rewards), sizes.reshape(-1)
+    scored, worth = rewards[given.any(1)], rollout.advantages[given]
     versions = [version for answer in rollout.answers for version in answer.versions]
     return {
         "reward": float(np.nanmean(rewards)) if len(scored) else None,
         "reward_best": float(np.nanmax(scored, 1).mean()) if len(scored) else None,
         "reward/min": float(np.nanmin(scored)) if len(scored) else None,
         "reward/max": float(np.nanmax(scored)) if len(scored) else None,
-        "reward_std": float(advantages.deviation(rewards).mean()),
-        "frac_reward_zero_std": float(1 - advantages.has_spread(rewards).mean()),
+        "reward_std": float(advantages.deviation(scored).mean()) if len(scored) else None,
+        "frac_reward_zero_std": float(1 - advantages.has_spread(scored).mean()) if len(scored) else None,
         "completions": {
             "mean_length": float(sizes.mean()), "min_length": int(sizes.min()), "max_length": int(sizes.max()),
             "clipped_ratio": float(1 - ended.mean()),
@@ -448,8 +461,8 @@ def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
         },
         "prompts": {"mean_length": float(np.mean([len(p.ids) for p in rollout.prompts]))},
         "advantages": {
-            "mean": float(rollout.advantages.mean()), "min": float(rollout.advantages.min()),
-            "max": float(rollout.advantages.max()),
+            "mean": float(worth.mean()) if len(worth) else None, "min": min(worth.tolist(), default=None),
+            "max": max(worth.tolist(), default=None),
         },
     } | ({"weight_version": max(versions)} if versions else {})  # fmt: skip
 

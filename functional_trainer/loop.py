@@ -81,12 +81,18 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def _differences(old: Any, new: Any) -> list[str]:
-    was, now = (tree.flatten(asdict(x)) for x in (old, new))
+    was, now = config.flags(old), config.flags(new)
+    names = {flag: flag.removeprefix("--").replace("-", "_") for flag in now}
     return [
-        f"{key.replace('/', '.')} was {was.get(key)}, is {now.get(key)}"
-        for key in {**was, **now}
-        if was.get(key) != now.get(key) and not {key.split("/")[0], key.replace("/", ".")} & MAY_DIFFER
+        f"{flag} was {_words(was[flag])}, is {_words(now[flag])}"
+        for flag, name in names.items()
+        if was[flag] != now[flag] and not {name.split(".")[0], name} & MAY_DIFFER
     ]
+
+
+def _words(value: Any) -> str:
+    """Write an option's value as on the command line."""
+    return " ".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
 
 
 def eval_losses(
@@ -135,13 +141,14 @@ def train(
     loss: Loss, options: Any, total_steps: int, resume: Path | None = None,
     held_out: Mapping[str, Loader] | None = None,
     sample: Callable[[tree.Tree], Sequence[Mapping[str, str]]] | None = None,
-    measure: Callable[[tree.Tree], Mapping[str, Any]] | None = None, shard=ONE_DEVICE, device: torch.device,
+    measure: Callable[[tree.Tree], Mapping[str, Any]] | None = None, before: Mapping[str, Any] | None = None,
+    shard=ONE_DEVICE, device: torch.device,
 ) -> tuple[TrainState, bool]:  # fmt: skip
     """Run `step` until `total_steps`; return the state and whether it got there.
 
     `options` are `RunOptions`; metrics and checkpoints go to its `out`. At every evaluation come the loss of each of
-    the `held_out` loaders, what `measure(params)` returns, and what `sample(params)` returns to be shown. Ctrl-C
-    finishes the step, saves and returns.
+    the `held_out` loaders, what `measure(params)` returns, and what `sample(params)` returns to be shown; `before` is
+    what was measured before the first step, in whose row it is. Ctrl-C finishes the step, saves and returns.
     """
     start, stopped = _restored(resume, state, loader, total_steps), False
     best = _best_so_far(options, held_out or measure)
@@ -165,9 +172,8 @@ def train(
             row, clock, stopped = _one(step, state, loader, model, asked, options, shard, device, names, clock)
             evaluated = due(done, options.eval_every)
             if evaluated:
-                row |= _evaluated(model, loss, state, held_out, shard, device)
-                row |= measure(state.params) if measure else {}
-            metrics.log(done, row)
+                row |= _evaluated(model, loss, state, held_out, measure, shard, device)
+            metrics.log(done, row | ({"before": before} if before and done == 1 else {}))
             if evaluated and sample:
                 metrics.samples(done, sample(state.params))
             _check_finite(done, row["skipped"], options, metrics)
@@ -220,14 +226,15 @@ def _one(
 
 
 def _evaluated(
-    model: Any, loss: Loss, state: TrainState, held_out: Mapping[str, Loader] | None, shard, device
-) -> dict[str, Any]:
-    """Return the entries of an evaluation: weight norms, and held-out losses if there is anything held out."""
+    model: Any, loss: Loss, state: TrainState, held_out: Mapping[str, Loader] | None,
+    measure: Callable[[tree.Tree], Mapping[str, Any]] | None, shard, device,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the entries of an evaluation: weight norms, held-out losses if anything is held out, what is measured."""
     row: dict[str, Any] = {"weight_norms": weight_norms(state.params, shard)}
     if held_out:
         row["eval_loss"], by_source = eval_losses(model, loss, state.params, held_out, state.buffers, shard, device)
         row |= {"eval_losses": by_source} if len(by_source) > 1 else {}
-    return row
+    return row | dict(measure(state.params)) if measure else row
 
 
 def _best_so_far(options: Any, held_out: Any) -> float:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 LATE = 1000  # steps whose load of experts is drawn at most
 RECENT = 50  # steps that the estimate of the remaining time looks back on
+KEPT = ("reward", "accuracy", "eval_reward", "eval_loss")  # not of every step: the progress line has the last ones
 
 
 class Metrics:
@@ -30,7 +31,7 @@ class Metrics:
     None); the plot also reads lr. On construction rows and events after `start_step` are dropped, a line torn by a
     kill too, so a resumed run leaves one row per step: log a step before saving its checkpoint, and check first that
     the folder holds this run. With `main=False` (other ranks) nothing is read or written. Without a terminal a plain
-    line appears every `every` steps.
+    line appears every `every` steps, and where something held out was measured.
     With `wandb`, a project's name, rows and `config` go to Weights & Biases as well.
     """
 
@@ -48,7 +49,7 @@ class Metrics:
     ):
         self.folder, self.total, self.last, self.main, self.every = Path(folder), total_steps, start_step, main, every
         self.clock: collections.deque[float] = collections.deque(maxlen=RECENT)
-        self.eval_loss: float | None = None
+        self.kept: dict[str, float] = {}
         self.drawn = time.monotonic(), 0.0
         if not main:
             return
@@ -56,11 +57,14 @@ class Metrics:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         self.wandb = _wandb(wandb, self.folder, config) if wandb else None
+        anew = not start_step and any(read(self.folder / "metrics.jsonl"))
         for name in ("metrics.jsonl", "samples.jsonl", "completions.jsonl"):
             truncate(self.folder / name, start_step)
         self.file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1, flush_secs=5)
         self.console = console or Console()
+        if anew:
+            self.print(f"{self.folder} holds steps of which nothing was saved, beginning anew at step 0")
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(None), TextColumn("{task.description}"))
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, expand=True)
         self.task = self.bar.add_task("", total=total_steps, completed=start_step)
@@ -97,7 +101,7 @@ class Metrics:
             reason = f"cannot write the metrics of step {step} to {self.folder}: {error.strerror}"
             raise OSError(error.errno, f"{reason}; make room there and resume") from None
         self.clock.append(time.monotonic())
-        self.eval_loss = row["eval_loss"] if row.get("eval_loss") is not None else self.eval_loss
+        self.kept |= {name: row[name] for name in KEPT if row.get(name) is not None}
         self._show(step, values)
 
     def print(self, message: str) -> None:
@@ -160,21 +164,20 @@ class Metrics:
         line = self._line(step, values)
         if self.console.is_terminal:
             self.bar.update(self.task, completed=step, description=line)
-        elif step % self.every == 0 or step == self.total or values.get("eval_loss") is not None:
+        elif step % self.every == 0 or step == self.total or any(values.get(name) is not None for name in KEPT[1:]):
             self.print(f"step {step}/{self.total}  {line}")
 
     def _line(self, step: int, values: Mapping[str, Any]) -> str:
-        """Say loss, eval loss, speed, MFU and the time left, from the steps seen since the first (which compiles)."""
+        """Say rewards, losses, speed, MFU and the time left, from the steps seen since the first (which compiles)."""
         rate, mfu = values.get("tokens_per_s"), values.get("mfu")
         eta = "?"
         if len(self.clock) > 1:
             left = (self.clock[-1] - self.clock[0]) / (len(self.clock) - 1) * (self.total - step)
             eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60 // 1:02.0f}"
-        shown = ("reward", "accuracy", "eval_reward")  # of reinforcement learning, whose loss says little
-        parts = [
-            *(f"{name} {float(values[name]):.3f}" for name in shown if values.get(name) is not None),
+        parts = [  # in reinforcement learning the loss says little
+            *(f"{name} {self.kept[name]:.3f}" for name in KEPT[:3] if name in self.kept),
             f"loss {float(values.get('loss', math.nan)):.4f}",
-            "" if self.eval_loss is None else f"eval {self.eval_loss:.4f}",
+            f"eval {self.kept['eval_loss']:.4f}" if "eval_loss" in self.kept else "",
             "" if rate is None else f"{float(rate):,.0f} tok/s",
             "MFU n/a" if mfu is None else f"MFU {float(mfu):.1%}",
             f"ETA {eta}",

@@ -20,7 +20,7 @@ td { white-space: pre-wrap; overflow-wrap: anywhere }
 img { width: 100% }
 .warn { color: #b00 }
 """
-PICTURES = ("loss.png", "experts.png", "norms.png", "reward.png")
+PICTURES = ("reward.png", "loss.png", "experts.png", "norms.png")  # with rewards the loss says little
 
 
 def write(folder: str | Path, rows: list[dict[str, Any]], dead: str = "") -> Path:
@@ -37,8 +37,9 @@ def write(folder: str | Path, rows: list[dict[str, Any]], dead: str = "") -> Pat
         lines = ([row["step"], *(_number(row["eval_losses"].get(name)) for name in names)] for row in evals)
         parts += ["<h2>Held-out loss by source</h2>", _table(lines, ["step", *names])]
     if answers := last(folder / "completions.jsonl", 16):
-        lines = ([_cell(answer.get(name)) for name in answers[-1]] for answer in answers)
-        parts += ["<h2>Answers of rollouts, the last ones in completions.jsonl</h2>", _table(lines, answers[-1])]
+        columns = list(dict.fromkeys(name for answer in answers for name in answer))
+        lines = ([_cell(answer.get(name)) for name in columns] for answer in answers)
+        parts += ["<h2>Answers of rollouts, the last ones in completions.jsonl</h2>", _table(lines, columns)]
     samples = last(folder / "samples.jsonl", 5)
     if samples:
         names = list(samples[-1]["samples"][0])
@@ -59,24 +60,33 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Say in a few numbers how a run went, from the rows of its `metrics.jsonl`."""
     if not rows:
         return {"steps": "0"}
-    evals = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
-    losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    tail = losses[-math.ceil(len(losses) / 10) :] if losses else []
-    skipped = sum(row.get("skipped", 0) > 0 for row in rows)
-    waste = [row["padding"] for row in rows if "padding" in row]
-    rates, memory = ([row[key] for row in rows if key in row] for key in ("tokens_per_s", "memory_bytes"))
-    return {
+    names = ("reward", "accuracy", "eval_reward", "loss", "eval_loss", "tokens_per_s", "padding", "memory_bytes")
+    columns = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    rewards, right, played, losses, evals, rates, waste, memory = columns.values()
+    before = rows[0].get("before", {})
+    found: dict[str, Any] = {
         "steps": f"{rows[-1]['step']:,}",
         "tokens": f"{sum(row.get('tokens', 0) for row in rows):,}",
-        "train loss, last tenth": f"{mean(tail):.4f}" if tail else "",
-        "eval loss, last": f"{evals[-1]:.4f}" if evals else "",
-        "eval loss, best": f"{min(evals):.4f}" if evals else "",
-        "median tokens/s": f"{median(rates):,.0f}" if rates else "",
-        "padding": f"{mean(waste):.1%}" if waste else "",
-        "skipped steps": str(skipped),
-        "peak memory, MiB": f"{max(memory) / 2**20:,.0f}" if memory else "",
+        "reward, last tenth": rewards and f"{_late(rewards):.4f}",
+        "held-out accuracy, before": "accuracy" in before and f"{before['accuracy']:.1%}",
+        "held-out accuracy, last": right and f"{right[-1]:.1%}",
+        "held-out reward, before": "eval_reward" in before and f"{before['eval_reward']:.4f}",
+        "held-out reward, last": played and f"{played[-1]:.4f}",
+        "train loss, last tenth": losses and f"{_late(losses):.4f}",
+        "eval loss, last": evals and f"{evals[-1]:.4f}",
+        "eval loss, best": evals and f"{min(evals):.4f}",
+        "median tokens/s": rates and f"{median(rates):,.0f}",
+        "padding": waste and f"{mean(waste):.1%}",
+        "skipped steps": str(sum(row.get("skipped", 0) > 0 for row in rows)),
+        "peak memory, MiB": memory and f"{max(memory) / 2**20:,.0f}",
         "hours": f"{sum(t or 0 for row in rows for t in row.get('time', {}).values()) / 3600:.3f}",
     }
+    return {name: said for name, said in found.items() if said}
+
+
+def _late(values: list[float]) -> float:
+    """Return the mean of the last tenth."""
+    return mean(values[-math.ceil(len(values) / 10) :])
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:

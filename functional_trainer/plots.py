@@ -62,16 +62,18 @@ def norms(folder: str | Path, rows: list[dict[str, Any]]) -> None:
         if line := _column(rows, kind):  # without the steps where it is not finite
             steps, values = zip(*line, strict=True)
             axis.plot(steps, _smooth(values), label=kind, **style)
-    axis.set(yscale="log", ylabel="norm of the gradient, smoothed", title=Path(folder).resolve().name)
+    scale = "log" if any(y > 0 for line in axis.lines for y in line.get_ydata()) else "linear"  # all may be 0
+    axis.set(yscale=scale, ylabel="norm of the gradient, smoothed", title=Path(folder).resolve().name)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="x-small")
     figure.savefig(Path(folder) / "norms.png")
 
 
 def reward(folder: str | Path, rows: list[dict[str, Any]]) -> None:
     """Draw `<folder>/reward.png`: mean reward of rollouts, raw and smoothed, and of held-out ones; nothing without."""
-    rewards, right, played = (_column(rows, name) for name in ("reward", "accuracy", "eval_reward"))
-    if not rewards:
+    if not (rewards := _column(rows, "reward")):
         return
+    rows = [{"step": 0, **rows[0].get("before", {})}, *rows]
+    right, played = _column(rows, "accuracy"), _column(rows, "eval_reward")
     figure, axis = _figure()
     steps, values = zip(*rewards, strict=True)
     axis.plot(steps, values, color="tab:green", alpha=0.3, linewidth=0.8, label="_")

@@ -59,7 +59,8 @@ def _refuse(p: Policy) -> None:
     if p.correction_range:
         low, high = p.correction_range
         if not low < high or p.correction == "geometric_mask" and low <= 0:
-            raise ValueError(f"correction_range is {low}, {high}: low must be below high, above 0 for geometric_mask")
+            said = f"correction_range (--loss.correction-range) is {low}, {high}"
+            raise ValueError(f"{said}: low must be below high, above 0 for geometric_mask")
 
 
 def _streams(p: Policy) -> dict[str, str]:

@@ -39,6 +39,8 @@ class PromptOptions:
             raise ValueError(f"--data.split {self.split}: a share below 1 of --data.train, and not with --data.eval")
         if (self.type != "auto" or self.columns or self.eval) and not self.train:
             raise ValueError("--data.type, --data.columns and --data.eval go with --data.train, which is not given")
+        if mix := next((path for path in (*self.train, *self.eval) if path.endswith((".yaml", ".yml"))), None):
+            raise ValueError(f"{mix}: questions are not read from YAML mixes; list its files behind --data.train")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class RolloutOptions:
     filter_groups: bool = False
     """Draw others for prompts whose answers have all the same reward (DAPO's dynamic sampling)."""
     max_num_gen_batches: int = 10
-    """Rollouts that are drawn for one at most with --rollout.filter-groups; then such groups fill it."""
+    """At most so many draws to fill a rollout with --rollout.filter-groups; then groups without spread fill it."""
     mask_truncated_completions: bool = False
     """Train on no answer that was cut off."""
     overlong_buffer: int = 0
@@ -76,7 +78,7 @@ class RolloutOptions:
     routing_replay: Literal["none", "engine", "trainer"] = "none"
     """Train with the experts that the engine chose (R3), or --loss.old trainer (R2), with the router's own scores."""
     log_completions: int = 16
-    """Answers of a rollout that are written to completions.jsonl, the first ones (0: none)."""
+    """Answers of a rollout that are written to completions.jsonl, some to each of several prompts (0: none)."""
     log_every: int = 1
     """Rollouts between two of which answers are written."""
     max_disagreement: float = 0.01
@@ -201,7 +203,7 @@ def _has_ray(flag: str, count: int) -> None:
 @dataclass(frozen=True)
 class RewardOptions:
     functions: tuple[str, ...] = ()
-    """FILE.py:NAME or one that ships, as maths, length:N (none: exact; beside an environment's reward no other)."""
+    """FILE.py:NAME or one that ships, as maths, length:N (default: exact; with an environment, none)."""
     weights: tuple[float, ...] = ()
     """Weight of each (none: 1)."""
     messages: tuple[str, ...] = ()
@@ -239,7 +241,8 @@ USED_BY = {
 @dataclass(frozen=True)
 class PolicyOptions:
     loss_type: LossType = "dapo"
-    """Objective, with its paper's clipping and mean (docs/rl.md); dr_grpo wants --loss.scale-rewards none."""
+    """Objective (docs/rl.md), with its paper's clipping and mean, which the options below replace; dr_grpo wants
+    --loss.scale-rewards none."""
     advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "remax", "pass_at_k"] = "grpo"
     """What an answer is worth beside the others of its group."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -250,9 +253,9 @@ class PolicyOptions:
     ) = None
     """How losses of tokens become one number (docs/rl.md; default: as the objective's paper says)."""
     epsilon: float | None = None
-    """Lower end of clipping, below 1."""
+    """Ratios are clipped at 1 - this, of gmpo their logarithms at -this; not of reinforce, sapo and cispo_max."""
     epsilon_high: float | None = None
-    """Upper end of clipping, above 1."""
+    """Ratios are clipped at 1 + this, of cispo_max at this, of gmpo their logarithms; not of reinforce and sapo."""
     delta: float | None = None
     """Dual clip: where the advantage is negative a ratio counts at most this much."""
     beta: float = 0.0

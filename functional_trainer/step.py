@@ -87,7 +87,9 @@ def settings(one_graph: bool) -> AbstractContextManager:
 def refuse(loss: Loss, optimizer: Optimizer, shard, micro_batches: int, compile: str, remat: str, offload: tuple):
     """Raise a ValueError for what does not go together."""
     if micro_batches > 1 and not loss.accumulates:
-        raise ValueError("this loss is a product of batch means (balance 'hf', KTO): it needs micro_batches = 1")
+        raise ValueError(
+            "this loss is a product of batch means (balance 'hf', KTO): it needs micro_batches = 1 (--micro-batch 0)"
+        )
     if optimizer.whole and shard.world > 1:
         raise ValueError("adafactor and moments in 8 bit are for one device; on several use adamw, muon, lion or sgd")
     budget(remat)

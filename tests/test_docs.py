@@ -87,6 +87,7 @@ def place(tmp_path_factory) -> Path:
     (place / "quiz.csv").write_text("question,answer\n" + "".join(f"Add {i} to 2.,{i + 2}\n" for i in range(30)))
     (mix,) = (text for _, text in blocks("docs/data.md", "yaml"))
     (place / "mix.yaml").write_text(mix)
+    (place / "my.py").write_text(blocks("docs/rewards.md", "python")[0][1])
     (table,) = (text for _, text in blocks("docs/sharding.md", "python"))
     (place / "my_rules.py").write_text(table)
     (place / "my_game.py").write_text(GAME)
@@ -153,12 +154,15 @@ def preferred(words: list[str], place: Path) -> None:
 
 
 def reinforced(words: list[str], place: Path) -> None:
-    """The recipe for rewards: what it asks is read as typed, and asked in two steps of few and short answers."""
+    """The recipe for rewards: what it asks is read as typed, and asked in two steps of few and short answers; with
+    functions that are isolated it is read alone."""
     flags = words[words.index("experiments/qwen3_moe_grpo.py") + 1 :]
     o = config.cli(qwen3_moe_grpo.Options, doc="", argv=flags)
     tokenizer = Tokenizer(o.model.path if Path(o.model.path).exists() else "my_qwen3_folder")
     questions.read(o, tokenizer, tokenizer.vocab_size, ONE_DEVICE, 512)
     if not o.data.train:  # environments that ship: tests/experiments learn from them
+        return
+    if "--reward.isolate" in flags:
         return
     world, out = 2 if words[0] == "torchrun" else 1, place / "reinforced" / Path(o.out).name
     few = ["--steps", "2", "--batch", "2", "--micro-batch", "2", "--data.seq-len", "64", "--compile", "off"]

@@ -17,7 +17,10 @@ from experiments import compare, docs, plan, preference, qwen3_moe_grpo, rules
 from experiments.benchmarks import gpu_suite, memory, sft_cpu
 from experiments.qwen3_moe_sft import Options
 from functional_trainer import config
+from functional_trainer.engines import Episode, Sample
+from functional_trainer.environments.episodes import report
 from functional_trainer.loop import claim
+from functional_trainer.options import ModelOptions
 from tests.experiments import sft_runs
 from tests.test_docs import PAGES, ROOT, pip
 
@@ -63,7 +66,25 @@ def test_the_page_of_options_is_current():
     assert docs.page(CONFIGURATION) == CONFIGURATION, "run `make docs`"
 
 
-@pytest.mark.parametrize("of", [Options, qwen3_moe_grpo.Options])
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("qwen3_moe_sft.py", Options()),
+        ("qwen3_moe_grpo.py", qwen3_moe_grpo.Options(model=ModelOptions("m"))),
+        ("preference.py", preference.Options()),
+    ],
+)
+def test_the_page_of_options_has_the_defaults_of_each_recipe(script, options):
+    """Those of the first tables, but for what a table of the recipe's own says."""
+    parts = re.findall(r"^## (.*)\n\n((?:\|.*\n)+)", CONFIGURATION, re.M)
+    told = "".join(part for title, part in parts if " of experiments/" not in title or title.endswith(script))
+    found = dict(re.findall(r"^\| `(--.*?)` \| .*? \| (.*?) ?\| ", told, re.M))
+    given = {flag: docs.show(value).replace("|", "\\|") for flag, value in config.flags(options).items()}
+    for flag in given.keys() - {"--mesh.layout", "--model.path"}:  # is called --mesh; must be given
+        assert found[flag] == given[flag], flag
+
+
+@pytest.mark.parametrize("of", [Options, qwen3_moe_grpo.Options, preference.Options])
 def test_the_page_of_options_says_what_help_says(of, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit):
@@ -74,7 +95,7 @@ def test_the_page_of_options_says_what_help_says(of, monkeypatch, capsys):
     assert {flag for flag in named if ".no-" not in flag and not flag.startswith("--no-")} - {"--help", "--config"} == {
         flag for flag in flags(of) if ".no-" not in flag
     }
-    assert {row[0].strip("`") for row in rows} == FLAGS | flags(qwen3_moe_grpo.Options)
+    assert {row[0].strip("`") for row in rows} == FLAGS | flags(qwen3_moe_grpo.Options) | flags(preference.Options)
     assert all(text for _, _, _, text, _ in rows)
     if of is Options:  # longer helps stand side by side
         said = {name.strip("`") for name, _, _, text, _ in rows if text in helped}
@@ -98,8 +119,17 @@ def test_what_may_differ_when_a_run_is_resumed(prefix, tmp_path):
         if flag in free:
             assert claim(changed, main=False) is None
         else:
-            with pytest.raises(ValueError, match=f"holds another run .*{re.escape(name)}"):
+            with pytest.raises(ValueError, match=f"holds another run .*{re.escape(flag)} was"):
                 claim(changed, main=False)
+
+
+@pytest.mark.parametrize("recipe", [qwen3_moe_grpo, preference])
+def test_help_has_a_line_for_each_example(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        config.cli(recipe.Options, doc=recipe.__doc__, argv=["--help"])
+    examples = re.findall(r"^ *(?:make|python|torchrun) .*", recipe.__doc__, re.M)
+    assert len(examples) == 3 and {*examples} <= {*capsys.readouterr().out.splitlines()}
 
 
 def test_options_named_beside_those_of_others_exist():
@@ -184,10 +214,13 @@ def test_the_glossary_has_every_key_of_a_run_and_no_other(tmp_path):
     flags = ("--data.train", "train.jsonl", "--data.split", 0.5, "--data.seq-len", 64, "--batch", 4, "--answers", 9)
     flags += ("--rollout.num-generations", 4, "--rollout.max-completion-length", 5, "--reward.functions", "mine.py:odd")
     flags += ("--rollout.filter-groups", "--rollout.steps-per-generation", 2, "--loss.old", "trainer")
-    flags += ("--loss.loss-type", "ppo", "--loss.beta", 0.1, "--loss.kl-in-reward")  # for timing_s/ref
-    flags += ("--micro-batch", 2, "--steps", 2, "--compile", "off")
-    sft_runs.run(tmp_path, "--model.path", "moe", *flags, "--out", "rl", recipe="qwen3_moe_grpo")
-    written = set().union(*(keys(row) for out in ("run", "rl") for row in sft_runs.rows(tmp_path / out)))
+    flags += ("--loss.loss-type", "ppo", "--loss.beta", 0.1, "--micro-batch", 2, "--steps", 2, "--compile", "off")
+    forms = {"rl": ("--loss.kl-in-reward",), "ahead": ("--rollout.max-async-level", 1, "--rollout.partial", 3)}
+    for out, more in forms.items():
+        sft_runs.run(tmp_path, "--model.path", "moe", *flags, *more, "--out", out, recipe="qwen3_moe_grpo")
+    written = set().union(*(keys(row) for out in ("run", *forms) for row in sft_runs.rows(tmp_path / out)))
+    episode = Sample([1], [0.0], "stop", [0], reward=1.0, episode=Episode([], 1, 0, 0))
+    written |= {*report([episode]), "eval_reward", "eval_raised"}  # a run has them in tests/experiments
     entries = {key for row in cells("metrics.md") for key in re.findall(r"^`([^`]+)`$", row[0])}
     matches = {entry: fnmatch.filter(written, re.sub("[A-Z]+", "*", entry)) for entry in entries}
     assert written == set().union(*matches.values())

@@ -36,7 +36,7 @@ def refuse_cut(loss: Any, overlong: Overlong) -> None:
     if loss.whole_sequences and overlong == "split":
         raise ValueError(
             "this loss pools over whole sequences, but documents longer than a row are split: set overlong to "
-            "'truncate' or 'drop'"
+            "'truncate' or 'drop' (--data.overlong)"
         )
 
 

@@ -169,7 +169,8 @@ PAIRS = {"preference": Shape("'chosen' and 'rejected'", lambda row: {"chosen", "
 UNPAIRED = Shape(
     "'prompt', 'completion' and 'label'", lambda row: {"prompt", "completion", "label"} <= row.keys(), _unpaired
 )
-QUESTIONS = SHAPES | {"prompt": Shape("'prompt'", lambda row: "prompt" in row, _prompt)}
+CHATS = {name: shape for name, shape in SHAPES.items() if name != "text"}
+QUESTIONS = CHATS | {"prompt": Shape("'prompt'", lambda row: "prompt" in row, _prompt)}
 Form = Literal["chats", "pairs", "answers", "questions"]
 FORMS: dict[Form, dict[str, Shape]] = {
     "chats": SHAPES, "pairs": PAIRS, "answers": PAIRS | {"unpaired": UNPAIRED}, "questions": QUESTIONS,

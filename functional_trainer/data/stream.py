@@ -56,7 +56,8 @@ class Stream:
         self.pieces = self.groups.pieces if self.groups else cut(documents, seq_len, overlong)
         self.refer(reference)
         if not len(self.pieces.length):
-            raise ValueError(f"no document is left to train on ({self.pieces.stats}); raise seq_len or change overlong")
+            right = "raise seq_len (--data.seq-len) or change overlong (--data.overlong)"
+            raise ValueError(f"no document is left to train on ({self.pieces.stats}); {right}")
         shares = self._shares(sources) if sources else [Share(len(self.pieces.length))]
         self.order = mixed(shares, seed, shuffle)
         self.end = self.order.end if epochs is None else min(self.order.begin(epochs), self.order.end)

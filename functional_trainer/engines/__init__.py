@@ -75,6 +75,12 @@ class Episode(NamedTuple):
     error: str = ""
     """What the environment raised, if it did; then there is no reward."""
 
+    @property
+    def text(self) -> str:
+        """What was said, each turn behind its role."""
+        calls = ("".join(f" {call['function']}" for call in m.get("tool_calls") or []) for m in self.messages)
+        return "\n".join(f"{m['role']}: {m['content'] or ''}{c}" for m, c in zip(self.messages, calls, strict=True))
+
 
 class Sample(NamedTuple):
     """What one prompt gave.

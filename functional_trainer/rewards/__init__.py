@@ -179,7 +179,7 @@ def refuse(functions: Mapping[str, Function], isolate: Iterable[str], ray: int =
         said = f"--reward.ray {ray}: workers of Ray run isolated functions only, and none of {', '.join(functions)} is"
         raise ValueError(f"{said} one; name some with --reward.isolate")
     if unknown := {*isolate} - functions.keys():
-        raise ValueError(f"isolate names {sorted(unknown)}; the functions are {sorted(functions)}")
+        raise ValueError(f"--reward.isolate names {sorted(unknown)}; the functions are {sorted(functions)}")
     if maths in functions.values() and importlib.util.find_spec("math_verify") is None:
         raise ValueError("maths needs math-verify, which is not installed: pip install '.[rl]'")
     for name, function in functions.items():

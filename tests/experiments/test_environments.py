@@ -152,7 +152,11 @@ def test_what_does_not_go_together_is_refused(place, tmp_path, flags, status, me
 
 def test_lost_episodes_are_told_of(monkeypatch):
     """Those of a rollout once, with why, and in completions.jsonl; of held-out ones how many."""
-    fine = Sample([1], [-0.1], "stop", [0], reward=1.0, episode=Episode([], 1, 0, 0))
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [{"function": "f"}]},
+        {"role": "tool", "content": "3"},
+    ]
+    fine = Sample([1], [-0.1], "stop", [0], reward=1.0, episode=Episode(turns, 1, 0, 0))
     lost = fine._replace(reward=None, episode=Episode([], 1, 0, 0, "KeyError: gone"))
     said: list[str] = []
     tokenizer, asked = SimpleNamespace(decode=str), [Prompt([1], "q", {})] * 2
@@ -168,6 +172,7 @@ def test_lost_episodes_are_told_of(monkeypatch):
     table = np.array([[1.0, np.nan]])
     shown = experience._shown(experience.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
     assert [row.get("error") for row in shown] == [None, "KeyError: gone"]
+    assert [row["completion"] for row in shown] == ["assistant:  f\ntool: 3", ""]
     held_out = HeldOut(o, run, None, score, 2)
     monkeypatch.setattr(held_out, "_answers", lambda params, asked: [fine, lost])
     found = held_out.measure({})

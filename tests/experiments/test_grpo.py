@@ -57,12 +57,14 @@ def test_a_short_run_says_what_happened(place):
         assert row["generated_tokens_per_s"] > 1 and row["prompts"]["mean_length"] > 1 and row["reward_best"] == 0
     assert [("accuracy" in row) for row in rows] == [False, True, True]
     assert all(row["eval_reward"] == row["eval_rewards/exact/mean"] == row["accuracy"] for row in rows[1:])
+    zeros = dict.fromkeys(("accuracy", "eval_reward", "eval_rewards/exact/mean"), 0.0)
+    assert [row.get("before") for row in rows] == [zeros, None, None]
     out = place / "short"
     assert (out / "reward.png").stat().st_size > 1000 and "reward.png" in (out / "index.html").read_text()
     shown = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert [row["step"] for row in shown] == [1] * 16 + [2] * 16 + [3] * 16
-    names = ["step", "prompt", "completion", "exact", "reward", "advantage", "tokens", "finish_reason"]
-    assert all(list(row) == names and row["reward"] == row["exact"] == 0 for row in shown)
+    names = ["step", "prompt", "answer", "completion", "rewards/exact", "reward", "advantage", "tokens"]
+    assert all(list(row) == [*names, "finish_reason"] and row["reward"] == row["rewards/exact"] == 0 for row in shown)
     assert len({row["prompt"] for row in shown[:4]}) == 1 and shown[-1]["prompt"] in (out / "index.html").read_text()
     assert transformers.AutoModelForCausalLM.from_pretrained(out / "hf").num_parameters() > 0
 
@@ -156,7 +158,7 @@ def test_what_can_give_no_reward_is_refused_before_the_model_is_there(tmp_path, 
         (["mine.py:none"], {}, "mine.py defines no function none"),
         (["mine.py:few"], {}, "few cannot be called with prompts, completions, .* unexpected .* argument 'prompts'"),
         (["exact", "exact"], {}, "--reward.functions exact exact: two have the same name"),
-        (["exact"], {"reward": {"isolate": ("maths",)}}, r"isolate names \['maths'\]; the functions are \['exact'\]"),
+        (["exact"], {"reward": {"isolate": ("maths",)}}, r"--reward.isolate names \['maths'\]; .* are \['exact'\]"),
         (["exact"], {"reward": {"ray": 2}}, "--reward.ray 2: .* none of exact is one; name some with --reward.isolate"),
         (
             ["mine.py:few", "exact"],

@@ -64,10 +64,15 @@ def test_what_is_wrong_with_a_row_is_said(tmp_path):
     for row, message in (
         ({"prompt": ""}, "rows.jsonl:1: 'prompt' must be a text or a list of messages that is not empty"),
         ({"prompt": [{"role": "system", "content": "x"}]}, "must be the assistant's or the user's, it is .* 'system'"),
-        ({"query": "x"}, "'prompt' and 'completion', or 'text', or 'prompt'; this has the columns query"),
+        ({"query": "x"}, "'prompt' and 'completion', or 'prompt'; this has the columns query"),
+        ({"text": "x"}, "rows.jsonl:1: expected .*, or 'prompt'; this has the columns text: name them with --data.col"),
     ):
         with pytest.raises(ValueError, match=message):
             read(tmp_path, [row])
+    with pytest.raises(ValueError, match="--data.split 0.99 holds out all of so few rows; use a smaller share"):
+        read(tmp_path, [{"prompt": "Add 3 to 4."}], split=0.99)
+    with pytest.raises(ValueError, match="mix.yaml: questions are not read from YAML mixes; list its files behind --d"):
+        PromptOptions(train=("rows.jsonl", "mix.yaml"))
 
 
 MINE = """

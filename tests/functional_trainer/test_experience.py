@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from functional_trainer import advantages
 from functional_trainer.engines import Episode, Sample
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scored, Scores
+from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Rollout, Scored, Scores, _shown
 
 QUESTIONS = Prompts(Prompt([10 + i, 3], f"question {i}", {"answer": str(i)}) for i in range(7))
 LONGEST = 6
@@ -140,6 +140,19 @@ def test_it_goes_on_in_the_middle_of_a_rollout(taken):
         assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in b)
     with pytest.raises(ValueError, match="cannot resume the rollouts: seed was 5, is 6"):
         made(how, seed=6).restore(cut.state())
+    others = Prompts(prompt._replace(columns={"answer": "5"}) for prompt in QUESTIONS)
+    with pytest.raises(ValueError, match="cannot resume the rollouts: prompts was '7 prompts, .*', is '7 prompts, "):
+        made(how, prompts=others).restore(cut.state())
+
+
+def test_columns_of_any_type_tell_prompts_apart_and_are_alike_in_every_process():
+    """What is no JSON counts by its type: its text may have an address in it."""
+    some = [object(), {("a", 1): 2}, float("nan"), {3: b"x"}]
+    assert (
+        Prompts([Prompt([1], "q", {"x": some})]).identity
+        == Prompts([Prompt([1], "q", {"x": [object(), *some[1:]]})]).identity
+    )
+    assert Prompts([Prompt([1], "q", {"x": 1})]).identity != Prompts([Prompt([1], "q", {"x": "1"})]).identity
 
 
 def test_looking_at_the_next_batch_takes_nothing():
@@ -297,8 +310,22 @@ def test_all_answers_without_a_reward(how, empty):
         batch = next(rollouts)
         assert batch["tokens"].shape == (3 if how.static else 1, 16) and not any(v.any() for v in batch.values())
     said = rollouts.report()
-    assert said["reward"] is None and said["completions"]["mean_length"] == 0 or not empty
+    assert said["reward"] is said["reward_std"] is said["frac_reward_zero_std"] is None
+    assert said["advantages"] == {"mean": None, "min": None, "max": None}
+    assert said["completions"]["mean_length"] == 0 or not empty
     made(how, reward=reward).restore(rollouts.state())
+
+
+def test_answers_without_a_reward_are_in_no_mean():
+    """Groups of 1 and 3, of 2, 2 and one without, of 5 alone, and of none: the last tells nothing."""
+    given = [1.0, 3.0, None, 2.0, None, 2.0, None, None, 5.0, None, None, None]
+    rollouts = made(Plan(4, 3), reward=lambda p, a: Scores(given, {}))
+    next(rollouts)
+    said = rollouts.report()
+    assert said["reward_std"] == pytest.approx(np.sqrt(2) / 3) and said["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    worth = 1 / (np.sqrt(2) + 1e-4)
+    assert said["advantages"] == pytest.approx({"mean": 0, "min": -worth, "max": worth})
+    assert made(Plan(4, 3), reward=lambda p, a: Scores([2.0] + [None] * 11, {})).peek()["advantages"].any() == 0
 
 
 def test_prompts_that_do_not_fit_are_refused():
@@ -469,9 +496,8 @@ def test_tokens_have_advantages_of_their_own_where_the_divergence_is_spread_over
 def test_what_is_reported_by_hand():
     def two_functions(prompts, answers):
         first = [float(len(a.tokens) > 3) for a in answers]
-        return Scores(
-            first, {}, {"long": first, "none": [None] * len(answers)}, [f"text {a.tokens[0]}" for a in answers]
-        )
+        each = {"reward": first, "none": [None] * len(answers)}  # a function's name may be any
+        return Scores([2 * x for x in first], {}, each, [f"text {a.tokens[0]}" for a in answers])
 
     rollouts = made(Plan(3, 4, shown=5, shown_every=2), reward=two_functions)
     tables = []
@@ -482,23 +508,33 @@ def test_what_is_reported_by_hand():
         sizes = np.array([len(a.tokens) for a in last.answers])
         ended = np.array([a.finish_reason == "stop" for a in last.answers])
         right = (sizes > 3).reshape(3, 4)
-        assert said["rewards/long/mean"] == right.mean() and "rewards/none/mean" not in said
-        assert said["reward"] == right.mean() and said["reward_best"] == right.any(1).mean()
+        assert said["rewards/reward/mean"] == right.mean() and "rewards/none/mean" not in said
+        assert said["reward"] == 2 * right.mean() and said["reward_best"] == 2 * right.any(1).mean()
         shares = [(~right).all(1), right.all(1), right.any(1) & ~right.all(1)]
         assert [said[f"solve_{kind}"] for kind in ("none", "all", "mixed")] == [x.mean() for x in shares]
-        assert (said["reward/min"], said["reward/max"]) == (right.min(), right.max())
+        assert (said["reward/min"], said["reward/max"]) == (2 * right.min(), 2 * right.max())
         assert 0 <= said["timing_s"]["update_weights"] < 1 and "filtered" not in said
         assert said["completions"]["mean_terminated_length"] == sizes[ended].mean()
         assert said["completions"]["clipped_ratio"] == pytest.approx(1 - ended.mean())
         assert said["prompts"]["mean_length"] == 2 and abs(said["advantages"]["mean"]) < 1e-9
         assert said["generated_tokens_per_s"] == pytest.approx(sizes.sum() / said["timing_s"]["gen"])
     assert [table is None for table in tables] == [True, False, True, False]
-    rows = tables[3]
-    for i, row in enumerate(rows):
-        answer = last.answers[i]
+    for i, row in zip((0, 1, 4, 5, 8), tables[3], strict=True):  # some of each group
+        answer, right = last.answers[i], float(len(last.answers[i].tokens) > 3)
         assert row == {
-            "prompt": last.prompts[i].text, "completion": f"text {answer.tokens[0]}",
-            "long": float(len(answer.tokens) > 3), "none": None, "reward": float(len(answer.tokens) > 3),
-            "advantage": last.advantages.flat[i], "tokens": len(answer.tokens), "finish_reason": answer.finish_reason,
+            "prompt": last.prompts[i].text, "answer": last.prompts[i].columns["answer"],
+            "completion": f"text {answer.tokens[0]}", "rewards/reward": right, "rewards/none": None,
+            "reward": 2 * right, "advantage": last.advantages.flat[i], "tokens": len(answer.tokens),
+            "finish_reason": answer.finish_reason,
         }  # fmt: skip
-    assert len(rows) == 5
+
+
+@pytest.mark.parametrize(("groups", "size", "count"), [(32, 16, 16), (4, 4, 16), (2, 16, 16), (1, 9, 4), (3, 2, 99)])
+def test_some_answers_to_each_of_several_prompts_are_shown(groups, size, count):
+    said = [{"completion": str(i)} for i in range(groups * size)]
+    prompts, answers = [Prompt([1], str(i // size), {}) for i in range(groups * size)], [Sample([1], [0.0], "stop", [])]
+    table = np.zeros((groups, size))
+    rows = _shown(Rollout(prompts, answers * groups * size, table, table, said), count)
+    assert [row["prompt"] for row in rows] == [str(int(row["completion"]) // size) for row in rows]
+    assert len(rows) == len({row["completion"] for row in rows}) == min(count, groups * size)
+    assert len({row["prompt"] for row in rows}) == min(groups, 4)

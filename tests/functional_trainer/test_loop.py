@@ -137,8 +137,10 @@ def test_a_folder_in_use_is_continued_by_the_same_options_only(tmp_path):
     assert claim(options) == tmp_path / "checkpoints" / "step-4"
     same = replace(options, keep=9, save_every=1, device="cpu", micro_batch=2, remat="layer", compile="off")
     assert claim(same) == tmp_path / "checkpoints" / "step-4"
-    other = replace(options, seed=3, data=DataOptions(seq_len=99))
-    with pytest.raises(ValueError, match=r"holds another run \(.*seed was 0, is 3.*data.seq_len was 256, is 99"):
+    other = replace(options, seed=3, data=DataOptions(seq_len=99, train=("a.jsonl", "b.jsonl")))
+    with pytest.raises(ValueError, match=r"holds another run \(.*seed was 0, is 3.*--data.seq-len was 256, is 99"):
+        claim(other)
+    with pytest.raises(ValueError, match="--data.train was empty, is a.jsonl b.jsonl;"):
         claim(other)
     with pytest.raises(ValueError, match="already holds a run; choose another --out, or --resume auto"):
         claim(replace(options, resume="never"))

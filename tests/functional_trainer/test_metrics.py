@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -129,6 +130,35 @@ def test_plain_lines_without_a_terminal(tmp_path):
     ]
 
 
+def test_plain_lines_have_the_last_rewards(tmp_path):
+    """A rollout of several steps has its reward in the row of the first one; lines come at others."""
+    console = quiet()
+    with Metrics(tmp_path, total_steps=33, every=10, console=console) as m:
+        for step in range(1, 34):
+            row = {"reward": step / 100} if step % 16 == 1 else {}
+            m.log(step, {"loss": 0.0} | row | ({"accuracy": 0.5} if step == 4 else {}))
+    told = [re.sub("  (loss|MFU).*", "", line) for line in console.file.getvalue().splitlines()]
+    assert told == [
+        "step 4/33  reward 0.010  accuracy 0.500",
+        "step 10/33  reward 0.010  accuracy 0.500",
+        "step 20/33  reward 0.170  accuracy 0.500",
+        "step 30/33  reward 0.170  accuracy 0.500",
+        "step 33/33  reward 0.330  accuracy 0.500",
+    ]
+
+
+def test_a_run_of_which_nothing_was_saved_begins_anew_and_says_so(tmp_path):
+    for first, said in (
+        (1, ""),
+        (3, ""),
+        (1, f"{tmp_path} holds steps of which nothing was saved, beginning anew at "),
+    ):
+        console = Console(file=io.StringIO(), width=500)
+        with Metrics(tmp_path, total_steps=20, start_step=first - 1, console=console) as m:
+            m.log(first, {"loss": 1.0})
+        assert console.file.getvalue() == said + "step 0\n" * bool(said)
+
+
 def test_the_time_left_leaves_out_the_first_step(tmp_path, monkeypatch):
     console, now = quiet(), iter([0.0, 100.0, 102.0, 103.0, 104.0, 105.0, 106.0])
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
@@ -216,8 +246,17 @@ def test_norms_are_drawn_by_kind(tmp_path, monkeypatch):
         for step in range(1, 10):
             m.log(step, {"loss": 1.0, "grad_norm": 5.0, "grad_norms": {"embed": 3.0, "layers/attn/q": 4.0}})
     figure = dict(drawn)["norms.png"]
+    assert figure.axes[0].get_yscale() == "log"
     lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
     assert lines == {"embed": [3.0] * 9, "layers/attn/q": [4.0] * 9, "all": [5.0] * 9}
+
+
+def test_norms_of_a_run_without_gradients_are_drawn_without_a_warning(tmp_path):
+    rows = [{"step": step, "grad_norm": 0.0, "grad_norms": {"embed": 0.0}} for step in range(1, 9)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.norms(tmp_path, rows)
+    assert imread(tmp_path / "norms.png").std() > 0.01
 
 
 class Page(HTMLParser):
@@ -260,6 +299,35 @@ def test_the_page_shows_the_run(tmp_path):
         assert cell in seen.cells, cell
     assert "Experts that got next to no tokens lately: layer 0: 1." in (tmp_path / "index.html").read_text()
     assert page.summary([]) == {"steps": "0"}
+
+
+def test_the_page_of_a_run_with_rewards_begins_with_them(tmp_path, monkeypatch):
+    with Metrics(tmp_path, total_steps=20, console=quiet()) as m:
+        for step in range(1, 21):
+            held_out = {"accuracy": step / 100} if step % 10 == 0 else {}
+            held_out |= {"before": {"accuracy": 0.05}} if step == 1 else {}
+            m.log(step, {"loss": 0.0, "reward": step / 10} | held_out)
+    seen = Page(tmp_path / "index.html")
+    assert seen.pictures == ["reward.png", "loss.png"] and "" not in seen.cells
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.append(figure.axes[0].lines))
+    plots.reward(tmp_path, rows(tmp_path))
+    assert [*zip(*drawn[0][2].get_data(), strict=True)] == [(0, 0.05), (10, 0.1), (20, 0.2)]
+    assert page.summary(rows(tmp_path)) == {
+        "steps": "20", "tokens": "0", "reward, last tenth": "1.9500", "held-out accuracy, before": "5.0%",
+        "held-out accuracy, last": "20.0%",
+        "train loss, last tenth": "0.0000", "skipped steps": "0", "hours": "0.000",
+    }  # fmt: skip
+
+
+def test_the_page_has_every_column_of_the_answers_that_it_shows(tmp_path):
+    lost, fine = {"prompt": "a", "error": "KeyError: gone"}, {"prompt": "b", "answer": "7", "reward": 1.0}
+    with Metrics(tmp_path, total_steps=1, console=quiet()) as m:
+        m.log(1, {"loss": 0.0, "completions_table": [lost, fine]})
+    html, seen = (tmp_path / "index.html").read_text(), Page(tmp_path / "index.html")
+    assert "".join(f"<th>{name}</th>" for name in ("step", "prompt", "error", "answer", "reward")) in html
+    at = seen.cells.index("KeyError: gone") - 2
+    assert seen.cells[at : at + 10] == ["1", "a", "KeyError: gone", "", "", "1", "b", "", "7", "1"]
 
 
 def test_weights_and_biases_gets_the_rows(tmp_path, monkeypatch):

@@ -260,7 +260,7 @@ def test_bad_calls_are_errors_at_once():
         Rewards({"f": failing()}, [1.0, 2.0])
     with pytest.raises(ValueError, match=r"weights of reward functions are \[nan\]; each must be a finite number"):
         Rewards({"f": failing()}, [NAN])
-    with pytest.raises(ValueError, match=r"isolate names \['g'\]; the functions are \['f'\]"):
+    with pytest.raises(ValueError, match=r"--reward.isolate names \['g'\]; the functions are \['f'\]"):
         Rewards({"f": failing()}, isolate=["g"])
     with pytest.raises(ValueError, match="reward function f cannot be called with prompts, .*: missing .*'how'"):
         Rewards({"f": failing()})(**samples(2))
