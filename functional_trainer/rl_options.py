@@ -241,8 +241,7 @@ USED_BY = {
 @dataclass(frozen=True)
 class PolicyOptions:
     loss_type: LossType = "dapo"
-    """Objective (docs/rl.md), with its paper's clipping and mean, which the options below replace; dr_grpo wants
-    --loss.scale-rewards none."""
+    """Objective, with its paper's clipping and mean if none are given; dr_grpo wants --loss.scale-rewards none too."""
     advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo", "remax", "pass_at_k"] = "grpo"
     """What an answer is worth beside the others of its group."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
