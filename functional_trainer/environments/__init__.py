@@ -84,5 +84,7 @@ def rows(given: str, maker: Maker) -> tuple[list[Row], list[Row]]:
     make = getattr(maker, "rows", None)
     if make is None:
         raise ValueError(f"environment {given} has no `rows()` of its own: give a file of rows, --data.train")
-    train, held_out = make()
-    return list(train), list(held_out)
+    both = make()
+    if not isinstance(both, tuple) or len(both) != 2:
+        raise ValueError(f"environment {given}: rows() must return two lists of rows, to train on and held out")
+    return list(both[0]), list(both[1])

@@ -79,7 +79,11 @@ class Episodes:
         if min(turns, turn_tokens) < 1:
             raise ValueError(f"turns {turns}, turn_tokens {turn_tokens}: each must be at least 1")
         self.make, self.most, self.turn_tokens, self.numbers = make, turns, turn_tokens, count()
-        offered = list(make().tools)
+        first = make()
+        if missing := [name for name in ("reset", "step", "tools", "close") if not hasattr(first, name)]:
+            right = "derive it from functional_trainer.environments.Environment"
+            raise ValueError(f"environment {type(first).__name__} has no {', '.join(missing)}: {right}")
+        offered = list(first.tools)
         functions, described = [t for t in offered if callable(t)], [t for t in offered if not callable(t)]
         if functions and described:
             raise ValueError("tools are functions, or descriptions of what `step` answers: not some of each")
@@ -95,14 +99,21 @@ class Episodes:
         self.turns = Turns(tokenizer, self.tools.schemas if self.tools else described)
 
     def openings(self, rows: Sequence[Row], at_once: int = 64) -> list[list[Message]]:
-        """Return what each row's environment begins with, `at_once` being open together; what one raises is raised."""
-        found: list[Any] = []
+        """Return what each row's environment begins with, `at_once` being open together.
+
+        ValueError says of the first row that has none what its `reset` raised, or returned.
+        """
+        found: list[list[Message]] = []
         for first in range(0, len(rows), at_once):
             numbered = {next(self.numbers): row for row in rows[first : first + at_once]}
-            found += self.stage.reset(numbered)
+            said = self.stage.reset(numbered)
             self.stage.close([*numbered])
-            if lost := next((one for one in found[first:] if isinstance(one, BaseException)), None):
-                raise lost
+            for opening in said:
+                try:
+                    found.append(_messages("reset", opening))
+                except (Exception, SystemExit) as error:
+                    where = f"row {len(found) + 1} of {len(rows)} has no opening"
+                    raise ValueError(f"{where}: {type(error).__name__}: {brief(error)}") from error
         return found
 
     def __call__(
@@ -132,11 +143,9 @@ class Episodes:
         found = self.stage.reset({play.number: row for play, row in zip(plays, rows, strict=True)})
         for play, opening in zip(plays, found, strict=True):
             try:
-                if isinstance(opening, BaseException):
-                    raise opening
+                play.messages, play.begun = _messages("reset", opening), len(opening)
                 if self.turns.prompt(opening) != play.opening:
                     raise ValueError("reset said something else than before: it must depend on the row alone")
-                play.messages, play.begun = list(opening), len(opening)
             except (Exception, SystemExit) as error:
                 play.lose(error)
 
@@ -176,12 +185,15 @@ class Episodes:
         try:
             if isinstance(step, BaseException):
                 raise step
+            if not isinstance(step, tuple) or len(step) != 3:
+                raise TypeError(f"step returned {brief(repr(step), 80)}, not Step(messages, reward, done)")
             messages, reward, done = step
             play.reward = _sum(play.reward or 0.0, reward)
-            play.messages += messages
             if done:
+                play.messages += messages
                 play.reason = "stop"
                 return
+            play.messages += _messages("step", messages)
             ids = self.turns.between(list(messages))
         except (Exception, SystemExit) as error:
             play.lose(error)
@@ -201,6 +213,17 @@ class Episodes:
         if self.tools:
             self.tools.close()
         self.stage.end()
+
+
+def _messages(name: str, said: Any) -> list[Message]:
+    """Return the messages of an environment's method; raise what it raised, TypeError if these are none."""
+    if isinstance(said, BaseException):
+        raise said
+    known = isinstance(said, Sequence) and not isinstance(said, str)
+    if not known or not said or not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in said):
+        right = '[{"role": "user", "content": "..."}]'
+        raise TypeError(f"{name} returned {brief(repr(said), 80)}, not messages as {right}")
+    return list(said)
 
 
 def _sum(before: float, reward: Any) -> float:

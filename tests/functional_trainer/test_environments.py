@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -509,9 +510,49 @@ def test_openings_are_asked_for_a_few_at_a_time(tokenizers):
     episodes, rows = Episodes(Counted, tokenizers["shipped"]), [{"n": n} for n in range(11)]
     assert episodes.openings(rows[:8], 3) == [[user(f"q {n}")] for n in range(8)]
     assert Counted.most == 3 and Counted.now == 0
-    with pytest.raises(RuntimeError, match="the eighth"):
+    with pytest.raises(ValueError, match="row 9 of 11 has no opening: RuntimeError: the eighth"):
         episodes.openings(rows, 3)
     episodes.close()
+
+
+class Odd(Environment):
+    """Returns from a method what its row says."""
+
+    def reset(self, row):
+        self.row = row
+        return row.get("reset", [user("q")])
+
+    def step(self, messages):
+        return self.row["step"]
+
+    @staticmethod
+    def rows():
+        return [{}]
+
+
+@pytest.mark.parametrize("said", ["a text", [], [user("q"), "a text"], [{"role": "user"}], 3])
+def test_what_are_no_messages_is_said(said, tokenizers):
+    """Of an opening before the run begins; of an answer it costs the episode."""
+    episodes = Episodes(Odd, tokenizers["shipped"])
+    with pytest.raises(
+        ValueError, match=r"row 2 of 2 has no opening: TypeError: reset returned .*, not messages as"
+    ):
+        episodes.openings([{}, {"reset": said}])
+    rows = [{"step": Step(said)}, {"step": said}, {"step": Step([user("q")], 1.0, True)}]
+    samples = play(episodes, Script([[encoded(tokenizers["shipped"], "Add")] * 3]), rows)
+    errors = [sample.episode.error for sample in samples]
+    assert errors[0].startswith("TypeError: step returned ") and "not messages" in errors[0] and not errors[2]
+    assert errors[1].startswith("TypeError: step returned ") and "not Step(messages, reward, done)" in errors[1]
+    episodes.close()
+
+
+def test_what_is_no_environment_is_said(tokenizers):
+    with pytest.raises(
+        ValueError, match="environment SimpleNamespace has no reset, step, tools, close: derive"
+    ):
+        Episodes(SimpleNamespace, tokenizers["shipped"])
+    with pytest.raises(ValueError, match=r"environment odd: rows\(\) must return two lists of rows"):
+        environments.rows("odd", Odd)
 
 
 def test_rewards_of_functions_are_added():
@@ -595,7 +636,7 @@ def test_an_environment_that_hangs_costs_its_episode(tokenizers):
     episodes.close()
     time.sleep(0.1)
     assert threading.active_count() <= before + 1, "what computes is ended; one still sleeps"
-    with pytest.raises(TimeoutError, match="its reset took over 0.2 s"):
+    with pytest.raises(ValueError, match="row 1 of 1 has no opening: TimeoutError: its reset took over 0.2 s"):
         Episodes(Stuck, tokenizers["shipped"], seconds=0.2).openings([{"how": "sleeps in reset", "opened": True}])
 
 
