@@ -39,19 +39,29 @@ FLAGS: tuple[Any, ...] = (
 )
 RL_FLAGS: tuple[Any, ...] = (
     *("--model.path", "moe", "--compile", "off", "--optim.lr", 1e-2, "--steps", 6, "--batch", 4, "--micro-batch", 2),
-    *("--data.train", "a.jsonl", "--data.eval", "eval.jsonl", "--data.seq-len", 128, "--data.answer-tokens", 5),
-    *("--eval-every", 2, "--save-every", 1, "--keep", 2, "--answers", 2, "--saving", "async"),
-    *("--rollout.num-generations", 4, "--rollout.max-completion-length", 6, "--rollout.steps-per-generation", 2),
+    *("--data.seq-len", 128, "--eval-every", 2, "--save-every", 1, "--keep", 2, "--answers", 2),
+    *(
+        "--saving",
+        "async",
+        "--rollout.num-generations",
+        4,
+        "--rollout.max-completion-length",
+        6,
+        "--rollout.steps-per-generation",
+        2,
+    ),
     *("--reward.functions", "length:4"),
 )
+QUESTIONS = ("--data.train", "a.jsonl", "--data.eval", "eval.jsonl", "--data.answer-tokens", 5)
 LAYOUTS: dict[str, tuple[int, tuple[Any, ...]]] = {  # processes, and their flags
     "one": (1, ("--saving", "async", "--data.workers", 2)),
     "fsdp2": (2, ("--saving", "async", "--mesh.fsdp", 2, "--data.workers", 1)),
     "without workers": (1, ()),
-    "grpo": (1, ()),
-    "grpo ahead": (1, ("--rollout.max-async-level", 1, "--rollout.partial", 4)),
+    "grpo": (1, QUESTIONS),
+    "grpo ahead": (1, (*QUESTIONS, "--rollout.max-async-level", 1, "--rollout.partial", 4)),
+    "episodes ahead": (1, ("--rollout.environment", "guess", "--rollout.max-async-level", 1)),
 }
-SFT, RL = ("one", "fsdp2"), ("grpo", "grpo ahead")
+SFT, RL = ("one", "fsdp2"), ("grpo", "grpo ahead", "episodes ahead")
 PHASES = {
     "tokenize": ("functional_trainer.data.cache:_write",),
     "read": ("functional_trainer.data.loader:Loader.__next__", "functional_trainer.experience:Experience.__next__"),
