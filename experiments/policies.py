@@ -65,9 +65,9 @@ def loss(o: Any) -> Loss:
 def remark(o: Any, say: Callable[[str], None]) -> None:
     """Say where options are not all of what one might think that they are."""
     r, given = o.rollout, o.loss
-    if r.top_k or r.top_p < 1:
-        flag = f"--rollout.top-k {r.top_k}" if r.top_k else f"--rollout.top-p {r.top_p}"
-        say(f"{flag}: answers are of a part of the distribution, ratios of all of it: a bias (docs/rl.md)")
+    parts = {"top-k": r.top_k, "top-p": r.top_p if r.top_p < 1 else 0, "min-p": r.min_p}
+    if cut := [f"--rollout.{name} {value}" for name, value in parts.items() if value]:
+        say(f"{', '.join(cut)}: answers are of a part of the distribution, ratios of all of it: a bias (docs/rl.md)")
     if given.loss_type == "dr_grpo" and given.advantage == "grpo" and given.scale_rewards != "none":
         right = "for Dr.GRPO say --loss.scale-rewards none"
         say(f"--loss.loss-type dr_grpo: advantages are divided by the {given.scale_rewards}'s deviation; {right}")

@@ -129,7 +129,7 @@ def test_no_server_is_one_message(place, make):
         (("engine", "sglang", "url", "http://a:1", "compile", "step"), "--rollout.compile has no effect"),
         (("engine", "lmdeploy", "url", "http://a:1", "temperature", "0.5"), "goes with --rollout.temperature 1"),
         (("engine", "lmdeploy", "url", "http://a:1", "sync", "disk"), "--rollout.sync memory only"),
-        (("engine", "vllm", "url", "http://a:1", "temperature", "0.5", "top-k", "3"), "there is no --rollout.top-k"),
+        (("engine", "vllm", "url", "http://a:1", "temperature", "0.5", "top-k", "3"), "other than 1 there is no top-k"),
         (("engine", "lmdeploy", "url", "http://a:1", "in-flight-weight-updates"), "does not say which weights a token"),
         (("engine", "lmdeploy", "url", "http://a:1", "routing-replay", "engine"), "lmdeploy records none that is read"),
         (("server-seconds", "3"), "--rollout.server-seconds has no effect with --rollout.engine local"),

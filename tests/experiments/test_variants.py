@@ -84,14 +84,16 @@ def test_tokens_have_advantages_of_their_own_in_reinforce_pp_with_a_divergence_i
 
 
 def test_the_trainers_routing_is_replayed_where_it_computes_log_probabilities_before_several_steps():
-    """Of servers and environments too, which record none."""
-    for more in ({}, {"engine": "vllm", "url": ("http://a:1",)}, {"environment": "guess"}):
+    """With LMDeploy and environments too, which record none."""
+    server = {"url": ("http://a:1",), "engine": "vllm"}
+    for more in ({}, server, server | {"engine": "lmdeploy"}, {"environment": "guess"}):
         rollout = RolloutOptions(routing_replay="trainer", num_iterations=2, **more)
         _, plan, _ = made("qwen3_moe_grpo", rollout=rollout, loss=PolicyOptions(old="trainer"))
         assert not plan.routing_replay, "the engine's"
         with pytest.raises(ValueError, match="--rollout.routing-replay trainer .* add --loss.old trainer"):
             made("qwen3_moe_grpo", rollout=rollout)
-        with pytest.raises(ValueError, match="routing-replay engine") if more else nullcontext():
+        none = more.get("engine") == "lmdeploy" or "environment" in more
+        with pytest.raises(ValueError, match="routing-replay engine") if none else nullcontext():
             RolloutOptions(routing_replay="engine", **more)
 
 
@@ -107,6 +109,7 @@ def test_what_is_not_all_that_one_might_think_is_said():
         ),
         ("qwen3_moe_grpo", {"rollout": RolloutOptions(top_k=5)}, "--rollout.top-k 5: answers are of a part of"),
         ("qwen3_moe_grpo", {"rollout": RolloutOptions(top_p=0.9)}, "--rollout.top-p 0.9: answers are of a part of"),
+        ("qwen3_moe_grpo", {"rollout": RolloutOptions(min_p=0.1)}, "--rollout.min-p 0.1: answers are of a part of"),
     ]:
         told: list[str] = []
         policies.remark(options(name)(model=qwen3_moe_grpo.ModelOptions(path="m"), **changes), told.append)

@@ -115,7 +115,7 @@ def test_a_trillion_parameters_on_a_laptop():
 def test_lint_says_what_it_checked_and_exits(tmp_path, capsys):
     rules.main(rules.Options("lint", mesh="fsdp=2,ep=2"))
     assert (
-        "no problem(s): 26 rows, 25 parameters, 13 boundaries, 13 regions on fsdp=2 x ep=2\n" in capsys.readouterr().out
+        "no problem(s): 26 rows, 25 parameters, 13 boundaries, 14 regions on fsdp=2 x ep=2\n" in capsys.readouterr().out
     )
     status, text = run("lint", "--mesh", "ep=3", cwd=tmp_path)
     assert status == 1 and "indivisible: params/layers/0/moe/down and 1 more\n  row  14, " in text
