@@ -54,7 +54,11 @@ def slowed(two: RayEngine, seconds: float) -> None:
         generate = worker.engine.generate
         worker.engine.generate = lambda *given: (time.sleep(seconds), generate(*given))[1]
 
-    two.generate(PROMPTS, SAMPLED)  # from then on they have an engine
+    def ready(worker):
+        return worker.engine is not None
+
+    while not all(ray.get([worker.__ray_call__.remote(ready) for worker in two.crew.workers])):
+        two.generate(PROMPTS, SAMPLED)  # a quick worker may take all parts
     ray.get([worker.__ray_call__.remote(slow) for worker in two.crew.workers])
 
 
