@@ -210,11 +210,18 @@ class Servers:
             self.look()
 
     def look(self) -> None:
-        """Send the weights to servers that are there and have others."""
+        """Send the weights to servers that are there and have restarted, or did not take them.
+
+        One that says another number was given weights by somebody else: two that send to a server would never end.
+        """
         assert self.given is not None
         with self.sending:
-            wanted = [self.given[0], str(self.given[0])]
-            self._send([server for server, said in self._say() if said is not None and [server.has, said] != wanted])
+            lost = [
+                server
+                for server, said in self._say()
+                if said is not None and (server.has != self.given[0] or not said.isdecimal())
+            ]
+            self._send(lost)
 
     def _say(self) -> list[tuple[Server, str | None]]:
         """Return of each server the version of the weights that it says it has, None if it says nothing."""

@@ -283,6 +283,18 @@ def test_a_server_that_restarted_when_nothing_was_asked_is_noticed(kind, make):
     right(sampler.generate(PROMPTS, SAMPLING), sampler, NEW, 1)
 
 
+def test_what_somebody_else_sent_is_left_as_it_is(make):
+    """Another engine of this process that nobody has let go of yet, for one: neither would ever end."""
+    (server,) = make("vllm")
+    first, second = engine(server, every=0.02), engine(server, every=0.02)
+    first.update(OLD, 3)
+    second.update(NEW, 1)
+    time.sleep(0.15)  # both look several times
+    assert server.version == "1"
+    right(second.generate(PROMPTS, SAMPLING), second, NEW, 1)
+    assert first.version == 3
+
+
 @SLOW
 def test_others_go_on_while_a_server_restarts(make):
     made = make(count=2)

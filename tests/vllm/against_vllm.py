@@ -223,7 +223,7 @@ def test_the_decoding_benchmark_has_it_beside_ours(tmp_path):
 
 def test_what_vllm_itself_reloads_on_a_cpu_would_be_found(served, tmp_path):
     """Its reload says that all is well, or fails; what it samples then is of no weights that there ever were."""
-    engine = served.engine(folder=tmp_path / "weights", tries=1)
+    engine = served.engine(folder=tmp_path / "weights", patience=1.0)
     engine.update(served.params, 1)
     stock = lambda folder, version: [  # noqa: E731
         ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}),
