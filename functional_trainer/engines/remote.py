@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +24,7 @@ import torch
 
 from functional_trainer import backend, hf, routing, tree
 from functional_trainer.engines import Sample, Sampling, refuse_begun
-from functional_trainer.engines.dialects import DIALECTS, Named, Request
+from functional_trainer.engines.dialects import DIALECTS, Dialect, Named, Request
 from functional_trainer.engines.servers import Failed, Refused, Server, Servers, call, dial, ended
 from functional_trainer.errors import brief
 from functional_trainer.types import ONE_DEVICE
@@ -186,7 +187,8 @@ class RemoteEngine:
 
         def give() -> list[str]:
             if self.shard.rank == 0:
-                self.servers.give(version, lambda: self._requests(named, str(version)))
+                how = self.dialect, self.folder, self.ranks
+                self.servers.give(version, partial(_requests, *how, named, str(version)))  # holds no engine
             return [server.out for server in self.servers.all]
 
         outs = backend.together(give, self.group)[0]
@@ -207,21 +209,6 @@ class RemoteEngine:
         alive = [server for server in self.servers.all if not server.out]
         self.servers.post(alive if self.shard.rank == 0 else [], *request)
 
-    def _requests(self, named: Named, version: str) -> Iterator[Request]:
-        """Yield what a server is told, in order."""
-        dialect = self.dialect
-        if dialect.held:
-            yield dialect.pause
-        if self.folder and dialect.disk:
-            yield from dialect.disk(self.folder, version)
-        else:
-            yield from dialect.begin
-            for bucket in _buckets(named, BUCKET // self.ranks):
-                yield dialect.load(bucket, self.ranks, version)
-            yield from dialect.finish(version)
-        if dialect.held:
-            yield dialect.resume
-
     def _named(self, params: tree.Tree) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of a checkpoint by their names, on rank 0."""
         leaves, path, whole = tree.flatten(params), "", None
@@ -231,6 +218,21 @@ class RemoteEngine:
                 whole = self.shard.full(leaf) if self.dialect.on_device else self.shard.collect(leaf)
             if self.shard.rank == 0 and whole is not None:
                 yield name, whole[slot.index].view(slot.shape)
+
+
+def _requests(dialect: Dialect, folder: str | None, ranks: int, named: Named, version: str) -> Iterator[Request]:
+    """Yield what a server is told to take weights, in order."""
+    if dialect.held:
+        yield dialect.pause
+    if folder and dialect.disk:
+        yield from dialect.disk(folder, version)
+    else:
+        yield from dialect.begin
+        for bucket in _buckets(named, BUCKET // ranks):
+            yield dialect.load(bucket, ranks, version)
+        yield from dialect.finish(version)
+    if dialect.held:
+        yield dialect.resume
 
 
 def _buckets(named: Named, size: int) -> Iterator[Named]:

@@ -5,6 +5,7 @@ The servers are those of servers.py; a real vLLM is in tests/vllm.
 
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -292,7 +293,10 @@ def test_what_somebody_else_sent_is_left_as_it_is(make):
     time.sleep(0.15)  # both look several times
     assert server.version == "1"
     right(second.generate(PROMPTS, SAMPLING), second, NEW, 1)
-    assert first.version == 3
+    held = weakref.ref(first.servers)
+    del first
+    time.sleep(0.1)
+    assert held() is None, "an engine that nobody has is gone at once, with what looks at servers"
 
 
 @SLOW
@@ -362,7 +366,7 @@ def test_an_update_of_a_run_that_was_killed_is_no_obstacle(kind, make, monkeypat
     monkeypatch.setattr(remote, "BUCKET", 2000)
     (server,) = make(kind)
     killed = engine(server)
-    for i, request in enumerate(killed._requests(list(killed._named(OLD)), "7")):
+    for i, request in enumerate(remote._requests(killed.dialect, None, killed.ranks, list(killed._named(OLD)), "7")):
         if i < 4:
             assert killed.servers.post(killed.servers.all, *request)
     sampler = engine(server)
