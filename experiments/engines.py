@@ -10,7 +10,8 @@ from functional_trainer.agreement import differences
 from functional_trainer.engines import Engine, Sample, Sampling
 from functional_trainer.engines.local import LocalEngine
 from functional_trainer.engines.remote import RemoteEngine
-from functional_trainer.experience import Batch, Prompt
+from functional_trainer.experience import Batch
+from functional_trainer.rollouts import Prompt
 from functional_trainer.types import OneDevice
 
 

@@ -8,7 +8,7 @@ from functional_trainer import environments
 from functional_trainer.data import Tokenizer, sources
 from functional_trainer.engines import Engine, Sample, Sampling
 from functional_trainer.environments.episodes import Episodes
-from functional_trainer.experience import Prompt, Prompts
+from functional_trainer.rollouts import Prompt, Prompts
 
 Ask = Callable[[Engine, list[Prompt], Sampling, Sequence[Sample | None]], list[Sample]]
 

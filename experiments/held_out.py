@@ -9,7 +9,7 @@ from experiments.recipe import Run
 from functional_trainer import backend, exact_match, tree
 from functional_trainer.engines import Sample, Sampling
 from functional_trainer.engines.local import LocalEngine
-from functional_trainer.experience import Prompt, Scores
+from functional_trainer.rollouts import Prompt, Scores
 
 Asked = list[Prompt]
 

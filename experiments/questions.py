@@ -8,9 +8,9 @@ from experiments import episodes, scores
 from experiments.data import check_width, shipped
 from functional_trainer import backend, cluster
 from functional_trainer.data import Record, Tokenizer, Within, rows_of, sources
-from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.options import Source
 from functional_trainer.rewards import GIVEN, load_all, refuse_columns
+from functional_trainer.rollouts import Prompt, Prompts
 
 
 def read(

@@ -8,9 +8,9 @@ from experiments.recipe import Run
 from functional_trainer import backend
 from functional_trainer.engines import Sample
 from functional_trainer.environments.episodes import lost, rewarded
-from functional_trainer.experience import Prompt, Prompts, Scores
 from functional_trainer.rewards import GIVEN, Function, Rewards, conversational, isolated, load_all, refuse
 from functional_trainer.rl_options import RewardOptions
+from functional_trainer.rollouts import Prompt, Prompts, Scores
 
 
 def functions(o: Any) -> dict[str, Function]:

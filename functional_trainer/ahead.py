@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from functional_trainer.engines import Sample
-from functional_trainer.experience import Drawn, Experience, Prompt, _bytes, _columns
+from functional_trainer.experience import Drawn, Experience, _bytes, _columns
+from functional_trainer.rollouts import Prompt
 
 PATIENCE = 10.0
 """Seconds that the thread gets to end when the run does."""

@@ -8,20 +8,16 @@ between two steps of a rollout goes on with the same rows.
 """
 
 import io
-import json
-import math
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from functional_trainer import advantages, routing
+from functional_trainer import advantages, rollouts, routing
 from functional_trainer.data import answers as layout
 from functional_trainer.data.columns import by_sequence, lengths
 from functional_trainer.data.order import Share, mixed
@@ -29,47 +25,9 @@ from functional_trainer.data.packing import Documents, fill
 from functional_trainer.engines import Sample
 from functional_trainer.environments import episodes
 from functional_trainer.rewards import moments
+from functional_trainer.rollouts import Group, Prompt, Prompts, Rollout, Scores
 
 Batch = dict[str, torch.Tensor]
-
-
-class Prompt(NamedTuple):
-    """A question: ids, the text that is shown, and what reward functions are given beside it."""
-
-    ids: list[int]
-    text: str
-    columns: Mapping[str, Any]
-    where: str = ""
-    """file:line or file[index]"""
-    wanted: str | None = None
-    """The right answer, of a conversation that ends with it."""
-
-
-class Prompts(tuple[Prompt, ...]):
-    """Questions of a data set."""
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common, and all ranks: ids and columns; of what is no JSON the type."""
-        crc = 0
-        for prompt in self:
-            content = json.dumps(
-                [prompt.ids, prompt.columns], skipkeys=True, default=lambda value: type(value).__name__
-            )
-            crc = zlib.crc32(content.encode(), crc)
-        return {"prompts": f"{len(self)} prompts, crc {crc:08x}"}
-
-
-class Scores(NamedTuple):
-    """Rewards of answers, None where no function gave one."""
-
-    rewards: list[float | None]
-    failed: Mapping[str, int] = {}
-    """How many answers functions failed on, by the name that is reported."""
-    each: Mapping[str, list[float | None]] = {}
-    """By function."""
-    texts: list[str] = []
-    """Of answers."""
 
 
 Generate = Callable[[list[Prompt], int], list[Sample]]
@@ -128,21 +86,6 @@ class Plan:
     def total_steps(self, prompts: int, epochs: int) -> int:
         """Count the steps in which each of so many prompts is drawn `epochs` times."""
         return -(-prompts * epochs // self.prompts) * self.steps * self.iterations
-
-
-class Rollout(NamedTuple):
-    """Groups that are trained on, one after the other, with an advantage for each answer."""
-
-    prompts: list[Prompt]
-    answers: list[Sample]
-    rewards: np.ndarray
-    """(groups, answers), nan where there is none."""
-    advantages: np.ndarray
-    """(groups, answers); means over tokens where these have their own."""
-    said: list[dict[str, Any]]
-    """Of each answer the text and the rewards by function."""
-    by_token: list[np.ndarray] | None = None
-    """Advantages of each answer's sampled tokens, where they have their own."""
 
 
 class Drawn(NamedTuple):
@@ -300,12 +243,12 @@ class Experience:
             self.check(self._rows(trained[0]))
             self.check = None
         if self.how.shown and drawn.rollout and self.count % self.how.shown_every == 0:
-            self.said["completions_table"] = _shown(drawn.rollout, self.how.shown)
+            self.said["completions_table"] = rollouts.shown(drawn.rollout, self.how.shown)
 
     def _draw(self) -> tuple[Rollout, dict[str, Any]]:
         """Draw groups until there are enough that teach something, or the last resort: any."""
         how = self.how
-        good, seen, failed = list[_Group](), list[_Group](), Counter[str]()
+        good, seen, failed = list[Group](), list[Group](), Counter[str]()
         tried, spent = 0, dict.fromkeys(("gen", "reward", "tokens"), 0.0)
         while len(good) < how.prompts and tried < how.most:
             groups, scores = self._groups(spent, failed)
@@ -317,7 +260,7 @@ class Experience:
         answers = [answer for g in good for answer in g.answers]
         rewards = advantages.table([g.rewards for g in good])
         sizes = np.array([len(a.tokens) for a in answers]).reshape(rewards.shape)
-        chosen = np.array([_chosen(a) for a in answers]).reshape(rewards.shape)
+        chosen = np.array([rollouts.chosen(a) for a in answers]).reshape(rewards.shape)
         used = rewards
         if how.overlong:
             used = rewards + advantages.overlong_penalty(sizes, *how.overlong)
@@ -334,14 +277,14 @@ class Experience:
             worth = self.advantage(used, chosen, *baseline)
         said = [one for g in good for one in g.said]
         rollout = Rollout(prompts, answers, rewards, worth, said, by_token)
-        row = _report(rollout, sizes) | moments({k: [one[f"rewards/{k}"] for one in said] for k in scores.each})
-        row |= episodes.report(answers) | failed | _outcomes(seen)
-        row |= {"rollouts": tried, "filtered": _filtered(seen, good)} if how.filter_groups else {}
+        row = rollouts.report(rollout, sizes) | moments({k: [one[f"rewards/{k}"] for one in said] for k in scores.each})
+        row |= episodes.report(answers) | failed | rollouts.outcomes(seen)
+        row |= {"rollouts": tried, "filtered": rollouts.filtered(seen, good)} if how.filter_groups else {}
         row |= {"kl": float(sum(d.sum() for d in apart) / max(chosen.sum(), 1))} if apart else {}
         row["generated_tokens_per_s"] = spent.pop("tokens") / spent["gen"]
         return rollout, row | {"timing_s": spent}
 
-    def _groups(self, spent: dict[str, float], failed: Counter[str]) -> tuple[list["_Group"], Scores]:
+    def _groups(self, spent: dict[str, float], failed: Counter[str]) -> tuple[list[Group], Scores]:
         """Ask the next prompts; add what it took to `spent`, and what functions and environments failed on."""
         how = self.how
         begun = time.perf_counter()
@@ -353,15 +296,15 @@ class Experience:
         baseline = self._punished(likeliest, self.reward(asked, likeliest)) if self.greedy else [None] * how.prompts
         spent["gen"] += drawn - begun
         spent["reward"] += time.perf_counter() - drawn
-        spent["tokens"] += sum(map(_chosen, answers + likeliest))
+        spent["tokens"] += sum(map(rollouts.chosen, answers + likeliest))
         failed.update(scores.failed)
         failed.update(episodes.raised(answers))
-        said = [_said(scores, i) for i in range(len(prompts))]
+        said = [rollouts.said_of(scores, i) for i in range(len(prompts))]
         groups = []
         for prompt, greedy, i in zip(asked, baseline, range(0, len(prompts), how.group), strict=True):
             own = slice(i, i + how.group)
             spread = bool(advantages.has_spread([scores.rewards[own]])[0])
-            groups.append(_Group(prompt, answers[own], scores.rewards[own], spread, greedy, said[own]))
+            groups.append(Group(prompt, answers[own], scores.rewards[own], spread, greedy, said[own]))
         return groups, scores
 
     def _punished(self, answers: list[Sample], scores: Scores) -> list[float | None]:
@@ -382,89 +325,6 @@ class Experience:
         seed = int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0])
         self.drawn += count
         return [self.order.piece(self.drawn - count + i) for i in range(count)], seed
-
-
-class _Group(NamedTuple):
-    prompt: Prompt
-    answers: list[Sample]
-    rewards: list[float | None]
-    spread: bool
-    greedy: float | None
-    said: list[dict[str, Any]]
-
-
-def _chosen(answer: Sample) -> int:
-    """Count the tokens of an answer that the policy chose."""
-    return len(answer.tokens) if answer.sampled is None else sum(answer.sampled)
-
-
-def _solved(group: _Group) -> str:
-    """Say which answers of a group are right, if 1 is right and 0 wrong."""
-    given = [r for r in group.rewards if r is not None]
-    return "no_reward" if not given else "none" if max(given) <= 0 else "all" if min(given) >= 1 else "mixed"
-
-
-def _outcomes(groups: list[_Group]) -> dict[str, float]:
-    """Return shares of groups, of those with a reward."""
-    found = [kind for kind in map(_solved, groups) if kind != "no_reward"]
-    return {f"solve_{kind}": found.count(kind) / max(len(found), 1) for kind in ("none", "all", "mixed")}
-
-
-def _filtered(groups: list[_Group], kept: list[_Group]) -> dict[str, int]:
-    """Count groups that were drawn and are not trained on, by the reason."""
-    same = {"none": "solve_none", "all": "solve_all", "mixed": "same", "no_reward": "no_reward"}
-    left = [group for group in groups if not any(group is other for other in kept)]
-    found = ["surplus" if group.spread else same[_solved(group)] for group in left]
-    return {reason: found.count(reason) for reason in (*same.values(), "surplus")}
-
-
-def _said(scores: Scores, i: int) -> dict[str, Any]:
-    """Return an answer's text and its rewards by function."""
-    text = {"completion": scores.texts[i]} if scores.texts else {}
-    return text | {f"rewards/{name}": given[i] for name, given in scores.each.items()}
-
-
-def _shown(rollout: Rollout, count: int) -> list[dict[str, Any]]:
-    """Return a row for each of some answers to each of some prompts: texts, rewards, advantage, why it ended."""
-    groups, size = rollout.rewards.shape
-    each = min(size, max(math.isqrt(count), -(-count // groups)))
-    rows = []
-    for i in [group * size + k for group in range(groups) for k in range(each)][:count]:
-        prompt, answer = rollout.prompts[i], rollout.answers[i]
-        reward, worth, right = rollout.rewards.flat[i], rollout.advantages.flat[i], prompt.columns.get("answer")
-        row = {"prompt": prompt.text} | ({} if right is None else {"answer": str(right)}) | rollout.said[i]
-        row |= {"reward": None if np.isnan(reward) else float(reward), "advantage": float(worth)}
-        if answer.episode:
-            row |= {"completion": answer.episode.text}
-            row |= {"error": answer.episode.error} if answer.episode.error else {}
-        rows.append(row | {"tokens": len(answer.tokens), "finish_reason": answer.finish_reason})
-    return rows
-
-
-def _report(rollout: Rollout, sizes: np.ndarray) -> dict[str, Any]:
-    """Return metrics under the names that TRL and verl use."""
-    rewards, ended = rollout.rewards, np.array([a.finish_reason != "length" for a in rollout.answers])
-    given, n = ~np.isnan(rewards), sizes.reshape(-1)
-    scored, worth = rewards[given.any(1)], rollout.advantages[given]
-    versions = [version for answer in rollout.answers for version in answer.versions]
-    return {
-        "reward": float(np.nanmean(rewards)) if len(scored) else None,
-        "reward_best": float(np.nanmax(scored, 1).mean()) if len(scored) else None,
-        "reward/min": float(np.nanmin(scored)) if len(scored) else None,
-        "reward/max": float(np.nanmax(scored)) if len(scored) else None,
-        "reward_std": float(advantages.deviation(scored).mean()) if len(scored) else None,
-        "frac_reward_zero_std": float(1 - advantages.has_spread(scored).mean()) if len(scored) else None,
-        "completions": {
-            "mean_length": float(sizes.mean()), "min_length": int(sizes.min()), "max_length": int(sizes.max()),
-            "clipped_ratio": float(1 - ended.mean()),
-            "mean_terminated_length": float(n[ended].mean()) if ended.any() else None,
-        },
-        "prompts": {"mean_length": float(np.mean([len(p.ids) for p in rollout.prompts]))},
-        "advantages": {
-            "mean": float(worth.mean()) if len(worth) else None, "min": min(worth.tolist(), default=None),
-            "max": max(worth.tolist(), default=None),
-        },
-    } | ({"weight_version": max(versions)} if versions else {})  # fmt: skip
 
 
 def _pack(rollout: Rollout, groups: np.ndarray, how: Plan, seq_len: int) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ def prompts(at: At, vocab: int) -> Any:
     """Return random questions of different lengths."""
     import numpy as np
 
-    from functional_trainer.experience import Prompt, Prompts
+    from functional_trainer.rollouts import Prompt, Prompts
 
     rng, longest = np.random.default_rng(0), at.pick(9, 200)
     sizes = [1 + i * longest // QUESTIONS for i in range(QUESTIONS)]
@@ -51,7 +51,8 @@ def rollouts(at: At, model: Any, params: Any, draws: Any) -> Any:
     Before each the engine is given the parameters as they are then.
     """
     from functional_trainer import advantages
-    from functional_trainer.experience import Experience, Plan, Scores
+    from functional_trainer.experience import Experience, Plan
+    from functional_trainer.rollouts import Scores
 
     asked = prompts(at, model.config.vocab)
     how = Plan(QUESTIONS, GROUP, routing_replay=draws.record is not None)

@@ -18,8 +18,9 @@ from functional_trainer.engines import Sampling
 from functional_trainer.engines.local import LocalEngine
 from functional_trainer.environments import Environment, Step
 from functional_trainer.environments.episodes import Episodes, rewarded
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Experience, Plan
 from functional_trainer.losses import Loss
+from functional_trainer.rollouts import Prompt, Prompts, Scores
 
 model = models.from_config(models.PRESETS["tiny"] | {"moe_intermediate_size": 96})
 tokenizer = Tokenizer(FOLDER)

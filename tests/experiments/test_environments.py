@@ -13,11 +13,11 @@ from experiments import episodes, scores
 from experiments.first_light import dialogues
 from experiments.held_out import HeldOut
 from experiments.qwen3_moe_grpo import Options
-from functional_trainer import config, environments, experience
+from functional_trainer import config, environments, rollouts
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Episode, Sample
-from functional_trainer.experience import Prompt, Prompts
 from functional_trainer.rl_options import RewardOptions
+from functional_trainer.rollouts import Prompt, Prompts
 from functional_trainer.types import OneDevice
 from tests.experiments import sft_runs
 
@@ -170,7 +170,7 @@ def test_lost_episodes_are_told_of(monkeypatch):
     with pytest.raises(ValueError, match="nothing can be learned, none of .* 2 answers .*, the first one by KeyError"):
         scores.rewards(o, run)([Prompt([1], "q", {})] * 2, [lost, lost])
     table = np.array([[1.0, np.nan]])
-    shown = experience._shown(experience.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
+    shown = rollouts.shown(rollouts.Rollout([Prompt([1], "q", {})] * 2, [fine, lost], table, table, [{}, {}]), 2)
     assert [row.get("error") for row in shown] == [None, "KeyError: gone"]
     assert [row["completion"] for row in shown] == ["assistant:  f\ntool: 3", ""]
     held_out = HeldOut(o, run, None, score, 2)

@@ -19,7 +19,7 @@ from functional_trainer import checkpoint, tree
 from functional_trainer.data import Tokenizer
 from functional_trainer.engines import Sample
 from functional_trainer.engines.local import LocalEngine
-from functional_trainer.experience import Prompt, Prompts
+from functional_trainer.rollouts import Prompt, Prompts
 from functional_trainer.types import ONE_DEVICE, OneDevice
 from tests.experiments import sft_runs
 from tests.models import small

@@ -7,8 +7,9 @@ import torch
 from functional_trainer import agreement, init_state, make_train_step, optimizers, tree
 from functional_trainer.engines import Sampling
 from functional_trainer.engines.local import LocalEngine
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Experience, Plan
 from functional_trainer.policy import policy
+from functional_trainer.rollouts import Prompt, Prompts, Scores
 from functional_trainer.types import ONE_DEVICE
 from tests.models import small
 

@@ -15,7 +15,8 @@ from functional_trainer.agreement import score
 from functional_trainer.ahead import Ahead
 from functional_trainer.engines import Sampling
 from functional_trainer.engines.local import LocalEngine
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Experience, Plan
+from functional_trainer.rollouts import Prompt, Prompts, Scores
 from tests.functional_trainer.test_engine import MODELS, PARAMS
 
 MODEL = MODELS["dense"]

@@ -30,7 +30,8 @@ from functional_trainer.environments import Environment, Step, adapters, shipped
 from functional_trainer.environments.episodes import Episodes, report, rewarded
 from functional_trainer.environments.tools import Call, Tools
 from functional_trainer.environments.turns import Turns
-from functional_trainer.experience import Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Plan
+from functional_trainer.rollouts import Prompt, Prompts, Scores
 from tests.functional_trainer import servers
 from tests.functional_trainer.test_data_chat import CHATML, LLAMA, QWEN3, QWEN3_PLAIN, write_folder
 from tests.models import small
@@ -534,9 +535,7 @@ class Odd(Environment):
 def test_what_are_no_messages_is_said(said, tokenizers):
     """Of an opening before the run begins; of an answer it costs the episode."""
     episodes = Episodes(Odd, tokenizers["shipped"])
-    with pytest.raises(
-        ValueError, match=r"row 2 of 2 has no opening: TypeError: reset returned .*, not messages as"
-    ):
+    with pytest.raises(ValueError, match=r"row 2 of 2 has no opening: TypeError: reset returned .*, not messages as"):
         episodes.openings([{}, {"reset": said}])
     rows = [{"step": Step(said)}, {"step": said}, {"step": Step([user("q")], 1.0, True)}]
     samples = play(episodes, Script([[encoded(tokenizers["shipped"], "Add")] * 3]), rows)
@@ -547,9 +546,7 @@ def test_what_are_no_messages_is_said(said, tokenizers):
 
 
 def test_what_is_no_environment_is_said(tokenizers):
-    with pytest.raises(
-        ValueError, match="environment SimpleNamespace has no reset, step, tools, close: derive"
-    ):
+    with pytest.raises(ValueError, match="environment SimpleNamespace has no reset, step, tools, close: derive"):
         Episodes(SimpleNamespace, tokenizers["shipped"])
     with pytest.raises(ValueError, match=r"environment odd: rows\(\) must return two lists of rows"):
         environments.rows("odd", Odd)

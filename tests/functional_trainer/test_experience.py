@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from functional_trainer import advantages
 from functional_trainer.engines import Episode, Sample
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Rollout, Scored, Scores, _shown
+from functional_trainer.experience import Experience, Plan, Scored
+from functional_trainer.rollouts import Prompt, Prompts, Rollout, Scores, shown
 
 QUESTIONS = Prompts(Prompt([10 + i, 3], f"question {i}", {"answer": str(i)}) for i in range(7))
 LONGEST = 6
@@ -534,7 +535,7 @@ def test_some_answers_to_each_of_several_prompts_are_shown(groups, size, count):
     said = [{"completion": str(i)} for i in range(groups * size)]
     prompts, answers = [Prompt([1], str(i // size), {}) for i in range(groups * size)], [Sample([1], [0.0], "stop", [])]
     table = np.zeros((groups, size))
-    rows = _shown(Rollout(prompts, answers * groups * size, table, table, said), count)
+    rows = shown(Rollout(prompts, answers * groups * size, table, table, said), count)
     assert [row["prompt"] for row in rows] == [str(int(row["completion"]) // size) for row in rows]
     assert len(rows) == len({row["completion"] for row in rows}) == min(count, groups * size)
     assert len({row["prompt"] for row in rows}) == min(groups, 4)

@@ -11,10 +11,11 @@ import kernels
 from functional_trainer import agreement, init_state, make_train_step, optimizers, routing, tree
 from functional_trainer.engines import Sample, Sampling
 from functional_trainer.engines.local import LocalEngine
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Experience, Plan
 from functional_trainer.losses import sft
 from functional_trainer.policy import policy
 from functional_trainer.reference import Reference
+from functional_trainer.rollouts import Prompt, Prompts, Scores
 from functional_trainer.types import ONE_DEVICE
 from models import layers
 from sharding_rules import qwen3_moe

@@ -13,9 +13,10 @@ from functional_trainer import flops, tree
 from functional_trainer.data.answers import Answer, rows
 from functional_trainer.data.columns import check_whole
 from functional_trainer.engines import Sample
-from functional_trainer.experience import Experience, Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Experience, Plan
 from functional_trainer.objectives import OBJECTIVES
 from functional_trainer.policy import policy
+from functional_trainer.rollouts import Prompt, Prompts, Scores
 from functional_trainer.step import objective, total_weights
 from functional_trainer.types import ONE_DEVICE
 from tests.functional_trainer.test_routing import step_on_ranks

@@ -11,8 +11,9 @@ from functional_trainer import advantages, backend, tree
 from functional_trainer.ahead import Ahead
 from functional_trainer.engines import Sample
 from functional_trainer.engines.local import LocalEngine
-from functional_trainer.experience import Plan, Prompt, Prompts, Scores
+from functional_trainer.experience import Plan
 from functional_trainer.rl_options import RewardOptions, RolloutOptions
+from functional_trainer.rollouts import Prompt, Prompts, Scores
 from functional_trainer.types import OneDevice
 from tests.models import small
 
